@@ -1,0 +1,31 @@
+"""What every command-line tool shares: errors of the user become one paragraph and exit status 2."""
+
+import os
+import sys
+import textwrap
+from collections.abc import Callable
+
+from megatron_long.errors import UserError
+
+USER_ERROR_STATUS = 2
+
+
+def run_tool(main: Callable[[], int | None]) -> int:
+    """Run a tool's `main` and give its exit status.
+
+    Only rank 0 prints, so that a torchrun job shows the message once.
+
+    Args:
+        main: The tool; returns None or an exit status.
+    Returns: 0 or what `main` returned; 2 after a `UserError`; 130 after Ctrl-C.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            paragraph = " ".join(f"error: {error}".split())
+            print(textwrap.fill(paragraph, width=100, break_long_words=False), file=sys.stderr)
+        return USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

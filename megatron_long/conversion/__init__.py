@@ -1,0 +1,1 @@
+"""Hugging Face to Megatron checkpoints and back, from one mapping table."""

@@ -1,0 +1,1 @@
+"""What a model does with its context: needle in a haystack, loss by source and position."""

@@ -1,0 +1,80 @@
+"""Files that are whole or absent: write beside the target, fsync, rename."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_long.errors import ConfigError
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, *, directory: bool = False) -> Iterator[Path]:
+    """Give a temporary sibling of `path` that becomes `path` when the block ends well.
+
+    On an exception the temporary file or folder is removed and `path` is left as it was. An existing
+    file is replaced; an existing folder is swapped out and removed after the new one is in place.
+
+    Args:
+        path: The final name; its parent folder is made if missing.
+        directory: Whether the target is a folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove(temporary)
+    if directory:
+        temporary.mkdir()
+    try:
+        yield temporary
+        _sync(temporary)
+        _replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def refuse_overwrite(path: Path, *, force: bool, flag: str = "--output") -> None:
+    """Raise unless `path` is free, an empty folder, or `force` is given.
+
+    Raises: ConfigError: `path` exists and holds something.
+    """
+    if force or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    raise ConfigError(
+        f"{flag} {path} exists already; results are never overwritten silently: "
+        "give another path, or --force to replace it"
+    )
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        os.rename(path, old)
+        os.rename(temporary, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, path)
+    _sync_one(path.parent)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        for child in sorted(path.rglob("*")):
+            _sync_one(child)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Llama on Megatron-Core: geometry, layer specification, portable context-parallel attention."""
