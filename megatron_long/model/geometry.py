@@ -1,0 +1,265 @@
+"""Shape of a Llama: read from a Hugging Face `config.json`, given to Megatron as flags.
+
+The one place that knows which Hugging Face configurations Megatron-Core's `GPTModel` can stand for.
+Needs neither torch nor Megatron.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_long.errors import ConfigError
+
+CONFIG_NAME = "config.json"
+KNOWN_ARCHITECTURES = ("LlamaForCausalLM",)
+VOCABULARY_MULTIPLE = 128
+"""Megatron's default padding, taken without tensor parallelism: one shape for every layout."""
+
+LLAMA3_SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""The one Llama-3 RoPE scaling that Megatron-Core computes from its flags (1.0, 4.0 and 8192 are
+hard-coded there, and the factor given by flag does not reach it)."""
+
+
+_POSITIVE_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "padded_vocab_size",
+    "norm_epsilon",
+    "rotary_base",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaGeometry:
+    """Everything about a Llama that decides the shapes and the arithmetic of its forward pass."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Heads of keys and values; equal to `num_attention_heads` without grouped-query attention."""
+    kv_channels: int
+    """Size of one attention head."""
+    vocab_size: int
+    """Rows of the Hugging Face embedding."""
+    padded_vocab_size: int
+    """Rows of the Megatron embedding."""
+    norm_epsilon: float
+    rotary_base: float
+    max_position_embeddings: int
+    """Longest context, in tokens."""
+    tie_embeddings: bool
+    """Whether the output layer is the embedding."""
+    use_rope_scaling: bool = False
+    """Llama-3.1's RoPE scaling (`LLAMA3_SCALING`)."""
+    init_method_std: float = 0.02
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE_FIELDS:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be more than 0")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ConfigError(
+                f"{self.num_attention_heads} attention heads cannot be shared by "
+                f"{self.num_query_groups} key/value heads: a multiple of these is needed"
+            )
+        if self.kv_channels % 2:
+            raise ConfigError(
+                f"head size {self.kv_channels} is odd; RoPE turns pairs, so it is even"
+            )
+        if self.padded_vocab_size < self.vocab_size:
+            raise ConfigError(
+                f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}"
+            )
+
+    def to_argv(self) -> list[str]:
+        """Give the Megatron flags of this shape.
+
+        Dropout is among them because Megatron's default of 0.1 is not Llama's.
+
+        Raises: ConfigError: `rotary_base` is no whole number, which `--rotary-base` cannot take.
+        """
+        if self.rotary_base != int(self.rotary_base):
+            raise ConfigError(
+                f"RoPE base {self.rotary_base} is not a whole number, and Megatron's --rotary-base "
+                "takes whole numbers only; round rope_theta in the model's config.json"
+            )
+        values: dict[str, object] = {
+            "--num-layers": self.num_layers,
+            "--hidden-size": self.hidden_size,
+            "--ffn-hidden-size": self.ffn_hidden_size,
+            "--num-attention-heads": self.num_attention_heads,
+            "--num-query-groups": self.num_query_groups,
+            "--kv-channels": self.kv_channels,
+            "--padded-vocab-size": self.padded_vocab_size,
+            "--max-position-embeddings": self.max_position_embeddings,
+            "--position-embedding-type": "rope",
+            "--rotary-base": int(self.rotary_base),
+            "--normalization": "RMSNorm",
+            "--norm-epsilon": self.norm_epsilon,
+            "--init-method-std": self.init_method_std,
+            "--attention-dropout": self.attention_dropout,
+            "--hidden-dropout": 0.0,
+        }
+        argv = [word for flag, value in values.items() for word in (flag, str(value))]
+        argv += ["--group-query-attention", "--swiglu", "--disable-bias-linear"]
+        if not self.tie_embeddings:
+            argv.append("--untie-embeddings-and-output-weights")
+        if self.use_rope_scaling:
+            argv.append("--use-rope-scaling")
+        return argv
+
+
+def pad_vocab_size(vocab_size: int) -> int:
+    """Round a vocabulary up to the number of embedding rows that Megatron holds.
+
+    >>> pad_vocab_size(32000), pad_vocab_size(32001)
+    (32000, 32128)
+    """
+    return math.ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def geometry_from_hf(model_dir: Path) -> LlamaGeometry:
+    """Read the shape of a Hugging Face Llama.
+
+    Args:
+        model_dir: Folder with `config.json`, or the path of such a file.
+    Raises: ConfigError: the file is missing or broken, or the model is not a Llama that Megatron's
+        `GPTModel` computes exactly.
+    """
+    path = model_dir if model_dir.is_file() else model_dir / CONFIG_NAME
+    return geometry_from_config(read_hf_config(path), name=str(path))
+
+
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """Read a Hugging Face `config.json`.
+
+    Raises: ConfigError: it is missing or holds no JSON object.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} does not exist; give a Hugging Face model folder ({CONFIG_NAME})"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}; download it again") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds a {type(config).__name__}; it must be a JSON object")
+    return config
+
+
+def geometry_from_config(config: Mapping[str, Any], *, name: str = CONFIG_NAME) -> LlamaGeometry:
+    """Give the shape that a parsed Hugging Face configuration describes.
+
+    Args:
+        config: What `config.json` holds, in the spelling of transformers 4 or 5.
+        name: What to call the file in errors.
+    Raises: ConfigError: see `geometry_from_hf`.
+    Source: `transformers` 5.23, `LlamaConfig`.
+    """
+    _refuse_unsupported(config, name)
+    rotary_base, use_rope_scaling = _read_rope(config, name)
+    hidden_size = _whole(config, "hidden_size", name)
+    num_heads = _whole(config, "num_attention_heads", name)
+    vocab_size = _whole(config, "vocab_size", name)
+    return LlamaGeometry(
+        num_layers=_whole(config, "num_hidden_layers", name),
+        hidden_size=hidden_size,
+        ffn_hidden_size=_whole(config, "intermediate_size", name),
+        num_attention_heads=num_heads,
+        num_query_groups=_whole(config, "num_key_value_heads", name, default=num_heads),
+        kv_channels=_whole(config, "head_dim", name, default=hidden_size // max(1, num_heads)),
+        vocab_size=vocab_size,
+        padded_vocab_size=pad_vocab_size(vocab_size),
+        norm_epsilon=_number(config, "rms_norm_eps", name, default=1e-6),
+        rotary_base=rotary_base,
+        max_position_embeddings=_whole(config, "max_position_embeddings", name, default=2048),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        use_rope_scaling=use_rope_scaling,
+        init_method_std=_number(config, "initializer_range", name, default=0.02),
+        attention_dropout=_number(config, "attention_dropout", name, default=0.0),
+    )
+
+
+def _refuse_unsupported(config: Mapping[str, Any], name: str) -> None:
+    architectures = config.get("architectures") or []
+    is_llama = config.get("model_type", "llama") == "llama"
+    if not (is_llama and (architectures or "model_type" in config)) or (
+        architectures and architectures[0] not in KNOWN_ARCHITECTURES
+    ):
+        seen = ", ".join(architectures) or config.get("model_type", "nothing")
+        raise ConfigError(
+            f"{name}: unknown architecture {seen}; known: {', '.join(KNOWN_ARCHITECTURES)}"
+        )
+    rules = {
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "hidden_act": ("silu", "swish", None),
+        "sliding_window": (None,),
+        "quantization_config": (None,),
+    }
+    for key, allowed in rules.items():
+        if config.get(key) not in allowed:
+            raise ConfigError(
+                f"{name}: {key} is {config[key]!r}; this project's Llama needs {allowed[0]!r}; "
+                "give a model without it"
+            )
+
+
+def _read_rope(config: Mapping[str, Any], name: str) -> tuple[float, bool]:
+    """Give the RoPE base, and whether Llama-3.1's scaling is on."""
+    parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = parameters.get("rope_theta", config.get("rope_theta"))
+    base = _number({"rope_theta": theta}, "rope_theta", name, default=10000.0)
+    if (config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ConfigError(
+            f"{name}: partial_rotary_factor is {config['partial_rotary_factor']}; it must be 1.0"
+        )
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return base, False
+    if kind == "llama3" and all(parameters.get(k) == v for k, v in LLAMA3_SCALING.items()):
+        return base, True
+    shown = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    raise ConfigError(
+        f"{name}: RoPE scaling {shown} is not supported; supported: none (rope_type default), or "
+        f"rope_type llama3 with {LLAMA3_SCALING}"
+    )
+
+
+def _number(config: Mapping[str, Any], key: str, name: str, *, default: float) -> float:
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name}: {key} is {value!r}; it must be a number")
+    return float(value)
+
+
+def _whole(config: Mapping[str, Any], key: str, name: str, *, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(
+            f"{name}: {key} is {'missing' if value is None else repr(value)}; "
+            "it must be a whole number"
+        )
+    return value

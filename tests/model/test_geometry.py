@@ -1,0 +1,124 @@
+"""Reading a Llama's shape from `config.json`, and the Megatron flags it becomes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_long.errors import ConfigError
+from megatron_long.model.geometry import (
+    LLAMA3_SCALING,
+    geometry_from_config,
+    geometry_from_hf,
+)
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+def test_both_spellings_of_the_rope_base_give_one_geometry(tmp_path: Path) -> None:
+    old = {**CONFIG, "rope_theta": 500000.0, "rope_scaling": None}
+    new = {**CONFIG, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}
+    geometries = []
+    for name, config in (("old", old), ("new", new)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        geometries.append(geometry_from_hf(tmp_path / name))
+    assert geometries[0] == geometries[1]
+    assert geometries[0].rotary_base == 500000.0
+    assert (geometries[0].vocab_size, geometries[0].padded_vocab_size) == (1000, 1024)
+    assert geometries[0].kv_channels == 16
+
+
+def test_flags_name_every_size() -> None:
+    geometry = geometry_from_config({**CONFIG, "rope_theta": 1e6, "head_dim": 32})
+    argv = geometry.to_argv()
+    for flag, value in {
+        "--num-layers": "2",
+        "--hidden-size": "64",
+        "--ffn-hidden-size": "96",
+        "--num-attention-heads": "4",
+        "--num-query-groups": "2",
+        "--kv-channels": "32",
+        "--padded-vocab-size": "1024",
+        "--rotary-base": "1000000",
+        "--norm-epsilon": "1e-05",
+        "--max-position-embeddings": "512",
+    }.items():
+        assert argv[argv.index(flag) + 1] == value
+    assert "--untie-embeddings-and-output-weights" in argv
+    assert "--use-rope-scaling" not in argv
+    tied = replace(geometry, tie_embeddings=True)
+    assert "--untie-embeddings-and-output-weights" not in tied.to_argv()
+
+
+def test_key_value_heads_default_to_attention_heads() -> None:
+    config = {key: value for key, value in CONFIG.items() if key != "num_key_value_heads"}
+    assert geometry_from_config(config).num_query_groups == 4
+
+
+def test_the_llama3_scaling_that_megatron_computes_is_taken() -> None:
+    rope = {"rope_type": "llama3", **LLAMA3_SCALING}
+    geometry = geometry_from_config({**CONFIG, "rope_theta": 5e5, "rope_scaling": rope})
+    assert geometry.use_rope_scaling
+    assert "--use-rope-scaling" in geometry.to_argv()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM; known: LlamaForCausalLM"),
+        ({"architectures": None, "model_type": "mistral"}, "unknown architecture mistral"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "qwen2"}, "unknown architecture"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE scaling .*linear"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling .*yarn"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3_SCALING, "factor": 32.0}},
+            "'factor': 32.0",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
+        ({"num_key_value_heads": 3}, "4 attention heads cannot be shared by 3"),
+        ({"num_attention_heads": 0, "num_key_value_heads": 1}, "num_attention_heads is 0"),
+        ({"rope_theta": "big"}, "rope_theta is 'big'"),
+        ({"rope_theta": -1.0}, "rotary_base is -1.0"),
+    ],
+)
+def test_what_megatron_cannot_stand_for_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        geometry_from_config({**CONFIG, **change})
+
+
+def test_a_fractional_base_has_no_flag() -> None:
+    geometry = geometry_from_config({**CONFIG, "rope_theta": 2100000.5})
+    with pytest.raises(ConfigError, match=r"2100000\.5 is not a whole number"):
+        geometry.to_argv()
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        geometry_from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        geometry_from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="must be a JSON object"):
+        geometry_from_hf(tmp_path)
