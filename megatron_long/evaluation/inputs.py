@@ -1,0 +1,170 @@
+"""What the evaluation tools check before any model is built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_long.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_long.data.tokenizers import Tokenizer
+
+TRACKER = "latest_checkpointed_iteration.txt"
+TOKENIZER_FOLDER = "tokenizer"
+HF_CONFIG = "hf_config.json"
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A Megatron checkpoint and what lies beside it."""
+
+    path: Path
+    iteration: str
+    """Training iteration, or "release" for a converted model."""
+    tokenizer: Path | None
+    """Folder of the model's tokenizer, where there is one."""
+    vocab_size: int | None
+    """Vocabulary without padding, where known."""
+
+
+def find_checkpoint(path: Path) -> CheckpointFolder:
+    """Look at a checkpoint folder without loading it.
+
+    Raises: ConfigError: no Megatron checkpoint there.
+    """
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        reason = f"holds no {TRACKER}" if path.is_dir() else "does not exist"
+        raise ConfigError(
+            f"--checkpoint {path} {reason}; give a folder that pretrain (--save) or "
+            "tools/convert_checkpoint.py hf-to-megatron wrote"
+        )
+    iteration = tracker.read_text().strip()
+    name = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
+    if not (path / name).is_dir():
+        raise ConfigError(
+            f"--checkpoint {path}: {TRACKER} names {iteration!r}, but the folder {name} is missing; "
+            "copy the checkpoint again or name an iteration that is there in the file"
+        )
+    tokenizer = path / TOKENIZER_FOLDER
+    return CheckpointFolder(
+        path, iteration, tokenizer if tokenizer.is_dir() else None, _read_vocab_size(path)
+    )
+
+
+def _read_vocab_size(path: Path) -> int | None:
+    config = path / HF_CONFIG
+    if not config.is_file():
+        return None
+    try:
+        vocab_size = json.loads(config.read_text()).get("vocab_size")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"--checkpoint {path}: {HF_CONFIG} is not a JSON object") from error
+    return None if vocab_size is None else int(vocab_size)
+
+
+def open_tokenizer(tokenizer: Path | None, checkpoint: CheckpointFolder) -> Tokenizer:
+    """Open `--tokenizer`, or the one beside the checkpoint, and see that the model has its ids.
+
+    Raises: ConfigError: neither is there, they differ, or the vocabulary is larger than the
+        model's.
+    """
+    from megatron_long.data.tokenizers import load_tokenizer
+
+    path = tokenizer or checkpoint.tokenizer
+    if path is None:
+        raise ConfigError(
+            f"--checkpoint {checkpoint.path} has no folder {TOKENIZER_FOLDER}/ beside it; say which "
+            "tokenizer the model was trained with: --tokenizer FILE_OR_FOLDER"
+        )
+    if not path.exists():
+        raise ConfigError(f"--tokenizer {path} does not exist; give a tokenizer file or folder")
+    opened = load_tokenizer(path)
+    if tokenizer is not None and checkpoint.tokenizer is not None:
+        _check_same_vocabulary(
+            load_tokenizer(checkpoint.tokenizer).vocabulary_sha256,
+            opened.vocabulary_sha256,
+            f"--tokenizer {tokenizer}",
+            checkpoint,
+        )
+    check_vocab_size(opened.vocab_size, f"the tokenizer {path}", checkpoint)
+    return opened
+
+
+def check_dataset_vocabulary(
+    vocab_size: int, sha256: str, dataset: Path, tokenizer: Path | None, ckpt: CheckpointFolder
+) -> None:
+    """Check that the dataset was made with the model's tokenizer, as far as that is known.
+
+    Args:
+        vocab_size, sha256: The manifest's.
+        tokenizer: `--tokenizer`, or None for the one beside the checkpoint, if any.
+    Raises: ConfigError: it was not.
+    """
+    check_vocab_size(vocab_size, f"--dataset {dataset}", ckpt)
+    if tokenizer is not None or ckpt.tokenizer is not None:
+        opened = open_tokenizer(tokenizer, ckpt)
+        _check_same_vocabulary(opened.vocabulary_sha256, sha256, f"--dataset {dataset}", ckpt)
+
+
+def check_vocab_size(vocab_size: int, what: str, checkpoint: CheckpointFolder) -> None:
+    """Check that every token id has an embedding.
+
+    Raises: ConfigError: it has not.
+    """
+    if checkpoint.vocab_size is not None and vocab_size > checkpoint.vocab_size:
+        raise ConfigError(
+            f"{what} has a vocabulary of {vocab_size}, --checkpoint {checkpoint.path} one of "
+            f"{checkpoint.vocab_size}; use the tokenizer the model was trained with"
+        )
+
+
+def _check_same_vocabulary(
+    expected: str, seen: str, what: str, checkpoint: CheckpointFolder
+) -> None:
+    if expected != seen:
+        raise ConfigError(
+            f"{what} has another vocabulary (sha256 {seen[:12]}...) than the tokenizer of "
+            f"--checkpoint {checkpoint.path} ({expected[:12]}...); use the tokenizer the model was "
+            "trained with"
+        )
+
+
+def check_context_length(context_length: int, megatron_argv: Sequence[str]) -> None:
+    """Check that context-parallel ranks can share a sequence evenly.
+
+    Raises: ConfigError: not a multiple of 2 * --context-parallel-size.
+    """
+    size = read_int_flag(megatron_argv, "--context-parallel-size", default=1)
+    step = 2 * size
+    if context_length < step or context_length % step:
+        below = context_length // step * step
+        choices = f"{below} or {below + step}" if below > 0 else f"{step} or more"
+        raise ConfigError(
+            f"--context-length {context_length} is not a multiple of 2 * --context-parallel-size "
+            f"{size} ({step}); use {choices}"
+        )
+
+
+def read_int_flag(argv: Sequence[str], flag: str, default: int) -> int:
+    """Read one of Megatron's integer flags from those that are passed on to it.
+
+    >>> read_int_flag(["--bf16", "--context-parallel-size", "4"], "--context-parallel-size", 1)
+    4
+    >>> read_int_flag(["--context-parallel-size=2"], "--context-parallel-size", 1)
+    2
+
+    Raises: ConfigError: the value is missing or not a positive integer.
+    """
+    value = str(default)
+    for place, word in enumerate(argv):
+        name, equals, attached = word.partition("=")
+        if name == flag:
+            value = attached if equals else "".join(argv[place + 1 : place + 2])
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"{flag} {value!r} is not a positive integer")
+    return int(value)
