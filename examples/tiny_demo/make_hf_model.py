@@ -6,7 +6,9 @@ The folder is what a download of a real Llama would be: config.json, model.safet
 """
 
 import argparse
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,11 +28,11 @@ def model_config(vocab_size: int, context_length: int) -> dict[str, object]:
     """
     return {
         "vocab_size": vocab_size,
-        "hidden_size": 160,
-        "intermediate_size": 432,
+        "hidden_size": 192,
+        "intermediate_size": 512,
         "num_hidden_layers": 4,
-        "num_attention_heads": 5,
-        "num_key_value_heads": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
         "head_dim": 32,
         "max_position_embeddings": context_length,
         "rope_theta": 10_000.0,
@@ -52,15 +54,37 @@ def make_model(tokenizer_file: Path, output: Path, *, context_length: int, seed:
         raise DataError(f"--tokenizer {tokenizer_file} is not there; run train_tokenizer.py first")
     import sentencepiece
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     vocab_size = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file)).vocab_size()
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**model_config(vocab_size, context_length)))
     with atomic_path(output, directory=True) as folder:
         model.save_pretrained(folder)
-        LlamaTokenizer.from_pretrained(tokenizer_file.parent).save_pretrained(folder)
+        save_tokenizer(tokenizer_file, folder)
     return model.num_parameters()
+
+
+def save_tokenizer(tokenizer_file: Path, folder: Path) -> None:
+    """Write the tokenizer in both forms a Llama folder has: SentencePiece's and `tokenizers`'.
+
+    `LlamaTokenizer` takes only vocabulary and merges over. The two normalizers are those of Llama
+    2's own tokenizer.json; with them both forms agree on texts that start with spaces too.
+    """
+    from tokenizers import normalizers
+    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory() as alone:
+        shutil.copy(tokenizer_file, Path(alone) / "tokenizer.model")
+        backend = LlamaTokenizer.from_pretrained(alone).backend_tokenizer
+    space = "\u2581"
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(space), normalizers.Replace(" ", space)]
+    )
+    backend.pre_tokenizer = None
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    shutil.copy(tokenizer_file, folder / "tokenizer.model")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
