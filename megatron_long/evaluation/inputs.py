@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_long.errors import ConfigError
+from megatron_long.files import refuse_overwrite
 
 if TYPE_CHECKING:
     from megatron_long.data.tokenizers import Tokenizer
@@ -47,7 +50,7 @@ def find_checkpoint(path: Path) -> CheckpointFolder:
     name = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
     if not (path / name).is_dir():
         raise ConfigError(
-            f"--checkpoint {path}: {TRACKER} names {iteration!r}, but the folder {name} is missing; "
+            f"--checkpoint {path}: {TRACKER} names {iteration!r}, but folder {name} is missing; "
             "copy the checkpoint again or name an iteration that is there in the file"
         )
     tokenizer = path / TOKENIZER_FOLDER
@@ -78,7 +81,7 @@ def open_tokenizer(tokenizer: Path | None, checkpoint: CheckpointFolder) -> Toke
     path = tokenizer or checkpoint.tokenizer
     if path is None:
         raise ConfigError(
-            f"--checkpoint {checkpoint.path} has no folder {TOKENIZER_FOLDER}/ beside it; say which "
+            f"--checkpoint {checkpoint.path} has no folder {TOKENIZER_FOLDER}/ in it; say which "
             "tokenizer the model was trained with: --tokenizer FILE_OR_FOLDER"
         )
     if not path.exists():
@@ -168,3 +171,22 @@ def read_int_flag(argv: Sequence[str], flag: str, default: int) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise ConfigError(f"{flag} {value!r} is not a positive integer")
     return int(value)
+
+
+def check_output(path: Path, *, force: bool, flag: str) -> None:
+    """Check that a result can be written, before hours are spent on it.
+
+    Raises: ConfigError: the file exists and `force` is not given, or its folder is not writable.
+    """
+    refuse_overwrite(path, force=force, flag=flag)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"{flag} {path} cannot be written as a file; give another path")
+
+
+def positive_int(text: str) -> int:
+    """Read a flag's value that must be at least 1; for argparse's `type`."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value

@@ -22,7 +22,7 @@ count words of the answer; exact match is stricter.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -189,34 +189,6 @@ def _judge(case: NeedleCase, scores: RowScores) -> NeedleResult:
         token_accuracy=float(is_greedy.mean()),
         log_likelihood=-float(scores.losses[answer].mean(dtype=np.float64)),
     )
-
-
-def summarize(results: Sequence[NeedleResult], training_length: int | None) -> dict[str, object]:
-    """Give the means over all cells, and within and beyond the training length if it is known."""
-    parts = {"all": list(results)}
-    if training_length is not None:
-        parts["within"] = [r for r in results if r.context_length <= training_length]
-        parts["beyond"] = [r for r in results if r.context_length > training_length]
-    return {
-        name: {
-            "num_cells": len(part),
-            "exact_match": float(np.mean([r.is_exact for r in part])),
-            "token_accuracy": float(np.mean([r.token_accuracy for r in part])),
-            "log_likelihood": float(np.mean([r.log_likelihood for r in part])),
-        }
-        for name, part in parts.items()
-        if part
-    }
-
-
-def results_to_json(results: Sequence[NeedleResult]) -> list[dict[str, object]]:
-    """Give the cells as plain dictionaries."""
-    return [asdict(result) for result in results]
-
-
-def results_from_json(cells: Sequence[dict[str, object]]) -> list[NeedleResult]:
-    """Read what `results_to_json` gave."""
-    return [NeedleResult(**cell) for cell in cells]  # type: ignore[arg-type]
 
 
 def _encode_parts(tokenizer: Tokenizer, task: NeedleTask) -> tuple[np.ndarray, ...]:

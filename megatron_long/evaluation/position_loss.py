@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.evaluation.batches import NOT_SCORED, Row, score_rows
+from megatron_long.evaluation.batches import NOT_SCORED, score_rows
+from megatron_long.evaluation.held_out import HeldOutDocument
 
 if TYPE_CHECKING:
     from megatron_long.evaluation.scoring import Scorer
@@ -32,28 +33,6 @@ FIRST_BUCKET_TOKENS = 4096
 
 Bucket = tuple[int, int]
 """Positions from the first (included) to the second (excluded), in tokens."""
-
-
-class DocumentReader(Protocol):
-    """What is needed of an indexed dataset: see `megatron_long.data.indexed`."""
-
-    def read(self, index: int, /) -> np.ndarray:
-        """Give the tokens of one document."""
-        ...
-
-
-@dataclass(frozen=True)
-class HeldOutDocument:
-    """One document of `valid/<source>`, read when needed."""
-
-    source: str
-    reader: DocumentReader
-    index: int
-
-    def row(self, context_length: int) -> Row:
-        """Give its first `context_length` tokens, each labelled with the next one."""
-        tokens = np.asarray(self.reader.read(self.index)[: context_length + 1], dtype=np.int64)
-        return Row(tokens[:-1], tokens[1:])
 
 
 @dataclass
@@ -151,36 +130,6 @@ def cell_edges(context_length: int, buckets: Iterable[Bucket] = ()) -> tuple[int
     steps = {round(2 ** (step / CELLS_PER_OCTAVE)) for step in range(num_steps)}
     edges = {0, context_length} | steps | {edge for bucket in buckets for edge in bucket}
     return tuple(sorted(edge for edge in edges if edge <= context_length))
-
-
-def select_documents(
-    readers: dict[str, DocumentReader],
-    lengths: dict[str, np.ndarray],
-    *,
-    min_document_tokens: int = 2,
-    max_documents_per_source: int | None = None,
-) -> list[HeldOutDocument]:
-    """Give the held-out documents to score, in file order within each source.
-
-    Args:
-        lengths: Length of each document of each source, tokens.
-        min_document_tokens: Shorter documents are left out. Needed for a curve of the same
-            documents at every position: without it only the long ones reach its end.
-        max_documents_per_source: The first so many of each source; None takes all.
-    Raises: DataError: no document is long enough.
-    """
-    documents = []
-    for source, reader in readers.items():
-        long_enough = np.flatnonzero(lengths[source] >= max(2, min_document_tokens))
-        for index in long_enough[:max_documents_per_source]:
-            documents.append(HeldOutDocument(source, reader, int(index)))
-    if not documents:
-        longest = max((int(part.max()) for part in lengths.values() if len(part)), default=0)
-        raise DataError(
-            f"--min-document-tokens {min_document_tokens}: no held-out document is that long, the "
-            f"longest has {longest} tokens; use a smaller number or hold out longer documents"
-        )
-    return documents
 
 
 def loss_by_position(
