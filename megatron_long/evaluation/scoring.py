@@ -1,0 +1,275 @@
+"""Token scores of a sharded Megatron model: loss and greedy match of every label, in one forward pass.
+
+Legend: b batch, s sequence of the whole window, h hidden, v padded vocabulary; rank-local sizes carry
+`/cp` or `/tp`. The full logits [s, b, v] are never built: the output layer is applied to a chunk of
+positions at a time, and of each chunk three numbers a token are kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_long.errors import ConfigError
+from megatron_long.training import host_backend
+
+UNSCORED = -1
+"""Label of a position that is not scored."""
+CHUNK_POSITIONS = 1024
+"""Positions whose logits exist at a time: 1024 x 128K x 4 bytes = 0.5 GiB in float32, over tp."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the model thinks of each label."""
+
+    losses: Tensor
+    """Negative log-likelihood of the label [b, s], float32, nats; 0 where not scored."""
+    is_greedy: Tensor
+    """Whether the label is the most likely token of the real vocabulary [b, s], bool; True where not
+    scored."""
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """The rows of the output layer that a tensor-parallel rank holds."""
+
+    first: int
+    """Token id of the first row."""
+    vocab_size: int
+    """Real tokens of the whole vocabulary; rows beyond are padding and get no probability."""
+
+
+def shard_statistics(
+    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard
+) -> Tensor:
+    """Reduce a vocabulary shard's logits to what scoring needs, a chunk of positions at a time.
+
+    Args:
+        hidden: Hidden states [n, h] of n positions.
+        weight: Rows of the output layer [v/tp, h].
+        labels: Token ids [n], int64; `UNSCORED` allowed.
+        shard: Which rows these are.
+    Returns: [3, n] float32: log-sum-exp of the shard's logits, their maximum, and the label's logit
+        (-inf if the label is not in the shard).
+    """
+    rows = weight.size(0)
+    real_rows = min(max(shard.vocab_size - shard.first, 0), rows)
+    local = labels - shard.first
+    is_local = (local >= 0) & (local < real_rows)
+    statistics = torch.full((3, labels.numel()), -torch.inf, device=hidden.device)
+    if real_rows == 0:
+        return statistics
+    for start in range(0, labels.numel(), CHUNK_POSITIONS):
+        part = slice(start, start + CHUNK_POSITIONS)
+        logits = (hidden[part] @ weight[:real_rows].t()).float()
+        label_logits = logits.gather(1, local[part].clamp(0, real_rows - 1)[:, None])[:, 0]
+        statistics[0, part] = torch.logsumexp(logits, dim=-1)
+        statistics[1, part] = logits.amax(dim=-1)
+        statistics[2, part] = label_logits.masked_fill(~is_local[part], -torch.inf)
+    return statistics
+
+
+def combine_statistics(shards: Tensor, labels: Tensor) -> TokenScores:
+    """Put the statistics of all vocabulary shards together.
+
+    Args:
+        shards: [tp, 3, n] of `shard_statistics`.
+        labels: Token ids [n].
+    """
+    log_sum_exp = torch.logsumexp(shards[:, 0], dim=0)
+    maximum, label_logits = shards[:, 1].amax(dim=0), shards[:, 2].amax(dim=0)
+    skipped = labels == UNSCORED
+    losses = (log_sum_exp - label_logits).masked_fill(skipped, 0.0)
+    return TokenScores(losses, (label_logits >= maximum) | skipped)
+
+
+class Scorer:
+    """A checkpoint, loaded in a layout, that scores batches of whole windows.
+
+    Every rank of a replica calls `score` with the same tokens; replicas (data-parallel ranks) may be
+    given different ones.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, context_length: int, vocab_size: int) -> None:
+        from megatron.core import parallel_state
+
+        self.model = model
+        self.context_length = context_length
+        self.vocab_size = vocab_size
+        self.data_parallel_rank = parallel_state.get_data_parallel_rank()
+        self.data_parallel_size = parallel_state.get_data_parallel_world_size()
+        self.is_writer = torch.distributed.get_rank() == 0
+
+    def score(self, tokens: Tensor, labels: Tensor) -> TokenScores:
+        """Score a batch; collective over the ranks of this replica.
+
+        Args:
+            tokens: [b, s] int64, s being `context_length`.
+            labels: [b, s] int64, what should follow each token; `UNSCORED` where nothing is asked.
+        Returns: Scores in sequence order, on the CPU, the same on every rank of the replica.
+        Raises: ConfigError: a wrong length, or a label beyond the vocabulary.
+        """
+        self._check(tokens, labels)
+        with torch.no_grad():
+            local = self._forward(tokens, labels)
+            whole = self._collect(local, tuple(tokens.shape))
+        return TokenScores(whole[0].cpu(), whole[1].cpu() > 0.5)
+
+    def gather(self, value: Any) -> list:
+        """Collect a picklable object from every data-parallel rank, in rank order, on each."""
+        from megatron.core import parallel_state
+
+        group = parallel_state.get_data_parallel_group()
+        gathered: list[Any] = [None] * self.data_parallel_size
+        torch.distributed.all_gather_object(gathered, value, group=group)
+        return gathered
+
+    def close(self) -> None:
+        """Leave the process group."""
+        from megatron_long.training.megatron_adapter import leave_process_group
+
+        leave_process_group()
+
+    def _check(self, tokens: Tensor, labels: Tensor) -> None:
+        if tokens.size(1) != self.context_length or tokens.shape != labels.shape:
+            raise ConfigError(
+                f"tokens {tuple(tokens.shape)} and labels {tuple(labels.shape)} must both be "
+                f"[batch, {self.context_length}], the context length the model was opened with"
+            )
+        top = max(int(tokens.max()), int(labels.max()))
+        if top >= self.vocab_size or int(tokens.min()) < 0 or int(labels.min()) < UNSCORED:
+            raise ConfigError(
+                f"a token id {top} is outside the model's vocabulary of {self.vocab_size}; the text "
+                "was made with another tokenizer than the model's"
+            )
+
+    def _forward(self, tokens: Tensor, labels: Tensor) -> Tensor | None:
+        """Losses and matches of this rank's shard [2, b, s/cp]; None before the last stage."""
+        from megatron.core import parallel_state
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        from megatron_long.model.attention import zigzag_shard
+
+        rank = parallel_state.get_context_parallel_rank()
+        cp = parallel_state.get_context_parallel_world_size()
+        positions = torch.arange(tokens.size(1)).expand_as(tokens)
+        shards = [
+            zigzag_shard(whole.to(torch.cuda.current_device()), rank, cp, dim=1)
+            for whole in (tokens, labels, positions)
+        ]
+
+        def forward_step(_iterator, model):
+            tokens, labels, positions = shards
+            output = model(
+                tokens, positions, None, labels=labels, output_processor=self._output_processor
+            )
+            return output, lambda output, **_: output
+
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=[self.model],
+            num_microbatches=1,
+            seq_length=self.context_length,
+            micro_batch_size=tokens.size(0),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        return outputs[0] if parallel_state.is_pipeline_last_stage() else None
+
+    def _output_processor(
+        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Any, labels: Tensor, **_
+    ) -> Tensor:
+        """Take the place of output layer and loss: hidden [s/cp(/tp), b, h] -> [2, b, s/cp]."""
+        from megatron.core import parallel_state, tensor_parallel
+
+        tp = parallel_state.get_tensor_model_parallel_world_size()
+        if output_layer.sequence_parallel:
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
+        weight = output_layer.weight if output_weight is None else output_weight
+        first = parallel_state.get_tensor_model_parallel_rank() * weight.size(0)
+        flat_labels = labels.transpose(0, 1).reshape(-1)  # hidden states run sequence first
+        local = shard_statistics(
+            hidden_states.reshape(-1, hidden_states.size(-1)),
+            weight,
+            flat_labels,
+            VocabularyShard(first, self.vocab_size),
+        )
+        shards = local.new_empty(tp, *local.shape)
+        group = parallel_state.get_tensor_model_parallel_group()
+        torch.distributed.all_gather_into_tensor(shards.view(-1), local.view(-1), group=group)
+        scores = combine_statistics(shards, flat_labels)
+        both = torch.stack([scores.losses, scores.is_greedy.float()])
+        return both.view(2, labels.size(1), labels.size(0)).transpose(1, 2).contiguous()
+
+    def _collect(self, local: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        """Put the shards of the context-parallel ranks in order, and share them with all stages."""
+        from megatron.core import parallel_state
+
+        from megatron_long.model.attention import zigzag_unshard
+
+        if local is not None:
+            cp = parallel_state.get_context_parallel_world_size()
+            shards = [torch.empty_like(local) for _ in range(cp)]
+            torch.distributed.all_gather(
+                shards, local, group=parallel_state.get_context_parallel_group()
+            )
+            whole = zigzag_unshard(shards, dim=-1).contiguous()
+        else:
+            whole = torch.empty(2, *shape, device=torch.cuda.current_device())
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            torch.distributed.broadcast(
+                whole,
+                parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        return whole
+
+
+def open_scorer(
+    checkpoint: Path, *, context_length: int, micro_batch_size: int, megatron_argv: Sequence[str]
+) -> Scorer:
+    """Load a checkpoint in the layout of the flags; under torchrun, every rank calls this.
+
+    Args:
+        checkpoint: Megatron checkpoint folder with its `hf_config.json`, which gives the shape and RoPE.
+        context_length: Tokens of the windows to score.
+        micro_batch_size: Windows scored at once.
+        megatron_argv: The user's Megatron flags: layout, precision, `--ckpt-step`, `--rotary-base`.
+    Raises: ConfigError: no checkpoint there, or a layout that cannot be cut.
+    """
+    host_backend.install()
+    from megatron_long.model.geometry import geometry_from_hf
+    from megatron_long.training import megatron_adapter
+    from megatron_long.training.arguments import check_checkpoint, check_layout
+    from megatron_long.training.backend import detect_backend, join_or_start_job
+    from megatron_long.training.checkpoint_folder import hf_config_path
+
+    check_checkpoint(str(checkpoint), "--checkpoint")
+    geometry = geometry_from_hf(hf_config_path(checkpoint))
+    megatron_adapter.install_patches()
+    world_size = join_or_start_job()
+    args = megatron_adapter.parse_flags(
+        [
+            *detect_backend().to_argv(),
+            *geometry.to_argv(),
+            *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(geometry.vocab_size)),
+            *("--load", str(checkpoint), "--no-load-optim", "--no-load-rng", "--skip-train"),
+            *("--exit-on-missing-checkpoint", "--sequence-parallel", "--eval-iters", "0"),
+            *("--micro-batch-size", str(micro_batch_size), "--train-iters", "1", "--lr", "0"),
+            *(
+                "--max-position-embeddings",
+                str(max(context_length, geometry.max_position_embeddings)),
+            ),
+            *megatron_argv,
+            *("--seq-length", str(context_length)),
+        ]
+    )
+    check_layout(args, world_size)
+    megatron_adapter.validate_flags(args)
+    model = megatron_adapter.load_model_for_scoring(args)
+    return Scorer(model, context_length=context_length, vocab_size=geometry.vocab_size)

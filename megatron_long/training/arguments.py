@@ -1,0 +1,150 @@
+"""The project's own flags, and the rules that a layout must keep, checked before anything is built."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_long.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class LongContextArguments:
+    """Flags of megatron_long beside Megatron's own."""
+
+    recipe: str | None = None
+    """Recipe whose flags come before those on the command line; tools/show_recipe.py prints them."""
+
+    hf_config: str | None = None
+    """Hugging Face model folder or config.json that gives the model's shape; by default the
+    hf_config.json beside the checkpoint of --load."""
+
+    dataset: str | None = None
+    """Folder that tools/preprocess_mix.py wrote; windows of --seq-length tokens are read in file
+    order. Instead of --data-path."""
+
+    allow_repeat: bool = False
+    """Read the dataset again from its start when the run asks for more tokens than it holds."""
+
+    loss_log: str | None = None
+    """JSON-lines file for the loss and gradient norm of every step, unrounded."""
+
+
+def check_layout(args: Namespace, world_size: int) -> None:
+    """Refuse a layout that cannot be cut, in the words of the flags.
+
+    Args:
+        args: Megatron's parsed flags, before its own validation.
+        world_size: Processes of the job.
+    Raises: ConfigError: the first rule broken.
+    """
+    tp = args.tensor_model_parallel_size
+    pp = args.pipeline_model_parallel_size
+    cp = args.context_parallel_size
+    _check_world_size(world_size, tp, pp, cp)
+    _check_sequence(args.seq_length, tp if args.sequence_parallel else 1, cp)
+    data_parallel = world_size // (tp * pp * cp)
+    if args.global_batch_size and args.micro_batch_size:
+        step = args.micro_batch_size * data_parallel
+        if args.global_batch_size % step:
+            raise ConfigError(
+                f"--global-batch-size {args.global_batch_size} is not a multiple of "
+                f"--micro-batch-size {args.micro_batch_size} * data parallel size {data_parallel} "
+                f"({step}); {_neighbours(args.global_batch_size, step)}"
+            )
+    for flag, size, parts, by in (
+        ("--num-attention-heads", args.num_attention_heads, tp, "--tensor-model-parallel-size"),
+        ("--num-query-groups", args.num_query_groups, tp, "--tensor-model-parallel-size"),
+        ("--num-layers", args.num_layers, pp, "--pipeline-model-parallel-size"),
+        ("--padded-vocab-size", args.padded_vocab_size, tp, "--tensor-model-parallel-size"),
+    ):
+        shared = (
+            flag == "--num-query-groups" and parts % (size or 1) == 0
+        )  # heads are then repeated
+        if size and size % parts and not shared:
+            raise ConfigError(
+                f"{flag} {size} is not a multiple of {by} {parts}; "
+                f"choose a {by} that divides {size}"
+            )
+
+
+def _check_world_size(world_size: int, tp: int, pp: int, cp: int) -> None:
+    devices = tp * pp * cp
+    if world_size % devices == 0:
+        return
+    raise ConfigError(
+        f"{world_size} processes cannot hold whole replicas: --tensor-model-parallel-size {tp} * "
+        f"--pipeline-model-parallel-size {pp} * --context-parallel-size {cp} takes {devices} each; "
+        f"start {_neighbours(world_size, devices).removeprefix('use ')} processes, "
+        "or change the layout"
+    )
+
+
+def _check_sequence(seq_length: int | None, sequence_parallel: int, cp: int) -> None:
+    if seq_length is None:
+        raise ConfigError("--seq-length is missing: give the tokens of a window, or a --recipe")
+    divisor = (2 * cp if cp > 1 else 1) * sequence_parallel
+    if seq_length % divisor == 0:
+        return
+    rule = f"2 * --context-parallel-size {cp}" if cp > 1 else ""
+    if sequence_parallel > 1:
+        shard = f"--tensor-model-parallel-size {sequence_parallel} (--sequence-parallel)"
+        rule = f"{rule} * {shard}" if rule else shard
+    raise ConfigError(
+        f"--seq-length {seq_length} is not a multiple of {rule} ({divisor}); "
+        f"{_neighbours(seq_length, divisor)}"
+    )
+
+
+def _neighbours(value: int, step: int) -> str:
+    """The multiples of `step` around a value.
+
+    >>> _neighbours(131000, 16), _neighbours(3, 4)
+    ('use 130992 or 131008', 'use 4')
+    """
+    below, above = value // step * step, -(-value // step) * step
+    return f"use {below} or {above}" if below else f"use {above}"
+
+
+def check_files(arguments: LongContextArguments, args: Namespace) -> None:
+    """Refuse paths that are not there, and data given twice.
+
+    Raises: ConfigError: names the flag and the path.
+    """
+    stock_data = [args.data_path, args.train_data_path, args.data_args_path]
+    if arguments.dataset and any(stock_data):
+        raise ConfigError(
+            "--dataset and --data-path (or --train-data-path, --data-args-path) are both given; "
+            "training data come from one of them"
+        )
+    if not arguments.dataset and not any(stock_data) and not args.mock_data:
+        raise ConfigError(
+            "no training data: give --dataset with a folder of tools/preprocess_mix.py, or Megatron's "
+            "own --data-path"
+        )
+    for flag, value in (("--dataset", arguments.dataset), ("--hf-config", arguments.hf_config)):
+        if value and not Path(value).exists():
+            raise ConfigError(f"{flag} {value} does not exist; check the path")
+    if (
+        args.pretrained_checkpoint is None
+    ):  # with it, Megatron starts from there until --load has one
+        check_checkpoint(args.load, "--load")
+    if args.reset_attention_mask or args.reset_position_ids:
+        raise ConfigError(
+            "--reset-attention-mask and --reset-position-ids build a dense mask, 64 GiB at 131072 "
+            "tokens; drop them (the recipe does not mask between documents)"
+        )
+
+
+def check_checkpoint(folder: str | None, flag: str) -> None:
+    """Refuse a folder that holds no Megatron checkpoint; Megatron would start from random weights.
+
+    Raises: ConfigError: the folder or its `latest_checkpointed_iteration.txt` is missing.
+    """
+    if folder is None:
+        return
+    tracker = Path(folder) / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        raise ConfigError(
+            f"{flag} {folder} holds no Megatron checkpoint: {tracker.name} is not there; give the "
+            "folder that tools/convert_checkpoint.py or a training run wrote"
+        )

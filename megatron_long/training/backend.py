@@ -1,0 +1,100 @@
+"""What the machine offers (CUDA, Transformer Engine, Apex), and the Megatron flags that follow from it."""
+
+import importlib.util
+import os
+import socket
+from dataclasses import dataclass
+
+HOST_ARGV = (
+    "--distributed-backend gloo",
+    "--use-cpu-initialization",
+    "--transformer-impl local",
+    "--disable-jit-fuser",
+    "--no-persist-layer-norm",
+    "--no-masked-softmax-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-rope-fusion",
+    "--no-gradient-accumulation-fusion",
+    "--no-create-attention-mask-in-dataloader",
+    "--num-workers 0",
+)
+"""Flags under which Megatron uses no CUDA kernel; loader workers would only contend for the cores."""
+
+GPU_ARGV = (
+    "--distributed-backend nccl",
+    "--no-create-attention-mask-in-dataloader",
+    "--overlap-grad-reduce",
+    "--overlap-param-gather",
+)
+
+PORTABLE_GPU_ARGV = ("--transformer-impl local", "--no-persist-layer-norm", "--no-rope-fusion")
+"""A GPU without Transformer Engine: Megatron's own layers with the portable attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """What a run computes with."""
+
+    cuda: bool
+    """CUDA devices; otherwise the host backend (gloo, CPU)."""
+    transformer_engine: bool
+    """Transformer Engine's layers, fused attention and FP8."""
+    fused_weight_gradient: bool
+    """Apex's kernel that adds weight gradients in place in FP32; without it the output layer cannot fuse."""
+
+    @property
+    def portable(self) -> bool:
+        """Whether layers are Megatron's local ones with our context-parallel attention."""
+        return not self.transformer_engine
+
+    def to_argv(self) -> list[str]:
+        """Megatron's flags for this backend."""
+        if not self.cuda:
+            return _split(HOST_ARGV)
+        flags = list(GPU_ARGV)
+        if self.portable:
+            flags += PORTABLE_GPU_ARGV
+        if not self.fused_weight_gradient:
+            flags.append("--no-gradient-accumulation-fusion")
+        return _split(flags)
+
+
+GPU = Backend(cuda=True, transformer_engine=True, fused_weight_gradient=False)
+HOST = Backend(cuda=False, transformer_engine=False, fused_weight_gradient=False)
+
+
+def detect_backend() -> Backend:
+    """The backend of this machine; imports torch."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return HOST
+    return Backend(
+        cuda=True,
+        transformer_engine=_has("transformer_engine"),
+        fused_weight_gradient=_has("fused_weight_gradient_mlp_cuda"),
+    )
+
+
+def join_or_start_job() -> int:
+    """Give the number of processes of this job; without torchrun, set the environment of a job of one.
+
+    Returns: World size.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+        os.environ["MASTER_ADDR"] = "localhost"
+    return int(os.environ["WORLD_SIZE"])
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _split(flags: tuple[str, ...] | list[str]) -> list[str]:
+    return [word for flag in flags for word in flag.split()]

@@ -1,0 +1,65 @@
+"""What lies beside Megatron's checkpoints in their folder: HF config, tokenizer, command line.
+
+DIR/latest_checkpointed_iteration.txt, DIR/iter_0000100/ or DIR/release/   Megatron's own
+DIR/hf_config.json    the model as Hugging Face's config.json describes it, with the RoPE trained
+DIR/tokenizer/        the tokenizer's files
+DIR/run.json          command line and dataset fingerprint of the run that writes here
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_long.errors import ConfigError
+from megatron_long.files import atomic_path
+
+HF_CONFIG_NAME = "hf_config.json"
+TOKENIZER_DIR_NAME = "tokenizer"
+RUN_NAME = "run.json"
+
+
+def hf_config_path(folder: Path) -> Path:
+    """Where a checkpoint folder keeps the HF config of its model.
+
+    Raises: ConfigError: it has none.
+    """
+    path = folder / HF_CONFIG_NAME
+    if not path.is_file():
+        raise ConfigError(
+            f"checkpoint folder {folder} has no {HF_CONFIG_NAME}, which says what model it holds; copy "
+            f"the config.json of the Hugging Face model there under that name"
+        )
+    return path
+
+
+def write_hf_config(
+    folder: Path, source: Path, *, rotary_base: float, max_position_embeddings: int
+) -> None:
+    """Write the HF config of what is trained: `source` with another RoPE base and length."""
+    config = json.loads(source.read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = max_position_embeddings
+    config["rope_theta"] = float(rotary_base)  # transformers 4
+    if config.get("rope_parameters"):  # transformers 5
+        config["rope_parameters"]["rope_theta"] = float(rotary_base)
+    _write_json(folder / HF_CONFIG_NAME, config)
+
+
+def copy_tokenizer(folder: Path, source: Path) -> None:
+    """Put the tokenizer's files beside the checkpoints, unless some are there."""
+    target = folder / TOKENIZER_DIR_NAME
+    if target.exists():
+        return
+    with atomic_path(target, directory=True) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+
+
+def write_run(folder: Path, run: Mapping[str, Any]) -> None:
+    """Record the run that writes checkpoints here."""
+    _write_json(folder / RUN_NAME, run)
+
+
+def _write_json(path: Path, value: object) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

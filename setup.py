@@ -1,0 +1,37 @@
+"""Package of megatron_long; constraints.txt holds the exact versions that were tested."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-long",
+    version="0.1.0",
+    description="Stretch Llama-class models to 128K tokens with Megatron-Core",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_long", "megatron_long.*"]),
+    install_requires=[
+        "megatron-core>=0.19.2,<0.20",
+        "torch>=2.11",
+        "numpy",
+        "sentencepiece",
+        "tokenizers",
+        "nltk",
+        "orjson",
+        "xxhash",
+        "zstandard",
+        "safetensors",
+        "transformers",
+        "psutil",  # torch_dist checkpoints need it; megatron-core does not declare it
+        "pyyaml",
+        "tqdm",
+        "rich",
+        "tensorboard",
+        "matplotlib",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch,core_cu13]>=2.8"],
+        "cluster": ["datatrove>=0.10"],
+        "eval": ["rouge-score", "lm-eval"],
+        "dev": ["pytest", "ruff", "mypy", "types-tqdm", "types-PyYAML"],
+    },
+)
