@@ -1,0 +1,177 @@
+"""Megatron's indexed dataset (`.bin` of tokens, `.idx` of documents), written and read with numpy alone.
+
+Layout of `.idx`, little-endian: magic, version u64, dtype code u8, sequence count u64, document count
+u64 (documents + 1), lengths i32, byte pointers i64, document indices i64. Each document is one sequence.
+"""
+
+import bisect
+import struct
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from megatron_long.errors import DataError
+from megatron_long.files import atomic_path
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES: dict[np.dtype, int] = {np.dtype("<i4"): 4, np.dtype("<u2"): 8}
+MAX_LENGTH = 2**31 - 1
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Give the dtype Megatron stores a vocabulary in: two bytes where they are enough.
+
+    >>> str(token_dtype(32000)), str(token_dtype(128256))
+    ('uint16', 'int32')
+
+    Source: megatron-core 0.19.2, datasets/indexed_dataset.py, `DType.optimal_dtype`.
+    """
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+def bin_path(prefix: Path) -> Path:
+    """Give the token file of a prefix: `.bin` is appended, dots in the name stay."""
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    """Give the index file of a prefix: `.idx` is appended, dots in the name stay."""
+    return prefix.with_name(prefix.name + ".idx")
+
+
+class IndexedDatasetWriter:
+    """Write documents one after another; the two files appear whole at `finalize`, or not at all.
+
+    Use it in a `with` block: leaving it by an exception removes what was written so far.
+    """
+
+    def __init__(self, prefix: Path, dtype: DTypeLike) -> None:
+        self.dtype = np.dtype(dtype)
+        self._lengths: list[int] = []
+        self._stack = ExitStack()
+        # Left in reverse order: the .bin is in place before the .idx that makes it readable.
+        self._idx = self._stack.enter_context(atomic_path(idx_path(prefix)))
+        self._bin = self._stack.enter_context(atomic_path(bin_path(prefix)))
+        file = open(self._bin, "wb", buffering=1 << 20)  # noqa: SIM115, the stack closes it
+        self._file = self._stack.enter_context(file)
+
+    def add_document(self, tokens: NDArray) -> None:
+        """Append one document."""
+        if len(tokens) > MAX_LENGTH:
+            raise DataError(
+                f"a document of {len(tokens):,} tokens; the format ends at {MAX_LENGTH:,}"
+            )
+        self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        self._lengths.append(len(tokens))
+
+    def finalize(self) -> None:
+        """Write the index and put both files in place."""
+        lengths = np.array(self._lengths, dtype="<i4")
+        ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
+        pointers = np.concatenate([np.zeros(1, "<i8"), ends])[:-1]
+        with open(self._idx, "wb") as file:
+            code, count = DTYPE_CODES[self.dtype], len(lengths)
+            file.write(HEADER.pack(MAGIC, VERSION, code, count, count + 1))
+            for array in (lengths, pointers, np.arange(count + 1, dtype="<i8")):
+                file.write(array.tobytes())
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+
+
+class IndexedDatasetReader:
+    """Read an indexed dataset through memory maps; opening reads the header alone.
+
+    Raises: DataError: a file is missing, is no index, or the two do not fit together.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = Path(prefix)
+        idx, tokens_file = idx_path(self.prefix), bin_path(self.prefix)
+        for path in (idx, tokens_file):
+            if not path.is_file():
+                raise DataError(
+                    f"{path} does not exist; a dataset is a pair of .bin and .idx files"
+                )
+        with open(idx, "rb") as file:
+            header = file.read(HEADER.size)
+        count = self._read_header(idx, header)
+        offset = HEADER.size
+        self.lengths: NDArray[np.int32] = _map(idx, "<i4", offset, count)
+        self._pointers: NDArray[np.int64] = _map(idx, "<i8", offset + 4 * count, count)
+        size_bytes = tokens_file.stat().st_size
+        expected = (
+            int(self._pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if count else 0
+        )
+        if size_bytes != expected:
+            raise DataError(
+                f"{tokens_file} has {size_bytes:,} bytes where {idx} tells of {expected:,}; one of them "
+                "is cut off or from another dataset: copy or make the dataset again"
+            )
+        self.num_tokens = size_bytes // self.dtype.itemsize
+        self._tokens: NDArray = _map(tokens_file, self.dtype, 0, self.num_tokens)
+
+    def _read_header(self, idx: Path, header: bytes) -> int:
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            raise DataError(f"{idx} is not a Megatron dataset index (its first bytes are wrong)")
+        _, version, code, count, num_indices = HEADER.unpack(header)
+        dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
+        if version != VERSION or code not in dtypes:
+            raise DataError(
+                f"{idx} has version {version} and token type {code}; version {VERSION} with types "
+                f"{sorted(dtypes)} is read"
+            )
+        self.dtype = dtypes[code]
+        if idx.stat().st_size < HEADER.size + 12 * count + 8 * num_indices:
+            raise DataError(f"{idx} is cut off; copy or make the dataset again")
+        return count
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, index: int) -> NDArray:
+        """Give the tokens of document `index`, a view into the file."""
+        start = int(self._pointers[index]) // self.dtype.itemsize
+        return self._tokens[start : start + int(self.lengths[index])]
+
+    def read_span(self, start_token: int, count: int) -> NDArray:
+        """Give `count` tokens from `start_token` of all documents written one after another."""
+        return self._tokens[start_token : start_token + count]
+
+    def document_starts(self, start_token: int, count: int) -> NDArray[np.int64]:
+        """Give where documents begin inside a span, relative to it.
+
+        The first element is always 0: the span's own beginning, be it inside a document or not.
+        """
+        size = self.dtype.itemsize
+        # bisect, not np.searchsorted: the latter would copy the whole unaligned array.
+        first = bisect.bisect_right(self._pointers, start_token * size)
+        last = bisect.bisect_left(self._pointers, (start_token + count) * size, lo=first)
+        inside = np.asarray(self._pointers[first:last], dtype=np.int64) // size - start_token
+        return np.concatenate([np.zeros(1, np.int64), inside])
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        # Data loader processes open the files anew; a pickled memory map would carry the data.
+        return type(self), (self.prefix,)
+
+
+def _map(path: Path, dtype: DTypeLike, offset: int, count: int) -> NDArray:
+    if count == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))

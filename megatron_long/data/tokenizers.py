@@ -1,0 +1,206 @@
+"""Text to token ids with the model's own tokenizer: SentencePiece, or a Hugging Face tokenizer.json.
+
+Both give no special tokens of their own, and a literal `<s>` inside a text stays text; the caller adds
+BOS and EOD. `vocabulary_sha256` lets tools check that a dataset and a model speak the same vocabulary.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_long.errors import ConfigError, DataError
+
+Tokens = NDArray[np.int32]
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+HF_FILE = "tokenizer.json"
+CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+KNOWN_EOD = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
+ADD_EOS_REMEDY = 'put a tokenizer_config.json with "eos_token" beside it'
+
+
+class Tokenizer(Protocol):
+    """What the data path and the evaluations need of a tokenizer."""
+
+    kind: str
+    vocab_size: int
+    bos_id: int | None
+    """Id put before every document, or None when the model's tokenizer puts none."""
+    eod_id: int
+    vocabulary_sha256: str
+
+    def encode(self, text: str) -> Tokens:
+        """Give the ids of `text`, without special tokens."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        """Give the ids of each text, without special tokens."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Give the text of `ids`."""
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece `.model` file; BOS is added when the model defines one (Llama's convention)."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(path.read_bytes())
+        except RuntimeError:
+            raise DataError(
+                f"--tokenizer {path} is not a SentencePiece model; if it is a tiktoken file (Llama 3), "
+                f"give the {HF_FILE} of the same model"
+            ) from None
+        processor, config = self._processor, _read_config(path.parent)
+        if processor.eos_id() < 0:
+            raise DataError(f"--tokenizer {path} defines no EOS piece; train it with an eos_id")
+        self.vocab_size: int = processor.vocab_size()
+        self.eod_id: int = processor.eos_id()
+        adds_bos = processor.bos_id() >= 0 and config.get("add_bos_token", True)
+        self.bos_id: int | None = processor.bos_id() if adds_bos else None
+        pieces = [processor.id_to_piece(index) for index in range(self.vocab_size)]
+        self.vocabulary_sha256 = hash_vocabulary(pieces)
+
+    def encode(self, text: str) -> Tokens:
+        return np.array(self._processor.encode(text, out_type=int), dtype=np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        # One thread: parallelism is over processes, and more threads would fight for the cores.
+        batch = self._processor.encode(list(texts), out_type=int, num_threads=1)
+        return [np.array(ids, dtype=np.int32) for ids in batch]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([int(index) for index in ids])
+
+
+class HFTokenizer:
+    """A `tokenizer.json`; BOS as its post-processor or `add_bos_token` of its configuration says."""
+
+    kind = "hf"
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise DataError(f"--tokenizer {path} cannot be loaded: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        config = _read_config(path.parent)
+        self.bos_id = self._find_bos(config)
+        self.eod_id = self._find_eod(config, path)
+        # After the look at the post-processor: "<s>" inside a document must stay text.
+        self._tokenizer.encode_special_tokens = True
+        pieces = {index: piece for piece, index in self._tokenizer.get_vocab().items()}
+        self.vocab_size = max(pieces) + 1
+        self.vocabulary_sha256 = hash_vocabulary(
+            pieces.get(index, "") for index in range(self.vocab_size)
+        )
+
+    def encode(self, text: str) -> Tokens:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in batch]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(index) for index in ids])
+
+    def _find_bos(self, config: dict[str, Any]) -> int | None:
+        if config.get("add_bos_token") is False:
+            return None
+        bos = _token_text(config.get("bos_token"))
+        if config.get("add_bos_token") and bos is not None:
+            return self._tokenizer.token_to_id(bos)
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        full = self._tokenizer.encode("a", add_special_tokens=True).ids
+        starts_with_special = len(full) > len(plain) and full[0] != plain[0]
+        return full[0] if starts_with_special else None
+
+    def _find_eod(self, config: dict[str, Any], path: Path) -> int:
+        asked = _token_text(config.get("eos_token"))
+        for token in (asked,) if asked is not None else KNOWN_EOD:
+            index = self._tokenizer.token_to_id(token)
+            if index is not None:
+                return index
+        raise DataError(
+            f"--tokenizer {path} does not tell its end-of-document token "
+            f"(looked for {asked or ', '.join(KNOWN_EOD)}): {ADD_EOS_REMEDY}"
+        )
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a tokenizer from a `*.model` file, a `tokenizer.json`, or a folder that holds one.
+
+    In a folder with both, `tokenizer.model` is taken: it is the reference the other was made from.
+
+    Raises: ConfigError: nothing there. DataError: the file is damaged or names no EOS token.
+    """
+    file = tokenizer_file(path)
+    return HFTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+
+
+def tokenizer_file(path: Path) -> Path:
+    """Find the tokenizer file that `path` (a file or a folder) stands for.
+
+    Raises: ConfigError: there is none.
+    """
+    candidates = [path / SENTENCEPIECE_FILE, path / HF_FILE] if path.is_dir() else [path]
+    for file in candidates:
+        if file.is_file() and file.suffix in (".model", ".json"):
+            return file
+    raise ConfigError(
+        f"--tokenizer {path}: no tokenizer there; give a SentencePiece *.model file, a {HF_FILE}, or a "
+        f"folder with {SENTENCEPIECE_FILE} or {HF_FILE}"
+    )
+
+
+def copy_tokenizer(path: Path, folder: Path) -> None:
+    """Copy the tokenizer that `path` stands for into `folder`, so that `load_tokenizer(folder)` works."""
+    file = tokenizer_file(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, folder / (HF_FILE if file.suffix == ".json" else SENTENCEPIECE_FILE))
+    for name in CONFIG_FILES:
+        if (file.parent / name).is_file():
+            shutil.copyfile(file.parent / name, folder / name)
+
+
+def hash_vocabulary(pieces: Iterable[str]) -> str:
+    """Hash the pieces of a vocabulary in the order of their ids.
+
+    >>> hash_vocabulary(["a", "b"]) == hash_vocabulary(["ab", ""])
+    False
+    """
+    digest = hashlib.sha256()
+    for piece in pieces:
+        encoded = piece.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(4, "little") + encoded)
+    return digest.hexdigest()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for name in reversed(CONFIG_FILES):
+        if (folder / name).is_file():
+            try:
+                merged.update(json.loads((folder / name).read_text("utf-8")))
+            except ValueError as error:
+                raise DataError(f"{folder / name} is not JSON: {error}") from None
+    return merged
+
+
+def _token_text(token: Any) -> str | None:
+    """Give the text of a token as configurations write it: a string, or an object with `content`."""
+    return token.get("content") if isinstance(token, dict) else token
