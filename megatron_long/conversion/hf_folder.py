@@ -1,0 +1,222 @@
+"""Hugging Face model folders: safetensors read tensor by tensor, and written in shards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from megatron_long.errors import ConfigError, DataError
+from megatron_long.model.geometry import LLAMA3_SCALING, LlamaGeometry
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""safetensors' names of the types that are taken, and torch's."""
+
+
+class HfWeights:
+    """The tensors of a folder, memory-mapped; each is read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open every file and read its header.
+
+        Raises: ConfigError: no such folder, or no safetensors in it.
+            DataError: a file is missing, truncated, or disagrees with the index.
+        """
+        self.folder = folder
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        try:
+            for path, names in _weight_files(folder).items():
+                self._open(path, names)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _open(self, path: Path, names: Sequence[str] | None) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            opened = self._stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                f"{path} is not a whole safetensors file ({error}); download it again"
+            ) from error
+        held = list(opened.keys())
+        for name in names or held:
+            if name not in held:
+                raise DataError(
+                    f"{path} does not hold {name}, which {INDEX_FILE} says it does; "
+                    "download the model again"
+                )
+        self._files.update(dict.fromkeys(names or held, opened))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give the shape of a tensor from its file's header."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def stored_dtype(self, name: str) -> str:
+        """Give safetensors' name of the type in which a tensor is stored, such as `BF16`."""
+        return str(self._files[name].get_slice(name).get_dtype())
+
+    def read(self, name: str) -> Tensor:
+        """Give a tensor, backed by the file's pages."""
+        return self._files[name].get_tensor(name)
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """Give the files of a folder's weights, each with the names that the index puts there."""
+    if not folder.is_dir():
+        raise ConfigError(f"--input {folder} is not a folder; give a Hugging Face model folder")
+    index = folder / INDEX_FILE
+    if index.is_file():
+        return _indexed_files(index)
+    if (folder / SINGLE_FILE).is_file():
+        return {folder / SINGLE_FILE: None}
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    hint = (
+        f"; it holds pickled weights ({', '.join(pickles[:3])}), which are not read: save the model "
+        "with transformers' save_pretrained, which writes safetensors"
+        if pickles
+        else "; download the model's safetensors files"
+    )
+    raise ConfigError(f"--input {folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+
+
+def _indexed_files(index: Path) -> dict[Path, list[str] | None]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        entries = sorted((str(file), str(name)) for name, file in weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{index} is not an index of safetensors ({type(error).__name__}: {error}); "
+            "download it again"
+        ) from error
+    files: dict[Path, list[str] | None] = {}
+    for file, name in entries:
+        path = index.parent / file
+        if not path.is_file():
+            raise DataError(f"{index} names {file}, which is not there; download that file")
+        names = files.setdefault(path, [])
+        assert names is not None
+        names.append(name)
+    return files
+
+
+def plan_shards(sizes_bytes: Sequence[int], max_shard_bytes: int) -> list[list[int]]:
+    """Put pieces, in their order, into as few shards as the limit allows.
+
+    A piece above the limit gets a shard of its own.
+
+    >>> plan_shards([3, 3, 3, 9, 1], 6)
+    [[0, 1], [2], [3], [4]]
+    """
+    shards: list[list[int]] = []
+    used = 0
+    for number, size in enumerate(sizes_bytes):
+        if not shards or used + size > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(number)
+        used += size
+    return shards
+
+
+def write_weights(
+    folder: Path, shards: Sequence[Iterable[tuple[str, Tensor]]], total_size_bytes: int
+) -> None:
+    """Write safetensors, holding one shard at a time, and the index when there are several.
+
+    Args:
+        folder: An existing folder.
+        shards: Named tensors of each file, consumed in order.
+        total_size_bytes: Size of all tensors, for the index.
+    """
+    from safetensors.torch import save_file
+
+    weight_map: dict[str, str] = {}
+    for number, named_tensors in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = SINGLE_FILE if len(shards) == 1 else name
+        tensors = {name: tensor.contiguous() for name, tensor in named_tensors}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_size_bytes}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+def write_config(
+    path: Path, original: Mapping[str, Any], geometry: LlamaGeometry, stored: dtype
+) -> None:
+    """Write `config.json` so that transformers 4 and 5 both read the trained model's RoPE.
+
+    Args:
+        path: The file.
+        original: The configuration that the model came with; what training does not change is kept.
+        geometry: The trained model's.
+        stored: The type of the tensors.
+    """
+    scaling = {"rope_type": "llama3", **LLAMA3_SCALING} if geometry.use_rope_scaling else None
+    dtype_name = str(stored).removeprefix("torch.")
+    config = {
+        **original,
+        "max_position_embeddings": geometry.max_position_embeddings,
+        "rope_theta": geometry.rotary_base,
+        "rope_scaling": scaling,
+        "rope_parameters": {
+            **(scaling or {"rope_type": "default"}),
+            "rope_theta": geometry.rotary_base,
+        },
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,
+    }
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer's files that are there.
+
+    Returns: Their names.
+    """
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in names:
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    return names

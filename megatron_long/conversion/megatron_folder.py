@@ -1,0 +1,250 @@
+"""Megatron checkpoint folders: which iteration, the arguments it carries, the model it holds.
+
+    DIR/latest_checkpointed_iteration.txt   an iteration, or `release` for converted weights
+    DIR/release/ or DIR/iter_0000010/       `torch_dist`
+    DIR/hf_config.json                      the Hugging Face configuration the model came from
+    DIR/hf_generation_config.json           if the model came with one
+    DIR/tokenizer/                          the model's tokenizer files
+
+The RoPE base and the longest context are those of the checkpoint's arguments: training raises them,
+and `hf_config.json` stays what it was.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_long.conversion.mapping import (
+    EXTRA_STATE_MODULES,
+    checkpoint_shape,
+    rules_of,
+)
+from megatron_long.errors import ConfigError, DataError
+from megatron_long.model.geometry import LlamaGeometry, geometry_from_config, read_hf_config
+
+if TYPE_CHECKING:
+    from torch import dtype
+
+    from megatron_long.conversion.torch_dist import TorchDistReader
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+HF_CONFIG_FILE = "hf_config.json"
+HF_GENERATION_CONFIG_FILE = "hf_generation_config.json"
+TOKENIZER_DIR = "tokenizer"
+CHECKPOINT_VERSION = 3.0
+
+_MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.")
+"""What the keys of a model's tensors begin with; the optimizer's and others are left alone."""
+
+_FIXED_ARGUMENTS = {
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "qk_layernorm": False,
+    "num_experts": None,
+}
+"""Arguments that are the same for every Llama."""
+
+
+def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
+    """Give the folder of one iteration.
+
+    Args:
+        checkpoint_dir: The folder given to Megatron's `--save`.
+        iteration: Which; the latest if None.
+    Raises: ConfigError: no such folder or iteration.
+        DataError: the tracker file is damaged or names what is not there.
+    """
+    if not checkpoint_dir.is_dir():
+        raise ConfigError(f"{checkpoint_dir} is not a folder; give a Megatron checkpoint folder")
+    if iteration is not None:
+        folder = checkpoint_dir / f"iter_{iteration:07d}"
+        if not folder.is_dir():
+            raise ConfigError(
+                f"--iteration {iteration} is not in {checkpoint_dir}; there: "
+                f"{', '.join(_saved(checkpoint_dir)) or 'no iteration'}"
+            )
+        return folder
+    tracker = checkpoint_dir / TRACKER_FILE
+    if not tracker.is_file():
+        raise ConfigError(
+            f"{checkpoint_dir} holds no {TRACKER_FILE}; give the folder that was given to --save "
+            "(not one iteration of it)"
+        )
+    word = tracker.read_text(encoding="utf-8").strip()
+    if word != RELEASE and not word.isdecimal():
+        raise DataError(f"{tracker} holds {word!r}; it must hold a number or {RELEASE!r}")
+    folder = checkpoint_dir / (RELEASE if word == RELEASE else f"iter_{int(word):07d}")
+    if not folder.is_dir():
+        raise DataError(
+            f"{tracker} names {word}, but {folder} is not there; choose with --iteration one of: "
+            f"{', '.join(_saved(checkpoint_dir)) or 'none saved'}"
+        )
+    return folder
+
+
+def _saved(checkpoint_dir: Path) -> list[str]:
+    names = sorted(path.name for path in checkpoint_dir.glob("iter_*") if path.is_dir())
+    return [name.removeprefix("iter_").lstrip("0") or "0" for name in names]
+
+
+def make_arguments(geometry: LlamaGeometry, stored: dtype) -> Namespace:
+    """Give the arguments that Megatron reads back with `--use-checkpoint-args` and on loading.
+
+    Source: Megatron-Core 0.19.2, `megatron/training/checkpointing.py`,
+        `load_args_from_checkpoint`, `check_checkpoint_args`, `load_checkpoint`.
+    """
+    import torch
+
+    base = geometry.rotary_base
+    return Namespace(
+        **_FIXED_ARGUMENTS,
+        num_layers=geometry.num_layers,
+        hidden_size=geometry.hidden_size,
+        ffn_hidden_size=geometry.ffn_hidden_size,
+        num_attention_heads=geometry.num_attention_heads,
+        num_query_groups=geometry.num_query_groups,
+        group_query_attention=True,
+        kv_channels=geometry.kv_channels,
+        seq_length=geometry.max_position_embeddings,
+        max_position_embeddings=geometry.max_position_embeddings,
+        add_position_embedding=True,
+        use_rotary_position_embeddings=False,
+        rotary_base=int(base) if base.is_integer() else base,
+        use_rope_scaling=geometry.use_rope_scaling,
+        layernorm_epsilon=geometry.norm_epsilon,
+        init_method_std=geometry.init_method_std,
+        untie_embeddings_and_output_weights=not geometry.tie_embeddings,
+        squared_relu=False,
+        apply_layernorm_1p=False,
+        apply_query_key_layer_scaling=False,
+        attention_dropout=geometry.attention_dropout,
+        hidden_dropout=0.0,
+        vocab_size=geometry.vocab_size,
+        padded_vocab_size=geometry.padded_vocab_size,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        context_parallel_size=1,
+        expert_model_parallel_size=1,
+        params_dtype=stored,
+        bf16=stored == torch.bfloat16,
+        fp16=stored == torch.float16,
+        ckpt_format="torch_dist",
+        no_save_optim=True,
+        no_save_rng=True,
+        consumed_train_samples=0,
+        skipped_train_samples=0,
+        consumed_valid_samples=0,
+    )
+
+
+def common_state(geometry: LlamaGeometry, stored: dtype) -> dict[str, Any]:
+    """Give what a converted checkpoint holds beside tensors."""
+    return {
+        "args": make_arguments(geometry, stored),
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": 0,
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+    }
+
+
+def extra_states(geometry: LlamaGeometry) -> dict[str, None]:
+    """Give the empty FP8 states that Megatron's modules ask for, by their keys in the checkpoint."""
+    states: dict[str, None] = {}
+    for module in EXTRA_STATE_MODULES:
+        count = geometry.num_layers if module.startswith("decoder.layers.") else 1
+        for index in range(count):
+            states[f"{module}._extra_state/shard_{index}_{count}"] = None
+    return states
+
+
+def read_geometry(checkpoint_dir: Path, iteration: int | None = None) -> LlamaGeometry:
+    """Give the shape of the model in a Megatron checkpoint folder, RoPE base as trained.
+
+    Raises: ConfigError: a file is missing, or the model is no Llama.
+        DataError: the checkpoint is damaged.
+    """
+    from megatron_long.conversion.torch_dist import read_common_state
+
+    folder = find_iteration(checkpoint_dir, iteration)
+    config_path = checkpoint_dir / HF_CONFIG_FILE
+    config = read_hf_config(config_path)
+    return merge_geometry(
+        geometry_from_config(config, name=str(config_path)), read_common_state(folder), folder
+    )
+
+
+def merge_geometry(hf: LlamaGeometry, state: Mapping[str, Any], folder: Path) -> LlamaGeometry:
+    """Check a checkpoint's arguments against the configuration; take what training may change.
+
+    Args:
+        hf: The shape that the Hugging Face configuration describes.
+        state: The checkpoint's common state.
+        folder: What to name in errors.
+    Raises: ConfigError: they contradict each other, or name what no Llama has.
+        DataError: the checkpoint carries no arguments.
+    """
+    args = state.get("args")
+    if args is None:
+        raise DataError(f"{folder} carries no arguments; it was not saved by Megatron's training")
+    for name, value in _expected_arguments(hf).items():
+        seen = getattr(args, name, value)
+        if seen != value:
+            raise ConfigError(
+                f"{folder}: {name} of the checkpoint is {seen!r}, and {HF_CONFIG_FILE} makes it "
+                f"{value!r}: give the configuration that the model was trained from"
+            )
+    return replace(
+        hf,
+        rotary_base=float(args.rotary_base),
+        max_position_embeddings=args.max_position_embeddings,
+        padded_vocab_size=args.padded_vocab_size,
+    )
+
+
+def _expected_arguments(geometry: LlamaGeometry) -> dict[str, Any]:
+    return {
+        **_FIXED_ARGUMENTS,
+        "num_layers": geometry.num_layers,
+        "hidden_size": geometry.hidden_size,
+        "ffn_hidden_size": geometry.ffn_hidden_size,
+        "num_attention_heads": geometry.num_attention_heads,
+        "kv_channels": geometry.kv_channels,
+        "layernorm_epsilon": geometry.norm_epsilon,
+        "untie_embeddings_and_output_weights": not geometry.tie_embeddings,
+        "use_rope_scaling": geometry.use_rope_scaling,
+    }
+
+
+def check_tensors(reader: TorchDistReader, geometry: LlamaGeometry) -> None:
+    """Check names and shapes of a checkpoint's model tensors.
+
+    Raises: DataError: a tensor is missing, has another shape, or is one too many.
+    """
+    seen = reader.shapes()
+    rules = rules_of(geometry)
+    for rule in rules:
+        key, expected = rule.megatron_key, checkpoint_shape(rule, geometry)
+        if key not in seen:
+            raise DataError(f"{reader.folder} holds no tensor {key}, which this Llama needs")
+        if seen[key] != expected:
+            raise DataError(
+                f"{reader.folder}: tensor {key} has shape {list(seen[key])}; "
+                f"{HF_CONFIG_FILE} makes it {list(expected)}"
+            )
+    known = {rule.megatron_key for rule in rules}
+    left_over = [key for key in seen if key.startswith(_MODEL_PREFIXES) and key not in known]
+    if left_over:
+        raise DataError(
+            f"{reader.folder} holds tensors that no Llama has: {', '.join(sorted(left_over)[:5])}"
+        )
