@@ -80,8 +80,11 @@ def detect_backend() -> Backend:
 def join_or_start_job() -> int:
     """Give the number of processes of this job; without torchrun, set the environment of a job of one.
 
+    Megatron also wants one hardware queue a device where it overlaps communication with computation.
+
     Returns: World size.
     """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("localhost", 0))

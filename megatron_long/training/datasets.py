@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.utils import Split
 
+from megatron_long.data.indexed import IndexedDatasetReader
 from megatron_long.data.manifest import read_manifest
 from megatron_long.errors import ConfigError
 from megatron_long.training.arguments import LongContextArguments
@@ -64,13 +65,12 @@ def _mixed_datasets(
     folder: Path, arguments: LongContextArguments, args: Namespace, num_samples: NumSamples
 ) -> tuple:
     train_samples, valid_samples, _ = num_samples
-    eod_id = read_manifest(folder).tokenizer.eod_id
+    eod_id = read_manifest(folder).tokenizer.eod_id if args.eod_mask_loss else None
     train = PackedDataset(
         folder / "train",
         args.seq_length,
         num_samples=train_samples,
         eod_id=eod_id,
-        eod_mask_loss=args.eod_mask_loss,
         allow_repeat=arguments.allow_repeat,
     )
     valid = None
@@ -80,17 +80,19 @@ def _mixed_datasets(
 
 
 def validation_dataset(
-    folder: Path, seq_length: int, eod_id: int, num_samples: int | None
+    folder: Path, seq_length: int, eod_id: int | None, num_samples: int | None
 ) -> RoundRobinDataset:
     """Windows of the held-out documents of every source in turn.
 
     Raises: ConfigError: no source holds one window.
     """
-    datasets = []
-    for source in sorted(read_manifest(folder).valid):
-        dataset = PackedDataset(folder / "valid" / source, seq_length, eod_id=eod_id)
-        if len(dataset):
-            datasets.append(dataset)
+    valid = read_manifest(folder).valid
+    prefixes = [folder / valid[source].prefix for source in sorted(valid)]
+    datasets = [
+        PackedDataset(prefix, seq_length, eod_id=eod_id)
+        for prefix in prefixes
+        if IndexedDatasetReader(prefix).num_tokens > seq_length
+    ]
     if not datasets:
         raise ConfigError(
             f"no source of {folder}/valid holds a window of --seq-length {seq_length} tokens; prepare "

@@ -53,7 +53,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             raise ConfigError(
                 f"training asks for {self.num_samples:,} samples of --seq-length {seq_length}, but one "
                 f"pass over {prefix} holds {self.samples_per_pass:,}; use fewer iterations, a larger "
-                "dataset, or allow repetition"
+                "dataset, or --allow-repeat"
             )
 
     def __len__(self) -> int:

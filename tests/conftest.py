@@ -1,0 +1,116 @@
+"""Small real things that tests share: a tokenizer, a mixed dataset, a way to start jobs."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+WORDS = (
+    "context window model token layer head query key value stretch long short book code paper page "
+    "train batch step loss depth needle source share document mixture sequence parallel shard rank"
+).split()
+
+
+def make_text(generator: random.Random, num_words: int) -> str:
+    """Sentences with some structure to learn: words follow each other in a fixed order, with jumps."""
+    words, position = [], generator.randrange(len(WORDS))
+    for _ in range(num_words):
+        jump = generator.randrange(len(WORDS)) if generator.random() < 0.2 else 1
+        position = (position + jump) % len(WORDS)
+        words.append(WORDS[position])
+    sentences = [" ".join(words[i : i + 12]) for i in range(0, len(words), 12)]
+    return ". ".join(sentences) + "."
+
+
+def write_corpus(path: Path, num_documents: int = 120, seed: int = 0) -> Path:
+    """A jsonl corpus of two sources with short and long documents."""
+    generator = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(num_documents):
+            source = ("RedPajamaBook", "RedPajamaGithub")[i % 2]
+            text = make_text(generator, generator.choice((20, 60, 300)))
+            record = {"text": text, "meta": {"redpajama_set_name": source}}
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl file of two sources."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Path:
+    """A SentencePiece model of 384 pieces with byte fallback."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = [json.loads(line)["text"] for line in tiny_corpus.read_text().splitlines()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=384,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        max_sentence_length=100_000,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(
+    tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path
+) -> Path:
+    """A mixed dataset folder, as tools/preprocess_mix.py makes it."""
+    from megatron_long.data.mixture import Mixture
+    from megatron_long.data.preprocess import PreprocessConfig, preprocess
+
+    output = tmp_path_factory.mktemp("dataset") / "data"
+    mixture = Mixture(
+        train_tokens=16_000,
+        long_threshold_tokens=128,
+        short_keep_ratio=0.5,
+        valid_tokens_per_source=1500,
+        allow_repeat=10,
+    )
+    config = PreprocessConfig(inputs=[tiny_corpus], tokenizer=tiny_tokenizer, mixture=mixture)
+    preprocess(config, output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def run_job() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Start a Python program on this many processes and wait: `run_job(2, ["-m", "pkg", ...])`."""
+
+    def run(
+        num_processes: int, command: Sequence[object], *, check: bool = True, timeout: int = 300
+    ) -> subprocess.CompletedProcess[str]:
+        words = [str(word) for word in command]
+        launcher = [sys.executable]
+        if num_processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone"]
+            launcher += ["--nproc-per-node", str(num_processes)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        result = subprocess.run(
+            [*launcher, *words],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if check and result.returncode:
+            output = (result.stdout + result.stderr)[-6000:]
+            raise AssertionError(f"exit status {result.returncode} of {words}:\n{output}")
+        return result
+
+    return run

@@ -1,0 +1,109 @@
+"""A contract for each Megatron symbol that the adapter changes or calls with positions of its own."""
+
+import importlib
+import importlib.metadata
+import inspect
+
+import pytest
+
+from megatron_long.errors import ConfigError
+from megatron_long.training import host_backend
+
+host_backend.install()
+
+# ruff: noqa: E402
+from megatron_long.training import megatron_adapter
+
+
+def resolve(module: str, symbol: str):
+    found = importlib.import_module(module)
+    for part in symbol.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("module", "symbol"),
+    [(m, symbol) for m, symbols in megatron_adapter.PATCHED_SYMBOLS.items() for symbol in symbols],
+)
+def test_patched_symbols_are_there(module, symbol):
+    assert callable(resolve(module, symbol))
+
+
+def test_installed_version_is_supported():
+    megatron_adapter.check_version()
+
+
+def test_other_version_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.20.0")
+    with pytest.raises(ConfigError, match=r"megatron-core 0\.20\.0 .*0\.19\.\*"):
+        megatron_adapter.check_version()
+
+
+def parameters(module: str, symbol: str) -> list[str]:
+    return list(inspect.signature(resolve(module, symbol)).parameters)
+
+
+def test_compile_helpers_takes_nothing():
+    assert parameters("megatron.core.datasets.utils", "compile_helpers") == []
+
+
+def test_initialize_megatron_can_do_without_cuda():
+    assert "allow_no_cuda" in parameters("megatron.training.initialize", "initialize_megatron")
+
+
+def test_pretrain_is_called_as_it_is_declared():
+    names = parameters("megatron.training.training", "pretrain")
+    assert names[:4] == [
+        "cfg_container",
+        "train_valid_test_dataset_provider",
+        "model_type",
+        "forward_step_func",
+    ]
+
+
+def test_training_log_tells_the_step():
+    from megatron.training.training import training_log
+
+    told = []
+    log = megatron_adapter._listening(training_log, lambda *step: told.append(step))
+    assert {"iteration", "loss_dict", "grad_norm"} <= set(
+        inspect.signature(training_log).parameters
+    )
+    with pytest.raises(
+        AssertionError
+    ):  # Megatron's globals are not set: it stops after the listener
+        log({"lm loss": 1.0}, {}, 1e-3, 7, 1.0, True, 0, 2.5, None, None, None)
+    assert told == [(7, {"lm loss": 1.0}, 2.5)]
+
+
+def test_distributed_optimizer_methods():
+    module = "megatron.core.optimizer.distrib_optimizer"
+    sharded = parameters(module, "DistributedOptimizer.sharded_state_dict")
+    assert sharded[:3] == ["self", "model_sharded_state_dict", "is_loading"]
+    assert parameters(module, "DistributedOptimizer.load_state_dict") == ["self", "state_dict"]
+    states = parameters(module, "DistributedOptimizer._set_main_param_and_optimizer_states")
+    assert states == ["self", "model_param", "tensors"]
+    assert callable(
+        resolve(module, "DistributedOptimizer._init_optimizer_states_with_dummy_values")
+    )
+
+
+def test_model_forward_takes_an_output_processor():
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    assert "output_processor" in inspect.signature(GPTModel.forward).parameters
+
+
+def test_help_prints_every_flag(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        megatron_adapter.parse_flags(["--help"])
+    assert stopped.value.code == 0
+    assert "--context-parallel-size" in capsys.readouterr().out
+
+
+def test_misspelt_flag_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        megatron_adapter.parse_flags(["--sequence-lenght", "4096"])
+    assert stopped.value.code == 2
+    assert "--sequence-lenght" in capsys.readouterr().err
