@@ -96,7 +96,7 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
         if path is not None:
             check_output(path, force=args.force, flag=flag)
     check_context_length(args.context_length, megatron_argv)
-    checkpoint = find_checkpoint(args.checkpoint)
+    checkpoint = find_checkpoint(args.checkpoint, megatron_argv)
     if not args.dataset.is_dir():
         raise DataError(f"--dataset {args.dataset} is not a folder; give one of preprocess_mix.py")
     manifest = read_manifest(args.dataset)
@@ -124,7 +124,7 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
     if before is not None:
         check_comparable(settings, before, args.compare)
     documents = select_documents(
-        open_held_out(args.dataset),
+        open_held_out(args.dataset, manifest),
         min_document_tokens=args.min_document_tokens,
         max_documents_per_source=args.max_documents_per_source,
     )
@@ -175,6 +175,7 @@ def main() -> None:
         )
     if scorer.is_writer:
         publish(args, LossReport(preparation.settings, loss), preparation.before)
+    scorer.close()
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
     lengths = choose_lengths(args)
     context_length = args.context_length or max(lengths)
     check_context_length(context_length, megatron_argv)
-    checkpoint = find_checkpoint(args.checkpoint)
+    checkpoint = find_checkpoint(args.checkpoint, megatron_argv)
     task = NeedleTask(args.needle, args.question, args.answer)
     text = read_haystack(args.haystack)
     tokenizer = open_tokenizer(args.tokenizer, checkpoint)
@@ -171,6 +171,7 @@ def main() -> None:
         )
     if scorer.is_writer:
         publish(args, preparation.settings, cells)
+    scorer.close()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ nothing is downloaded, and any language or jargon works. Source of the algorithm
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 FIRST_CHARACTERS_PER_TOKEN = 8
 """First guess of the text that is needed; doubled until there are enough tokens."""
+
+BLANK_LINE = re.compile(r"\s*\n\s*\n")
 
 ANCHOR = "a"
 """A word before the text, so that the text is tokenized as a continuation, not as a beginning."""
@@ -101,16 +104,19 @@ def _tokenize_sentences(text: str, tokenizer: Tokenizer, is_cut: bool) -> Haysta
 def split_sentences(text: str) -> list[str]:
     """Split a text into sentences, each with the white space before it.
 
-    White space goes with what follows because tokenizers join it to the next word.
+    White space goes with what follows because tokenizers join it to the next word. A blank line
+    ends a sentence whatever comes before it.
 
-    >>> split_sentences("It rained. We stayed in.\\n\\nThen the sun came out.")
-    ['It rained.', ' We stayed in.', '\\n\\nThen the sun came out.']
+    >>> split_sentences("A heading\\n\\nIt rained all day. We stayed at home and read.")
+    ['A heading', '\\n\\nIt rained all day.', ' We stayed at home and read.']
     """
     from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTrainer
 
     punkt = PunktSentenceTokenizer(PunktTrainer(text).get_params())
-    ends = [end for _, end in punkt.span_tokenize(text)]
-    return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    ends = {end for _, end in punkt.span_tokenize(text)}
+    ends |= {blank.start() for blank in BLANK_LINE.finditer(text)}
+    in_order = sorted(ends - {0})
+    return [text[start:end] for start, end in zip([0, *in_order], in_order, strict=False)]
 
 
 def encode_continuations(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:

@@ -14,8 +14,7 @@ from megatron_long.evaluation.batches import Row
 
 if TYPE_CHECKING:
     from megatron_long.data.indexed import IndexedDatasetReader
-
-VALID_FOLDER = "valid"
+    from megatron_long.data.manifest import Manifest
 
 
 class DocumentReader(Protocol):
@@ -45,21 +44,20 @@ class HeldOutDocument:
         return Row(tokens[:-1], tokens[1:])
 
 
-def open_held_out(dataset: Path) -> dict[str, IndexedDatasetReader]:
-    """Open `valid/<source>` of every source, in the order of their names.
+def open_held_out(dataset: Path, manifest: Manifest) -> dict[str, IndexedDatasetReader]:
+    """Open the held-out documents of every source, in the manifest's order of sources.
 
-    Raises: DataError: there is none, or one is damaged.
+    Raises: DataError: there are none, or a file is damaged.
     """
     from megatron_long.data.indexed import IndexedDatasetReader
 
-    folder = dataset / VALID_FOLDER
-    names = sorted(path.name.removesuffix(".idx") for path in folder.glob("*.idx"))
+    names = [name for name in manifest.source_names if name in manifest.valid]
     if not names:
         raise DataError(
-            f"--dataset {dataset} has no held-out documents ({VALID_FOLDER}/<source>.idx); make it "
-            "again with tools/preprocess_mix.py, which holds some out"
+            f"--dataset {dataset} has no held-out documents; make it again with "
+            "tools/preprocess_mix.py and let it hold some out"
         )
-    return {name: IndexedDatasetReader(folder / name) for name in names}
+    return {name: IndexedDatasetReader(dataset / manifest.valid[name].prefix) for name in names}
 
 
 def select_documents(

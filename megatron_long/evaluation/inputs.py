@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 
 from megatron_long.errors import ConfigError
 from megatron_long.files import refuse_overwrite
+from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TOKENIZER_DIR_NAME
 
 if TYPE_CHECKING:
     from megatron_long.data.tokenizers import Tokenizer
 
 TRACKER = "latest_checkpointed_iteration.txt"
-TOKENIZER_FOLDER = "tokenizer"
-HF_CONFIG = "hf_config.json"
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,11 @@ class CheckpointFolder:
     """Vocabulary without padding, where known."""
 
 
-def find_checkpoint(path: Path) -> CheckpointFolder:
+def find_checkpoint(path: Path, megatron_argv: Sequence[str] = ()) -> CheckpointFolder:
     """Look at a checkpoint folder without loading it.
 
+    Args:
+        megatron_argv: Flags for Megatron, among which may be `--ckpt-step`.
     Raises: ConfigError: no Megatron checkpoint there.
     """
     tracker = path / TRACKER
@@ -46,27 +47,28 @@ def find_checkpoint(path: Path) -> CheckpointFolder:
             f"--checkpoint {path} {reason}; give a folder that pretrain (--save) or "
             "tools/convert_checkpoint.py hf-to-megatron wrote"
         )
-    iteration = tracker.read_text().strip()
+    last = tracker.read_text().strip()
+    iteration = read_flag(megatron_argv, "--ckpt-step") or last
     name = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
     if not (path / name).is_dir():
         raise ConfigError(
-            f"--checkpoint {path}: {TRACKER} names {iteration!r}, but folder {name} is missing; "
-            "copy the checkpoint again or name an iteration that is there in the file"
+            f"--checkpoint {path} has no folder {name} (its last iteration is {last}); copy the "
+            "checkpoint again, or name an iteration that is there with --ckpt-step"
         )
-    tokenizer = path / TOKENIZER_FOLDER
+    tokenizer = path / TOKENIZER_DIR_NAME
     return CheckpointFolder(
         path, iteration, tokenizer if tokenizer.is_dir() else None, _read_vocab_size(path)
     )
 
 
 def _read_vocab_size(path: Path) -> int | None:
-    config = path / HF_CONFIG
+    config = path / HF_CONFIG_NAME
     if not config.is_file():
         return None
     try:
         vocab_size = json.loads(config.read_text()).get("vocab_size")
     except (ValueError, AttributeError) as error:
-        raise ConfigError(f"--checkpoint {path}: {HF_CONFIG} is not a JSON object") from error
+        raise ConfigError(f"--checkpoint {path}: {HF_CONFIG_NAME} is not a JSON object") from error
     return None if vocab_size is None else int(vocab_size)
 
 
@@ -81,7 +83,7 @@ def open_tokenizer(tokenizer: Path | None, checkpoint: CheckpointFolder) -> Toke
     path = tokenizer or checkpoint.tokenizer
     if path is None:
         raise ConfigError(
-            f"--checkpoint {checkpoint.path} has no folder {TOKENIZER_FOLDER}/ in it; say which "
+            f"--checkpoint {checkpoint.path} has no folder {TOKENIZER_DIR_NAME}/ in it; say which "
             "tokenizer the model was trained with: --tokenizer FILE_OR_FOLDER"
         )
     if not path.exists():
@@ -142,35 +144,33 @@ def check_context_length(context_length: int, megatron_argv: Sequence[str]) -> N
 
     Raises: ConfigError: not a multiple of 2 * --context-parallel-size.
     """
-    size = read_int_flag(megatron_argv, "--context-parallel-size", default=1)
-    step = 2 * size
+    value = read_flag(megatron_argv, "--context-parallel-size") or "1"
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"--context-parallel-size {value} is not a positive integer; give one")
+    step = 2 * int(value)
     if context_length < step or context_length % step:
         below = context_length // step * step
         choices = f"{below} or {below + step}" if below > 0 else f"{step} or more"
         raise ConfigError(
             f"--context-length {context_length} is not a multiple of 2 * --context-parallel-size "
-            f"{size} ({step}); use {choices}"
+            f"{value} ({step}); use {choices}"
         )
 
 
-def read_int_flag(argv: Sequence[str], flag: str, default: int) -> int:
-    """Read one of Megatron's integer flags from those that are passed on to it.
+def read_flag(argv: Sequence[str], flag: str) -> str | None:
+    """Read the value of one of the flags that are passed on to Megatron; the last one wins.
 
-    >>> read_int_flag(["--bf16", "--context-parallel-size", "4"], "--context-parallel-size", 1)
-    4
-    >>> read_int_flag(["--context-parallel-size=2"], "--context-parallel-size", 1)
-    2
-
-    Raises: ConfigError: the value is missing or not a positive integer.
+    >>> read_flag(["--bf16", "--ckpt-step", "4"], "--ckpt-step")
+    '4'
+    >>> read_flag(["--ckpt-step=2"], "--ckpt-step")
+    '2'
     """
-    value = str(default)
+    value = None
     for place, word in enumerate(argv):
         name, equals, attached = word.partition("=")
         if name == flag:
             value = attached if equals else "".join(argv[place + 1 : place + 2])
-    if not value.isdecimal() or int(value) < 1:
-        raise ConfigError(f"{flag} {value!r} is not a positive integer")
-    return int(value)
+    return value
 
 
 def check_output(path: Path, *, force: bool, flag: str) -> None:
