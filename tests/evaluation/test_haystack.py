@@ -82,7 +82,7 @@ def test_a_text_that_begins_within_a_word_is_tokenized_on_its_own():
 
 
 def test_bad_files(tmp_path: Path):
-    with pytest.raises(ConfigError, match="nowhere.txt is not a file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.txt is not a file"):
         read_haystack(tmp_path / "nowhere.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     with pytest.raises(ConfigError, match="not UTF-8"):

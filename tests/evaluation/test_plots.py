@@ -1,0 +1,119 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_long.evaluation.needle import NeedleResult
+from megatron_long.evaluation.plots import (
+    heatmap_figure,
+    plot_heatmap,
+    plot_position_curves,
+    position_figure,
+)
+from megatron_long.evaluation.position_loss import PositionLoss, cell_edges
+
+SOURCES = ("CommonCrawl", "C4", "GitHub", "Wikipedia", "Book", "ArXiv", "StackExchange")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def make_results(num_lengths: int, num_depths: int, reach: int) -> list[NeedleResult]:
+    """Give a model that finds the needle when it is at most `reach` tokens from the end."""
+    return [
+        NeedleResult(
+            context_length=int(length),
+            depth=float(depth),
+            actual_depth=float(depth),
+            needle_start=int(depth * length),
+            is_exact=bool(length * (1 - depth) < reach),
+            token_accuracy=1.0,
+            log_likelihood=-float(length * (1 - depth) / 20_000) - 0.05,
+        )
+        for length in np.linspace(1024, 131072, num_lengths).astype(int)
+        for depth in np.linspace(0, 1, num_depths)
+    ]
+
+
+def make_loss(context_length: int, decay_until: int, seed: int) -> PositionLoss:
+    """Give losses that fall with the position up to a length and rise beyond it."""
+    rng = np.random.default_rng(seed)
+    loss = PositionLoss(cell_edges(context_length))
+    positions = np.arange(1, context_length + 1)
+    shape = 3.5 * positions**-0.06 + 0.3 * np.log2(np.maximum(positions / decay_until, 1))
+    for place, source in enumerate(SOURCES):
+        noise = rng.normal(scale=0.5, size=context_length)
+        loss.add(source, shape - 0.2 * place + noise, np.ones(context_length))
+    return loss
+
+
+def test_heatmap_shows_each_cell_at_its_place():
+    results = make_results(8, 5, 30_000)
+    figure = heatmap_figure(results, title="Needle", training_length=81920)
+    exact, likelihood = figure.axes[:2]
+    grid = exact.images[0].get_array()
+    assert grid.shape == (5, 8)
+    for place, result in enumerate(results):
+        column, row = divmod(place, 5)
+        assert grid[row, column] == result.is_exact
+        assert likelihood.images[0].get_array()[row, column] == result.log_likelihood
+    assert exact.images[0].get_clim() == (0.0, 1.0)
+    assert [label.get_text() for label in exact.get_yticklabels()] == [
+        "0%", "25%", "50%", "75%", "100%",
+    ]  # fmt: skip
+    assert exact.get_xticklabels()[0].get_text() == "1K"
+    assert exact.get_xticklabels()[-1].get_text() == "128K"
+    for axes in (exact, likelihood):
+        assert axes.get_xlabel() == "context length (tokens)"
+        assert axes.get_ylabel() == "depth of the needle (0% is the start)"
+        assert [line.get_xdata()[0] for line in axes.lines] == [4.5]
+    share = np.mean([result.is_exact for result in results])
+    assert f"{share:.0%}" in exact.get_title()
+
+
+def test_red_is_a_miss_and_green_a_hit():
+    figure = heatmap_figure(make_results(8, 5, 30_000), title="Needle")
+    colours = figure.axes[0].images[0].cmap
+    red, green = colours(0.0), colours(1.0)
+    assert red[0] > 2 * red[1]
+    assert green[1] > 2 * green[0]
+
+
+def test_position_curves_have_labels_units_and_the_old_length():
+    after, before = make_loss(2048, 2048, 1), make_loss(2048, 256, 2)
+    figure = position_figure(after, before, title="Loss", training_length=256)
+    losses, differences = figure.axes
+    assert losses.get_ylabel() == "loss (nats per token)"
+    assert differences.get_ylabel() == "difference (nats per token)"
+    names = [text.get_text() for text in losses.get_legend().get_texts()]
+    assert [name for name in names if "before" not in name] == [*SOURCES, "all"]
+    assert len(names) == 16
+    for axes in figure.axes:
+        assert axes.get_xlabel() == "position in the document (tokens, log scale)"
+        assert axes.get_xlim() == (8, 2048)
+        assert 256 in [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2]
+    drawn = {line.get_label(): line.get_ydata() for line in differences.lines}
+    expected = after.curve() - before.curve()
+    np.testing.assert_allclose(drawn["all"], expected[-len(drawn["all"]) :])
+    assert drawn["all"][-1] < -0.5
+
+
+def test_without_an_earlier_measurement_there_is_one_panel():
+    figure = position_figure(make_loss(64, 64, 1), title="Loss")
+    assert len(figure.axes) == 1
+    assert len(figure.axes[0].get_legend().get_texts()) == 8
+
+
+@pytest.mark.parametrize("context_length", [2, 16, 131072])
+def test_any_context_length_can_be_drawn(tmp_path: Path, context_length):
+    path = tmp_path / "new" / "loss.png"
+    plot_position_curves(path, make_loss(context_length, 64, 1), training_length=64)
+    assert path.read_bytes().startswith(PNG)
+    assert path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (40, 10)])
+def test_any_grid_can_be_drawn(tmp_path: Path, grid):
+    path = tmp_path / "needle.png"
+    plot_heatmap(path, make_results(*grid, 50_000), training_length=81920)
+    assert path.read_bytes().startswith(PNG)
+    assert path.stat().st_size > 10_000
+    assert list(tmp_path.iterdir()) == [path]
