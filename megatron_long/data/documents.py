@@ -200,9 +200,42 @@ def _decompress(item: InputFile, raw: IO[bytes]) -> IO[bytes]:
             import zstandard
         except ImportError:
             raise ConfigError(f"{item.path}: reading .zst needs `pip install zstandard`") from None
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, reader), 1 << 20))
+        stream = _ZstandardStream(raw, zstandard.ZstdDecompressor().decompressobj)
+        return cast(IO[bytes], io.BufferedReader(stream, 1 << 20))
     return raw
+
+
+class _ZstandardStream(io.RawIOBase):
+    """Decompresses frame after frame; zstandard's own reader takes a file that is cut off for whole."""
+
+    def __init__(self, raw: IO[bytes], new_frame: Callable[[], Any]) -> None:
+        self._raw, self._new_frame = raw, new_frame
+        self._frame: Any = None
+        self._pending = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._pending:
+            block = self._raw.read(1 << 18)
+            if not block:
+                if self._frame is not None:
+                    raise EOFError("it ends inside a compressed frame")
+                return 0
+            self._pending = memoryview(self._decompress(block))
+        count = min(len(buffer), len(self._pending))
+        buffer[:count], self._pending = self._pending[:count], self._pending[count:]
+        return count
+
+    def _decompress(self, block: bytes) -> bytes:
+        parts = []
+        while block:
+            self._frame = self._frame or self._new_frame()
+            parts.append(self._frame.decompress(block))
+            block = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        return b"".join(parts)
 
 
 def _numbered_lines(item: InputFile, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:

@@ -38,7 +38,7 @@ def parse_token_count(text: str, flag: str = "--train-tokens") -> int:
     >>> parse_token_count("1.5M"), parse_token_count("5B"), parse_token_count("128")
     (1500000, 5000000000, 128)
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text.strip().replace("_", "").lower())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kmb]?)", text.strip().replace("_", "").lower())
     factor = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2]] if match else 0
     count = Decimal(match[1]) * factor if match else Decimal("0.5")
     if count != int(count):
@@ -73,7 +73,10 @@ def read_shares(path: Path) -> tuple[dict[str, float], str]:
             raise ConfigError(
                 f"--source-shares {path}: share of {label} is {share!r}, not a number"
             )
-        numbers[canonical_source(str(label))] = float(share)
+        name = canonical_source(str(label))
+        if name in numbers:
+            raise ConfigError(f"--source-shares {path} names {name} twice")
+        numbers[name] = float(share)
     return numbers, str(content.get("missing_sources", "error"))
 
 

@@ -1,0 +1,129 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers, processors
+
+from megatron_long.data.tokenizers import copy_tokenizer, load_tokenizer
+from megatron_long.errors import ConfigError, DataError
+
+TEXTS = ["nana bocu", "  two  spaces", "<s>literal</s> é \U0001f600\n", "", "tab\tand 12345"]
+
+
+@pytest.fixture(scope="session")
+def json_file(model_file, tmp_path_factory):
+    """The same vocabulary as `model_file`, as a tokenizer.json with BOS in its post-processor."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    pieces = [processor.id_to_piece(index) for index in range(processor.vocab_size())]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    merges = []
+    for index, piece in enumerate(pieces):
+        if not (processor.is_control(index) or processor.is_byte(index) or index == 0):
+            cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+            known = [cut for cut in cuts if cut[0] in vocabulary and cut[1] in vocabulary]
+            merges += [(index, cut) for cut in known]
+    merges.sort(key=lambda item: item[0])
+    model = models.BPE(
+        vocabulary,
+        [cut for _, cut in merges],
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def test_both_kinds_give_the_same_ids_and_hash(model_file, json_file):
+    from_model, from_json = load_tokenizer(model_file), load_tokenizer(json_file)
+    assert (from_model.kind, from_json.kind) == ("sentencepiece", "hf")
+    for first, second in zip(
+        from_model.encode_batch(TEXTS), from_json.encode_batch(TEXTS), strict=True
+    ):
+        np.testing.assert_array_equal(first, second)
+    names = ("vocab_size", "bos_id", "eod_id", "vocabulary_sha256")
+    assert [getattr(from_model, name) for name in names] == [
+        getattr(from_json, name) for name in names
+    ]
+    assert (from_model.bos_id, from_model.eod_id) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["model", "json"])
+def test_literal_special_tokens_stay_text(kind, model_file, json_file):
+    tokenizer = load_tokenizer(model_file if kind == "model" else json_file)
+    ids = tokenizer.encode("<s>a</s>")
+    assert not {tokenizer.bos_id, tokenizer.eod_id} & set(ids.tolist())
+    assert tokenizer.decode(ids) == "<s>a</s>"
+    np.testing.assert_array_equal(ids, tokenizer.encode_batch(["<s>a</s>"])[0])
+
+
+def test_hash_tells_vocabularies_apart(model_file, tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["other words entirely"] * 5),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=280,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    other = load_tokenizer(tmp_path / "other.model")
+    assert other.vocabulary_sha256 != load_tokenizer(model_file).vocabulary_sha256
+
+
+def test_bos_follows_configuration(json_file, model_file, tmp_path):
+    for file in (json_file, model_file):
+        folder = tmp_path / file.suffix[1:]
+        folder.mkdir()
+        shutil.copy(file, folder)
+        (folder / "tokenizer_config.json").write_text('{"add_bos_token": false}', encoding="utf-8")
+        assert load_tokenizer(folder).bos_id is None
+
+
+def test_eod_comes_from_the_configuration(json_file, tmp_path):
+    shutil.copy(json_file, tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"eos_token": {"content": "<unk>"}}), encoding="utf-8")
+    assert load_tokenizer(tmp_path).eod_id == 0
+    config.write_text(json.dumps({"eos_token": "<nope>"}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"end-of-document token \(looked for <nope>\)"):
+        load_tokenizer(tmp_path)
+
+
+def test_copy_loads_alone_and_equal(model_file, json_file, tmp_path):
+    for file in (model_file, json_file):
+        folder = tmp_path / file.suffix[1:]
+        copy_tokenizer(file, folder)
+        assert load_tokenizer(folder).vocabulary_sha256 == load_tokenizer(file).vocabulary_sha256
+
+
+def test_missing_and_damaged_tokenizers(tmp_path):
+    with pytest.raises(ConfigError, match=r"--tokenizer .*none\.model: no tokenizer there"):
+        load_tokenizer(tmp_path / "none.model")
+    with pytest.raises(ConfigError, match="no tokenizer there"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(DataError, match="is not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "x.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"x\.json cannot be loaded"):
+        load_tokenizer(tmp_path / "x.json")
