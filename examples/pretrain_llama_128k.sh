@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=megatron-long
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --signal=TERM@300
+#
+# Continual pretraining of a Llama on 131,072-token windows, by torchrun on this node or inside a SLURM
+# allocation (sbatch --nodes N examples/pretrain_llama_128k.sh, or run it from salloc).
+#
+#   CHECKPOINT=ckpt/llama3-8b DATASET=data/mix OUTPUT=runs/llama3-8b-128k \
+#       examples/pretrain_llama_128k.sh [any flag of megatron_long.pretrain or Megatron]
+#
+# CHECKPOINT   Megatron checkpoint to start from (tools/convert_checkpoint.py hf-to-megatron)
+# DATASET      folder that tools/preprocess_mix.py wrote
+# OUTPUT       checkpoints, TensorBoard and losses; started again, the run goes on from the newest there
+# RECIPE       llama3_8b_128k (default), llama2_7b_80k, llama2_7b_128k, llama2_13b_64k, llama3_70b_128k
+# NPROC_PER_NODE  processes on each node (default: its GPUs; 1 without any)
+# PYTHON       interpreter (default: python3)
+# DRY_RUN=1    print the command and leave
+set -euo pipefail
+
+: "${CHECKPOINT:?set CHECKPOINT to the Megatron checkpoint to start from}"
+: "${DATASET:?set DATASET to the folder of tools/preprocess_mix.py}"
+: "${OUTPUT:?set OUTPUT to the folder for checkpoints and logs}"
+RECIPE=${RECIPE:-llama3_8b_128k}
+PYTHON=${PYTHON:-python3}
+REPOSITORY=${REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}
+NUM_NODES=${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}
+
+count_gpus() {
+    local listed
+    listed=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || true
+    echo $((listed > 0 ? listed : 1))
+}
+NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(count_gpus)}}
+
+TRAIN_ARGS=(
+    --recipe "$RECIPE"
+    --dataset "$DATASET"
+    --pretrained-checkpoint "$CHECKPOINT"
+    --load "$OUTPUT"
+    --save "$OUTPUT"
+    --tensorboard-dir "$OUTPUT/tensorboard"
+    --loss-log "$OUTPUT/loss.jsonl"
+    --exit-signal-handler
+    "$@"
+)
+LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC_PER_NODE")
+if [ "${SLURM_JOB_ID:-}" ]; then
+    HEAD_NODE=${HEAD_NODE:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+    LAUNCH=(srun --ntasks-per-node 1 --kill-on-bad-exit 1 "${LAUNCH[@]}" --nnodes "$NUM_NODES"
+        --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$HEAD_NODE:$PORT")
+else
+    LAUNCH+=(--standalone)
+fi
+COMMAND=("${LAUNCH[@]}" -m megatron_long.pretrain "${TRAIN_ARGS[@]}")
+
+if [ "${DRY_RUN:-0}" = 1 ]; then
+    printf '%q ' "${COMMAND[@]}"
+    printf '\n'
+    exit 0
+fi
+cd "$REPOSITORY"
+"$PYTHON" tools/check_layout.py --world-size $((NUM_NODES * NPROC_PER_NODE)) "${TRAIN_ARGS[@]}"
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+exec "${COMMAND[@]}"

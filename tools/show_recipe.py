@@ -1,0 +1,50 @@
+#!/usr/bin/env python3
+"""Print a recipe as the bash array of Megatron flags that it stands for.
+
+The array works with any Megatron-LM entry point; flags of megatron_long are not among them.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from megatron_long.cli import run_tool
+from megatron_long.model.geometry import geometry_from_hf
+from megatron_long.training.backend import GPU, HOST
+from megatron_long.training.recipe import RECIPES, build_recipe
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument(
+        "recipe", nargs="?", help="recipe to print; without it the names are listed"
+    )
+    parser.add_argument("--hf-config", type=Path, help="model folder or config.json for the shape")
+    parser.add_argument(
+        "--backend", choices=("gpu", "host"), default="gpu", help="machine the flags are for"
+    )
+    arguments = parser.parse_args()
+    if arguments.recipe is None:
+        for name, make in RECIPES.items():
+            print(f"{name:16} {(make.__doc__ or '').splitlines()[0]}")
+        return 0
+    model = geometry_from_hf(arguments.hf_config) if arguments.hf_config else None
+    recipe = build_recipe(arguments.recipe, model)
+    argv = recipe.to_argv(GPU if arguments.backend == "gpu" else HOST)
+    print(as_bash_array(argv))
+    return 0
+
+
+def as_bash_array(argv: list[str]) -> str:
+    """One flag and its values a line."""
+    lines: list[list[str]] = []
+    for word in argv:
+        if word.startswith("--") or not lines:
+            lines.append([])
+        lines[-1].append(shlex.quote(word))
+    return "\n".join(["RECIPE_ARGS=(", *("    " + " ".join(line) for line in lines), ")"])
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
