@@ -95,8 +95,10 @@ def heatmap_figure(
     mean = np.mean([result.log_likelihood for result in results])
     likelihood.set_title(f"log-likelihood of the answer: {mean:.2f} nats per token on average")
     likelihood.images[0].colorbar.set_label("log-likelihood (nats per token, 0 is certain)")
-    for axes in (exact, likelihood):
-        _mark_training_length_column(axes, lengths, training_length)
+    if training_length is not None:
+        exact.set_title(f"{exact.get_title()} (trained to {format_tokens(training_length)} tokens)")
+        for axes in (exact, likelihood):
+            _mark_column(axes, lengths, training_length)
     return figure
 
 
@@ -148,7 +150,6 @@ def _draw_curves(
     centres = np.sqrt(np.maximum(edges[:-1], 0.5) * np.maximum(edges[1:] - 1, 0.5))
     is_shown = edges[:-1] >= min(FIRST_PLOTTED_POSITION, edges[-1] / 2)
     style: dict[str, Any] = {"linestyle": "--" if is_before else "-"}
-    suffix = " (before)" if is_before else ""
     for place, source in enumerate(loss.loss_sums):
         axes.plot(
             centres[is_shown],
@@ -157,7 +158,7 @@ def _draw_curves(
             marker=SOURCE_MARKERS[place % len(SOURCE_MARKERS)],
             markersize=0 if is_before else 3.5,
             linewidth=1.0 if is_before else 1.3,
-            label=source + suffix,
+            label=None if is_before else source,
             **style,
         )
     axes.plot(
@@ -165,7 +166,7 @@ def _draw_curves(
         curve(None)[is_shown],
         color="black",
         linewidth=1.8 if is_before else 2.4,
-        label=f"all{suffix}",
+        label="all, before (dashed)" if is_before else "all",
         **style,
     )
 
@@ -219,10 +220,11 @@ def _draw_grid(
         grid, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto", interpolation="nearest"
     )
     axes.figure.colorbar(image, ax=axes, pad=0.01)
-    step = -(-len(lengths) // MAX_LENGTH_TICKS)
-    columns = range(0, len(lengths), step)
-    labels = [format_tokens(lengths[column]) for column in columns]
-    axes.set_xticks(list(columns), labels, rotation=45, ha="right", rotation_mode="anchor")
+    num_ticks = min(MAX_LENGTH_TICKS, len(lengths))
+    columns = np.linspace(0, len(lengths) - 1, num_ticks).round().astype(int)
+    is_round = all(length % 1024 == 0 for length in lengths)
+    labels = [format_tokens(lengths[i]) if is_round else str(lengths[i]) for i in columns]
+    axes.set_xticks(columns, labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths])
     axes.set_xlabel("context length (tokens)")
     axes.set_ylabel("depth of the needle (0% is the start)")
@@ -246,23 +248,10 @@ def _write_values(axes: Axes, grid: np.ndarray, image: Any, number: str) -> None
         )
 
 
-def _mark_training_length_column(
-    axes: Axes, lengths: Sequence[int], training_length: int | None
-) -> None:
-    if training_length is None or not lengths[0] <= training_length < lengths[-1]:
-        return
-    column = sum(length <= training_length for length in lengths) - 0.5
-    axes.axvline(column, color="black", linestyle="--", linewidth=2.5)
-    axes.annotate(
-        f"trained to {format_tokens(training_length)} ",
-        (column, 1.0),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, 2),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        fontsize=8,
-    )
+def _mark_column(axes: Axes, lengths: Sequence[int], training_length: int) -> None:
+    if lengths[0] <= training_length < lengths[-1]:
+        column = sum(length <= training_length for length in lengths) - 0.5
+        axes.axvline(column, color="black", linestyle="--", linewidth=2.5)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -59,14 +59,15 @@ def test_heatmap_shows_each_cell_at_its_place():
     assert [label.get_text() for label in exact.get_yticklabels()] == [
         "0%", "25%", "50%", "75%", "100%",
     ]  # fmt: skip
-    assert exact.get_xticklabels()[0].get_text() == "1K"
-    assert exact.get_xticklabels()[-1].get_text() == "128K"
+    assert exact.get_xticklabels()[0].get_text() == "1024"
+    assert exact.get_xticklabels()[-1].get_text() == "131072"
     for axes in (exact, likelihood):
         assert axes.get_xlabel() == "context length (tokens)"
         assert axes.get_ylabel() == "depth of the needle (0% is the start)"
         assert [line.get_xdata()[0] for line in axes.lines] == [4.5]
     share = np.mean([result.is_exact for result in results])
     assert f"{share:.0%}" in exact.get_title()
+    assert "trained to 80K tokens" in exact.get_title()
 
 
 def test_red_is_a_miss_and_green_a_hit():
@@ -84,8 +85,8 @@ def test_position_curves_have_labels_units_and_the_old_length():
     assert losses.get_ylabel() == "loss (nats per token)"
     assert differences.get_ylabel() == "difference (nats per token)"
     names = [text.get_text() for text in losses.get_legend().get_texts()]
-    assert [name for name in names if "before" not in name] == [*SOURCES, "all"]
-    assert len(names) == 16
+    assert names == [*SOURCES, "all", "all, before (dashed)"]
+    assert len(losses.lines) == 2 * 8 + 1  # and the old context
     for axes in figure.axes:
         assert axes.get_xlabel() == "position in the document (tokens, log scale)"
         assert axes.get_xlim() == (8, 2048)

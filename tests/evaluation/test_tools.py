@@ -1,0 +1,308 @@
+"""The two tools from the command line, with a model of known answers in place of Megatron's."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_long.cli import run_tool
+from megatron_long.data.indexed import IndexedDatasetReader
+from megatron_long.data.manifest import read_manifest
+from megatron_long.data.tokenizers import load_tokenizer
+from megatron_long.evaluation import scoring
+from megatron_long.evaluation.loss_report import read_loss_report
+from megatron_long.evaluation.needle_report import read_needle_report
+
+from .fakes import FakeScorer, copy_predictions, make_story, write_checkpoint_folder
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RunTool = Callable[..., int]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, tiny_dataset: Path) -> Path:
+    manifest = read_manifest(tiny_dataset)
+    path = write_checkpoint_folder(tmp_path / "ckpt", manifest.tokenizer.vocab_size)
+    shutil.copytree(tiny_dataset / "tokenizer", path / "tokenizer")
+    return path
+
+
+@pytest.fixture
+def haystack(tmp_path: Path) -> Path:
+    path = tmp_path / "story.txt"
+    path.write_text(make_story(300))
+    return path
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Let `open_scorer` give a copying model, and record how it was called."""
+    calls: list[dict] = []
+
+    def open_scorer(checkpoint: Path, **settings) -> FakeScorer:
+        calls.append({"checkpoint": checkpoint, **settings})
+        return FakeScorer(copy_predictions, settings["context_length"])
+
+    monkeypatch.setattr(scoring, "open_scorer", open_scorer)
+    return calls
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> RunTool:
+    """Run a tool in this process: `run("loss", *flags)` gives its exit status."""
+
+    def run_with(name: str, *flags: object) -> int:
+        path = REPOSITORY / "tools" / f"evaluate_{name}.py"
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, path.stem, module)  # dataclasses look there
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, flags)])
+        try:
+            return run_tool(module.main)
+        except SystemExit as stop:
+            return int(stop.code or 0)
+
+    return run_with
+
+
+def loss_flags(checkpoint: Path, dataset: Path, output: Path) -> list[object]:
+    return ["--checkpoint", checkpoint, "--dataset", dataset, "--output", output]
+
+
+def test_loss(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
+    output, plot = tmp_path / "out" / "loss.json", tmp_path / "out" / "loss.png"
+    flags = loss_flags(checkpoint, tiny_dataset, output)
+    layout = ["--tensor-model-parallel-size", "2", "--context-parallel-size", "2"]
+    status = run(
+        "loss", *flags, "--context-length", 128, "--plot", plot, "--micro-batch-size", 3, *layout
+    )
+    assert status == 0
+    assert opened == [
+        {
+            "checkpoint": checkpoint,
+            "context_length": 128,
+            "micro_batch_size": 3,
+            "megatron_argv": layout,
+        }
+    ]
+    report = read_loss_report(output)
+    assert report.settings.buckets == ((0, 16), (16, 128))
+    assert report.settings.iteration == "10"
+    manifest = read_manifest(tiny_dataset)
+    assert report.settings.dataset_fingerprint == manifest.fingerprint
+    for source in ("Book", "GitHub"):
+        lengths = IndexedDatasetReader(tiny_dataset / "valid" / source).lengths
+        expected = sum(min(int(length) - 1, 128) for length in lengths)
+        assert report.loss.num_tokens(0, 128, source) == expected
+        assert report.loss.num_documents[source] == len(lengths)
+    assert plot.stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "16-128" in printed
+    assert str(output) in printed
+
+
+def test_loss_against_an_earlier_run(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
+    before = tmp_path / "before.json"
+    common = ["--context-length", 64, "--buckets", "0-10,10-64"]
+    assert run("loss", *loss_flags(checkpoint, tiny_dataset, before), *common) == 0
+    after = loss_flags(checkpoint, tiny_dataset, tmp_path / "after.json")
+    assert run("loss", *after, *common, "--compare", before, "--plot", tmp_path / "a.png") == 0
+    table = capsys.readouterr().out
+    assert "+0.0000" in table
+    assert "+0.0000*" not in table
+    flags = [*after, "--context-length", 64, "--compare", before, "--force"]
+    assert run("loss", *flags, "--min-document-tokens", 20) == 2
+    assert "--min-document-tokens" in capsys.readouterr().err
+
+
+def test_needle(run, opened, checkpoint, haystack, tmp_path, capsys):
+    output = tmp_path / "needle"
+    flags = ["--checkpoint", checkpoint, "--haystack", haystack, "--output-dir", output]
+    grid = ["--context-length", 900, "--num-lengths", 3, "--min-length", 600, "--num-depths", 4]
+    assert run("needle", *flags, *grid, "--training-length", 700, "--rotary-base", "9") == 0
+    assert opened[0]["context_length"] == 900
+    assert opened[0]["megatron_argv"] == ["--rotary-base", "9"]
+    report = read_needle_report(output / "needle.json")
+    assert [(r.context_length, r.depth) for r in report.results][::4] == [
+        (600, 0.0), (750, 0.0), (900, 0.0),
+    ]  # fmt: skip
+    assert len(report.results) == 12
+    assert report.settings.iteration == "10"
+    means = json.loads((output / "needle.json").read_text())["means"]
+    assert means["within"]["num_cells"] == 4
+    assert means["beyond"]["num_cells"] == 8
+    assert (output / "needle.png").stat().st_size > 10_000
+    assert "beyond 700" in capsys.readouterr().out
+    assert run("needle", *flags, *grid) == 2
+    assert "--force" in capsys.readouterr().err
+    lengths = ["--context-lengths", 620, 610, "--num-depths", 1]
+    assert run("needle", *flags, *lengths, "--force") == 0
+    assert opened[-1]["context_length"] == 620
+    report = read_needle_report(output / "needle.json")
+    assert [(r.context_length, r.depth) for r in report.results] == [(610, 0.5), (620, 0.5)]
+
+
+def test_only_the_writer_writes(
+    run, monkeypatch, checkpoint, haystack, tiny_dataset, tmp_path, capsys
+):
+    def open_scorer(checkpoint, *, context_length, **settings):
+        scorer = FakeScorer(copy_predictions, context_length)
+        scorer.is_writer = False
+        return scorer
+
+    monkeypatch.setattr(scoring, "open_scorer", open_scorer)
+    flags = loss_flags(checkpoint, tiny_dataset, tmp_path / "loss.json")
+    assert run("loss", *flags, "--context-length", 64) == 0
+    flags = ["--checkpoint", checkpoint, "--haystack", haystack, "--output-dir", tmp_path / "n"]
+    assert run("needle", *flags, "--context-lengths", 600, "--num-depths", 2) == 0
+    assert not (tmp_path / "loss.json").exists()
+    assert not (tmp_path / "n").exists()
+    assert capsys.readouterr().out == ""
+
+
+LOSS_ERRORS = {
+    "missing checkpoint": (["--checkpoint", "nowhere"], "--checkpoint nowhere does not exist"),
+    "missing dataset": (["--dataset", "nowhere"], "--dataset nowhere is not a folder"),
+    "not a dataset": (["--dataset", "."], "has no manifest.json"),
+    "odd length": (["--context-length", "63"], "use 62 or 64"),
+    "cp": (
+        ["--context-length", "66", "--context-parallel-size", "2"],
+        "--context-length 66 is not a multiple of 2 * --context-parallel-size 2 (4); use 64 or 68",
+    ),
+    "cp with equals": (["--context-length", "6", "--context-parallel-size=4"], "use 8 or more"),
+    "cp not a number": (["--context-parallel-size", "two"], "not a positive integer"),
+    "zero length": (["--context-length", "0"], "0 is not at least 1"),
+    "buckets": (["--buckets", "0-99"], "--buckets 0-99 does not lie within --context-length 64"),
+    "long documents": (["--min-document-tokens", "99999"], "no held-out document is that long"),
+    "compare": (["--compare", "nowhere.json"], "--compare nowhere.json is not a file"),
+    "no such iteration": (["--ckpt-step", "7"], "has no folder iter_0000007"),
+    "missing tokenizer": (["--tokenizer", "nowhere"], "--tokenizer nowhere does not exist"),
+    "output is a folder": (["--output", ".", "--force"], "--output . cannot be written"),
+}
+
+
+@pytest.mark.parametrize("name", LOSS_ERRORS)
+def test_loss_errors(name, run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
+    flags, message = LOSS_ERRORS[name]
+    standard = loss_flags(checkpoint, tiny_dataset, tmp_path / "loss.json")
+    assert run("loss", *standard, "--context-length", 64, *flags) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert opened == []
+    assert not (tmp_path / "loss.json").exists()
+
+
+NEEDLE_ERRORS = {
+    "missing checkpoint": (["--checkpoint", "nowhere"], "--checkpoint nowhere does not exist"),
+    "missing haystack": (["--haystack", "nowhere.txt"], "--haystack nowhere.txt is not a file"),
+    "long": (["--context-length", "100000"], "it can do lengths up to"),
+    "short": (["--context-lengths", "20"], "use lengths above"),
+    "above": (["--context-lengths", "620"], "--context-lengths 620 is above --context-length 600"),
+    "odd length": (["--context-length", "601"], "use 600 or 602"),
+    "no answer": (["--answer", "dance"], "--answer 'dance' is not part of --needle"),
+    "already there": (
+        ["--needle", "Sentence 1", "--answer", "Sentence"],
+        "already contains --needle 'Sentence 1'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEEDLE_ERRORS)
+def test_needle_errors(name, run, opened, checkpoint, haystack, tmp_path, capsys):
+    flags, message = NEEDLE_ERRORS[name]
+    standard = ["--checkpoint", checkpoint, "--haystack", haystack]
+    more = ["--output-dir", tmp_path / "n", "--context-length", 600, "--min-length", 500]
+    assert run("needle", *standard, *more, *flags) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert opened == []
+    assert not (tmp_path / "n").exists()
+
+
+def test_needle_needs_a_length(run, checkpoint, haystack, tmp_path, capsys):
+    flags = ["--checkpoint", checkpoint, "--haystack", haystack, "--output-dir", tmp_path / "n"]
+    assert run("needle", *flags) == 2
+    assert "--context-length" in capsys.readouterr().err
+
+
+def test_needle_without_a_tokenizer(run, opened, checkpoint, haystack, tmp_path, capsys):
+    shutil.rmtree(checkpoint / "tokenizer")
+    flags = ["--checkpoint", checkpoint, "--haystack", haystack, "--output-dir", tmp_path / "n"]
+    assert run("needle", *flags, "--context-length", 600) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "has no folder tokenizer/" in message
+    assert "--tokenizer FILE_OR_FOLDER" in message
+
+
+@pytest.mark.parametrize("tool", ["loss", "needle"])
+def test_another_vocabulary_is_refused(
+    tool, run, opened, checkpoint, tiny_dataset, haystack, tmp_path, capsys
+):
+    """Of the same size: only the hash tells them apart."""
+    import sentencepiece
+
+    size = load_tokenizer(checkpoint / "tokenizer").vocab_size
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_story(400).split(". ")),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=size,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    flags = [*loss_flags(checkpoint, tiny_dataset, tmp_path / "o"), "--context-length", 64]
+    if tool == "needle":
+        flags = ["--checkpoint", checkpoint, "--haystack", haystack, "--context-length", 600]
+        flags += ["--output-dir", tmp_path / "n"]
+    assert run(tool, *flags, "--tokenizer", tmp_path / "other.model") == 2
+    assert "another vocabulary" in " ".join(capsys.readouterr().err.split())
+    assert opened == []
+
+
+def test_a_dataset_of_a_larger_vocabulary_is_refused(
+    run, opened, checkpoint, tiny_dataset, tmp_path, capsys
+):
+    shutil.rmtree(checkpoint / "tokenizer")
+    (checkpoint / "hf_config.json").write_text('{"vocab_size": 100}')
+    flags = loss_flags(checkpoint, tiny_dataset, tmp_path / "loss.json")
+    assert run("loss", *flags, "--context-length", 64) == 2
+    assert "one of 100" in " ".join(capsys.readouterr().err.split())
+
+
+def test_another_dataset_than_the_model_s_is_refused(
+    run, opened, checkpoint, tiny_dataset, tmp_path, capsys
+):
+    import sentencepiece
+
+    (checkpoint / "tokenizer" / "tokenizer.model").unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_story(400).split(". ")),
+        model_prefix=str(checkpoint / "tokenizer" / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    flags = loss_flags(checkpoint, tiny_dataset, tmp_path / "loss.json")
+    assert run("loss", *flags, "--context-length", 64) == 2
+    assert "--dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", ["loss", "needle"])
+def test_help_and_missing_flags_without_importing_torch(tool):
+    command = [sys.executable, "-X", "importtime", f"tools/evaluate_{tool}.py"]
+    shown = subprocess.run([*command, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert "--context-length" in shown.stdout
+    imported = {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
+    assert "numpy" in imported
+    assert not imported & {"torch", "megatron", "matplotlib"}
+    missing = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert missing.returncode == 2
+    assert "--checkpoint" in missing.stderr
