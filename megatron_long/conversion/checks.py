@@ -22,10 +22,12 @@ DTYPES = (KEEP, "float32", "bfloat16")
 
 
 def check_folders(input_dir: Path, output_dir: Path, *, force: bool) -> None:
-    """Refuse an output that exists, or that would take the input with it.
+    """Refuse an input that is not there, and an output that is or would take the input with it.
 
-    Raises: ConfigError: either.
+    Raises: ConfigError: any of these.
     """
+    if not input_dir.is_dir():
+        raise ConfigError(f"--input {input_dir} is not a folder; give the folder of the model")
     refuse_overwrite(output_dir, force=force)
     source, target = input_dir.resolve(), output_dir.resolve()
     if source == target or target in source.parents:

@@ -32,10 +32,8 @@ from megatron_long.conversion.mapping import (
     units_of,
 )
 from megatron_long.conversion.megatron_folder import (
-    HF_CONFIG_FILE,
     HF_GENERATION_CONFIG_FILE,
     RELEASE,
-    TOKENIZER_DIR,
     TRACKER_FILE,
     check_tensors,
     common_state,
@@ -51,6 +49,7 @@ from megatron_long.model.geometry import (
     geometry_from_config,
     read_hf_config,
 )
+from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TOKENIZER_DIR_NAME
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -115,6 +114,7 @@ def hf_to_megatron(
             return report
         with atomic_path(output_dir, directory=True) as folder:
             _write_megatron(folder, weights, geometry, stored, progress)
+            hf_folder.write_config(folder / HF_CONFIG_NAME, config, geometry, stored)
             _write_sidecars(folder, input_dir)
             if verify:
                 _verify_megatron(folder, weights, geometry, stored, progress)
@@ -156,7 +156,7 @@ def megatron_to_hf(
 
     source = find_iteration(input_dir, iteration)
     check_folders(input_dir, output_dir, force=force)
-    config_path = hf_config / CONFIG_NAME if hf_config else input_dir / HF_CONFIG_FILE
+    config_path = hf_config / CONFIG_NAME if hf_config else input_dir / HF_CONFIG_NAME
     if not config_path.is_file():
         raise ConfigError(f"{config_path} does not exist; give --hf-config with the model's folder")
     config = read_hf_config(config_path)
@@ -311,11 +311,10 @@ def _report(
 
 
 def _write_sidecars(folder: Path, model_dir: Path) -> None:
-    shutil.copyfile(model_dir / CONFIG_NAME, folder / HF_CONFIG_FILE)
     generation = model_dir / hf_folder.GENERATION_CONFIG
     if generation.is_file():
         shutil.copyfile(generation, folder / HF_GENERATION_CONFIG_FILE)
-    hf_folder.copy_tokenizer(model_dir, folder / TOKENIZER_DIR)
+    hf_folder.copy_tokenizer(model_dir, folder / TOKENIZER_DIR_NAME)
 
 
 def _restore_sidecars(folder: Path, checkpoint_dir: Path, hf_config: Path | None) -> None:
@@ -324,6 +323,6 @@ def _restore_sidecars(folder: Path, checkpoint_dir: Path, hf_config: Path | None
         generation = hf_config / hf_folder.GENERATION_CONFIG
     if generation.is_file():
         shutil.copyfile(generation, folder / hf_folder.GENERATION_CONFIG)
-    copied = hf_folder.copy_tokenizer(checkpoint_dir / TOKENIZER_DIR, folder)
+    copied = hf_folder.copy_tokenizer(checkpoint_dir / TOKENIZER_DIR_NAME, folder)
     if hf_config and not copied:
         hf_folder.copy_tokenizer(hf_config, folder)

@@ -39,7 +39,7 @@ class HfWeights:
     def __init__(self, folder: Path) -> None:
         """Open every file and read its header.
 
-        Raises: ConfigError: no such folder, or no safetensors in it.
+        Raises: ConfigError: there are no safetensors in it.
             DataError: a file is missing, truncated, or disagrees with the index.
         """
         self.folder = folder
@@ -101,8 +101,6 @@ class HfWeights:
 
 def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     """Give the files of a folder's weights, each with the names that the index puts there."""
-    if not folder.is_dir():
-        raise ConfigError(f"--input {folder} is not a folder; give a Hugging Face model folder")
     index = folder / INDEX_FILE
     if index.is_file():
         return _indexed_files(index)
@@ -166,7 +164,9 @@ def write_weights(
         folder: An existing folder.
         shards: Named tensors of each file, consumed in order.
         total_size_bytes: Size of all tensors, for the index.
+    Raises: DataError: the disk refuses.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     weight_map: dict[str, str] = {}
@@ -174,7 +174,10 @@ def write_weights(
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = SINGLE_FILE if len(shards) == 1 else name
         tensors = {name: tensor.contiguous() for name, tensor in named_tensors}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{file} cannot be written: {error}; free some space") from error
         weight_map.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_size_bytes}, "weight_map": weight_map}

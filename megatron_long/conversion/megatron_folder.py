@@ -2,12 +2,10 @@
 
     DIR/latest_checkpointed_iteration.txt   an iteration, or `release` for converted weights
     DIR/release/ or DIR/iter_0000010/       `torch_dist`
-    DIR/hf_config.json                      the Hugging Face configuration the model came from
     DIR/hf_generation_config.json           if the model came with one
-    DIR/tokenizer/                          the model's tokenizer files
 
-The RoPE base and the longest context are those of the checkpoint's arguments: training raises them,
-and `hf_config.json` stays what it was.
+What else lies there is said in `megatron_long.training.checkpoint_folder`. On export the RoPE base and
+the longest context are those of the checkpoint's own arguments, which no copy of a file can outdate.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ from megatron_long.conversion.mapping import (
 )
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_config, read_hf_config
+from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME
 
 if TYPE_CHECKING:
     from torch import dtype
@@ -33,9 +32,7 @@ if TYPE_CHECKING:
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-HF_CONFIG_FILE = "hf_config.json"
 HF_GENERATION_CONFIG_FILE = "hf_generation_config.json"
-TOKENIZER_DIR = "tokenizer"
 CHECKPOINT_VERSION = 3.0
 
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.")
@@ -177,7 +174,7 @@ def read_geometry(checkpoint_dir: Path, iteration: int | None = None) -> LlamaGe
     from megatron_long.conversion.torch_dist import read_common_state
 
     folder = find_iteration(checkpoint_dir, iteration)
-    config_path = checkpoint_dir / HF_CONFIG_FILE
+    config_path = checkpoint_dir / HF_CONFIG_NAME
     config = read_hf_config(config_path)
     return merge_geometry(
         geometry_from_config(config, name=str(config_path)), read_common_state(folder), folder
@@ -201,7 +198,7 @@ def merge_geometry(hf: LlamaGeometry, state: Mapping[str, Any], folder: Path) ->
         seen = getattr(args, name, value)
         if seen != value:
             raise ConfigError(
-                f"{folder}: {name} of the checkpoint is {seen!r}, and {HF_CONFIG_FILE} makes it "
+                f"{folder}: {name} of the checkpoint is {seen!r}, and {HF_CONFIG_NAME} makes it "
                 f"{value!r}: give the configuration that the model was trained from"
             )
     return replace(
@@ -240,7 +237,7 @@ def check_tensors(reader: TorchDistReader, geometry: LlamaGeometry) -> None:
         if seen[key] != expected:
             raise DataError(
                 f"{reader.folder}: tensor {key} has shape {list(seen[key])}; "
-                f"{HF_CONFIG_FILE} makes it {list(expected)}"
+                f"{HF_CONFIG_NAME} makes it {list(expected)}"
             )
     known = {rule.megatron_key for rule in rules}
     left_over = [key for key in seen if key.startswith(_MODEL_PREFIXES) and key not in known]

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -41,7 +43,6 @@ from megatron_long.errors import DataError
 FORMAT_FILE = "metadata.json"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 COMMON_STATE = "common_state/shard_0_1"
-WRITER_THREADS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +106,26 @@ def write_torch_dist(folder: Path, pieces: Sequence[LazyPiece], objects: Mapping
         folder: The folder to fill; made if missing.
         pieces: The tensors; together they must cover each global shape exactly.
         objects: Picklable things by their full key, `common_state/shard_0_1` among them.
+    Raises: DataError: the disk refuses. What a piece's `make` raises comes through.
     """
-    writer = dcp.FileSystemWriter(folder, thread_count=WRITER_THREADS, per_thread_copy_ahead=0)
+    # One thread: torch 2.11 drops the exceptions of others, and with them parts of the checkpoint.
+    writer = dcp.FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
     planner = _LazySavePlanner(pieces, objects)
-    dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+    with warnings.catch_warnings():  # that there is no process group is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            _raise_cause(error, folder)
     (folder / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
+
+
+def _raise_cause(error: CheckpointException, folder: Path) -> NoReturn:
+    cause = next(iter(error.failures.values()))[0]
+    for seen in (cause, cause.__context__):  # torch.save's own complaint hides the disk's
+        if isinstance(seen, OSError):
+            raise DataError(f"{folder} cannot be written: {seen}; free some space") from cause
+    raise cause
 
 
 class _SlicePlanner(DefaultLoadPlanner):
@@ -204,18 +220,22 @@ def read_common_state(folder: Path) -> dict[str, Any]:
 
     Raises: DataError: it cannot be read.
     """
-    from megatron.core.dist_checkpointing import load_common_state_dict
-    from megatron.core.safe_globals import register_safe_globals
-
     _check_format(folder)
-    register_safe_globals()
-    try:
-        return load_common_state_dict(str(folder))
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise DataError(
-            f"{folder}: the common state cannot be read ({type(error).__name__}: {error}); "
-            "the checkpoint is damaged: copy it again or use another iteration"
-        ) from error
+    with (
+        warnings.catch_warnings()
+    ):  # of the process group, and of packages that reading does not need
+        warnings.simplefilter("ignore", UserWarning)
+        from megatron.core.dist_checkpointing import load_common_state_dict
+        from megatron.core.safe_globals import register_safe_globals
+
+        register_safe_globals()
+        try:
+            return load_common_state_dict(str(folder))
+        except (Exception, CheckpointException) as error:  # a damaged pickle raises anything
+            raise DataError(
+                f"{folder}: the common state cannot be read ({type(error).__name__}); "
+                "the checkpoint is damaged: copy it again or use another iteration"
+            ) from error
 
 
 def _check_format(folder: Path) -> None:

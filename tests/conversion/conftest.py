@@ -1,0 +1,93 @@
+"""Tiny random Llamas, made and saved by transformers, and damage done to copies of them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+VOCAB_SIZE = 1000  # no multiple of 128
+MakeLlama = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_llama(tmp_path_factory: pytest.TempPathFactory) -> MakeLlama:
+    """Give the folder of a Llama: `make_llama(tied=True, dtype="bfloat16", rope={...})`."""
+    made: dict[str, Path] = {}
+
+    def make(
+        *, tied: bool = False, dtype: str = "float32", max_shard_size: str = "5GB", **config: Any
+    ) -> Path:
+        name = f"{tied}-{dtype}-{max_shard_size}-{json.dumps(config, sort_keys=True)}"
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("llama") / "hf"
+            model = build(tied=tied, **config).to(getattr(torch, dtype))
+            model.save_pretrained(made[name], max_shard_size=max_shard_size)
+            (made[name] / "tokenizer.model").write_bytes(b"a vocabulary")
+            (made[name] / "generation_config.json").write_text('{"temperature": 0.6}')
+        return made[name]
+
+    return make
+
+
+def build(*, tied: bool, **config: Any) -> torch.nn.Module:
+    """A Llama with grouped queries whose every weight, norms included, matters to the logits."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**shape, **config}, tie_word_embeddings=tied))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def llama_copy(make_llama: MakeLlama, tmp_path: Path) -> Path:
+    """A Llama's folder that a test may damage."""
+    return Path(shutil.copytree(make_llama(), tmp_path / "damaged"))
+
+
+@pytest.fixture
+def edit_weights() -> Callable[[Path, Callable[[dict[str, torch.Tensor]], None]], None]:
+    """Change the tensors of a folder in place: `edit_weights(folder, lambda tensors: ...)`."""
+    from safetensors.torch import load_file, save_file
+
+    def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+        path = folder / "model.safetensors"
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return edit
+
+
+@pytest.fixture
+def read_weights() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Read every tensor of a folder with safetensors' own reader."""
+    from safetensors.torch import load_file
+
+    def read(folder: Path) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors |= load_file(path)
+        return tensors
+
+    return read

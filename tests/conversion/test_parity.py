@@ -1,0 +1,109 @@
+"""Logits of transformers and of Megatron are one model's, both ways and through training."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_long.conversion.convert import hf_to_megatron, megatron_to_hf
+from megatron_long.conversion.mapping import checkpoint_shape, rules_of
+from megatron_long.conversion.megatron_folder import extra_states
+from megatron_long.model.geometry import LLAMA3_SCALING, geometry_from_hf
+
+TOLERANCE = 1e-4
+PROGRAM = Path(__file__).with_name("megatron_logits.py")
+LLAMAS = {
+    "untied": {},
+    "tied": {"tied": True},
+    "llama3-scaling": {
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_SCALING}
+    },
+    "wide-heads": {"head_dim": 16, "num_key_value_heads": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    """[2, 96] token ids."""
+    return torch.randint(0, 1000, (2, 96), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def megatron_run(run_job, tokens, tmp_path):
+    """Load a checkpoint with Megatron's training code: `megatron_run(checkpoint, *flags)`."""
+
+    def run(checkpoint: Path, *flags: str) -> dict:
+        torch.save(tokens, tmp_path / "tokens.pt")
+        files = (checkpoint, tmp_path / "tokens.pt", tmp_path / "output.pt")
+        run_job(1, [PROGRAM, *files, *flags])
+        return torch.load(tmp_path / "output.pt")
+
+    return run
+
+
+def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """[b, s, v] by transformers, float32."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def largest_difference(megatron: dict, expected: torch.Tensor) -> float:
+    """Over the real vocabulary."""
+    return float((megatron["logits"][..., : expected.size(-1)] - expected).abs().max())
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_megatron_computes_what_transformers_does(make_llama, megatron_run, tokens, tmp_path, name):
+    source = make_llama(**LLAMAS[name])
+    hf_to_megatron(source, tmp_path / "ckpt")
+    seen = megatron_run(tmp_path / "ckpt")
+    expected = hf_logits(source, tokens)
+    difference = largest_difference(seen, expected)
+    print(f"{name}: logits up to {expected.abs().max():.2f}, largest difference {difference:.1e}")
+    assert difference <= TOLERANCE
+    assert expected.abs().max() > 1.0
+    geometry = geometry_from_hf(source)
+    rules = rules_of(geometry)
+    assert seen["shapes"] == {rule.megatron_key: checkpoint_shape(rule, geometry) for rule in rules}
+    assert set(seen["objects"]) <= set(extra_states(geometry))
+    axes = {key.replace("layers.0.", "layers."): axis for key, axis in seen["axes"].items()}
+    for rule in rules:
+        assert axes.get(rule.megatron_key) == rule.tensor_parallel_axis
+
+
+def test_a_wrong_rope_base_is_noticed(make_llama, megatron_run, tokens, tmp_path):
+    source = make_llama()
+    hf_to_megatron(source, tmp_path / "ckpt")
+    seen = megatron_run(tmp_path / "ckpt", "--rotary-base", "10000")
+    assert largest_difference(seen, hf_logits(source, tokens)) > 100 * TOLERANCE
+
+
+@pytest.mark.slow
+def test_export_after_training_with_tensor_parallelism(
+    make_llama, megatron_run, run_job, tiny_dataset, tokens, tmp_path
+):
+    """Converted, trained by two processes at another RoPE base, exported: still one model."""
+    source = make_llama()
+    hf_to_megatron(source, tmp_path / "start")
+    flags = [
+        *("--recipe", "tiny_debug", "--seq-length", "128", "--max-position-embeddings", "128"),
+        *("--micro-batch-size", "1", "--global-batch-size", "2", "--train-iters", "2"),
+        *("--lr", "1e-2", "--min-lr", "1e-2", "--save-interval", "2", "--rotary-base", "2000000"),
+        *("--tensor-model-parallel-size", "2", "--finetune"),
+    ]
+    folders = ("--load", tmp_path / "start", "--save", tmp_path / "trained")
+    command = ["-m", "megatron_long.pretrain", *flags, *folders, "--dataset", tiny_dataset]
+    run_job(2, command)
+    report = megatron_to_hf(tmp_path / "trained", tmp_path / "hf", verify=True)
+    assert report.dtype == "float32"
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config["rope_theta"], config["max_position_embeddings"]) == (2000000.0, 128)
+    exported = hf_logits(tmp_path / "hf", tokens)
+    difference = largest_difference(megatron_run(tmp_path / "trained"), exported)
+    print(f"trained: largest difference {difference:.1e}")
+    assert difference <= TOLERANCE
+    assert (exported - hf_logits(source, tokens)).abs().max() > 100 * TOLERANCE
