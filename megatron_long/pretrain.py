@@ -159,8 +159,8 @@ class _LossLog:
 
         if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             return
-        record = {name: float(value) for name, value in losses.items()}
-        record = {"iteration": iteration, **record, "grad_norm": grad_norm}
+        figures = {name: float(value) for name, value in losses.items()}
+        record = {"iteration": iteration, **figures, "grad_norm": grad_norm}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -13,7 +13,7 @@ from megatron_long.cli import run_tool
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--world-size", type=int, required=True, help="processes of the job")
     arguments, argv = parser.parse_known_args()
 

@@ -16,7 +16,7 @@ from megatron_long.training.recipe import RECIPES, build_recipe
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "recipe", nargs="?", help="recipe to print; without it the names are listed"
     )

@@ -116,7 +116,7 @@ class Scorer:
         self._check(tokens, labels)
         with torch.no_grad():
             local = self._forward(tokens, labels)
-            whole = self._collect(local, tuple(tokens.shape))
+            whole = self._collect(local, tokens.shape)
         return TokenScores(whole[0].cpu(), whole[1].cpu() > 0.5)
 
     def gather(self, value: Any) -> list:
@@ -162,7 +162,7 @@ class Scorer:
             for whole in (tokens, labels, positions)
         ]
 
-        def forward_step(_iterator, model):
+        def forward_step(_iterator: None, model: torch.nn.Module) -> tuple:
             tokens, labels, positions = shards
             output = model(
                 tokens, positions, None, labels=labels, output_processor=self._output_processor
@@ -206,7 +206,7 @@ class Scorer:
         both = torch.stack([scores.losses, scores.is_greedy.float()])
         return both.view(2, labels.size(1), labels.size(0)).transpose(1, 2).contiguous()
 
-    def _collect(self, local: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    def _collect(self, local: Tensor | None, shape: torch.Size) -> Tensor:
         """Put the shards of the context-parallel ranks in order, and share them with all stages."""
         from megatron.core import parallel_state
 

@@ -78,7 +78,7 @@ class _GatherSequence(torch.autograd.Function):
         return zigzag_unshard(list(gathered.chunk(group.size())))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         cp = ctx.group.size()
         by_rank = torch.cat([zigzag_shard(grad, rank, cp) for rank in range(cp)])
         shard_grad = grad.new_empty(grad.size(0) // cp, *grad.shape[1:])

@@ -1,5 +1,7 @@
 """Which modules a layer is made of, and which model class holds them: named here and nowhere else."""
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import (
@@ -25,7 +27,9 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def portable_block_spec(model_config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def portable_block_spec(
+    model_config: Any, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """Layers of a Llama block without Transformer Engine, for `GPTModelConfig.transformer_layer_spec`.
 
     The parameters keep the checkpoint names of the Transformer Engine block, so that a checkpoint

@@ -3,9 +3,10 @@
 Legend: b micro-batch, s sequence of the whole window; rank-local sizes carry `/cp`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -35,7 +36,7 @@ class BatchShape:
 
 def get_batch(
     iterator: Iterator | None, size: tuple[int, int], vp_stage: int | None
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """This rank's part of the next micro-batch.
 
     Tensor-parallel rank 0 reads and broadcasts to its group; each context-parallel rank keeps its two
@@ -56,7 +57,7 @@ def get_batch(
     device = torch.cuda.current_device()
     rank = parallel_state.get_context_parallel_rank()
     cp = parallel_state.get_context_parallel_world_size()
-    batch: dict[str, Tensor | None] = {}
+    batch: dict[str, Tensor] = {}
     for name, dtype in FIELDS.items():
         if sample is not None:
             whole = sample[name].to(device=device, dtype=dtype, non_blocking=True)
@@ -88,7 +89,9 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
     return total, num_tokens, {LOSS_KEY: report}
 
 
-def forward_step(shape: BatchShape, iterator: Iterator | None, model: torch.nn.Module):
+def forward_step(
+    shape: BatchShape, iterator: Iterator | None, model: torch.nn.Module
+) -> tuple[Tensor, Callable]:
     """Run one micro-batch, as Megatron's schedules call it (bind `shape` first).
 
     Returns: The model's output (token losses [b, s/cp] on the last stage) and the loss function.

@@ -45,7 +45,7 @@ def dataset_provider(arguments: LongContextArguments, args: Namespace) -> Callab
         args: Megatron's validated flags.
     """
 
-    def provide(num_samples: NumSamples, vp_stage: int | None = None):
+    def provide(num_samples: NumSamples, vp_stage: int | None = None) -> tuple:
         if arguments.dataset:
             if not _reads_data():
                 return None, None, None

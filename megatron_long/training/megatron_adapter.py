@@ -115,9 +115,9 @@ def install_patches(step_listener: StepListener | None = None) -> None:
     """Put the changes of `PATCHED_SYMBOLS` in place."""
     check_version()
     # The wheel ships the compiled helpers but no Makefile: compile_helpers() would end the process.
-    helpers = importlib.import_module("megatron.core.datasets.utils")
+    helpers: Any = importlib.import_module("megatron.core.datasets.utils")
     helpers.compile_helpers = lambda: None
-    training = importlib.import_module("megatron.training.training")
+    training: Any = importlib.import_module("megatron.training.training")
     if step_listener is not None:
         training.training_log = _listening(training.training_log, step_listener)
     if host_backend.is_installed():

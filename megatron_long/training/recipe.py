@@ -7,7 +7,7 @@ raised, no mask between the documents of a window.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import LlamaGeometry, pad_vocab_size
@@ -137,7 +137,7 @@ class Recipe:
         return [*words, *flags, "--log-throughput"]
 
 
-def llama2(**sizes: int) -> LlamaGeometry:
+def llama2(**sizes: Any) -> LlamaGeometry:
     """Llama-2's constants around the sizes of one model (arXiv 2307.09288, HF config.json)."""
     return LlamaGeometry(
         vocab_size=32_000,
@@ -151,7 +151,7 @@ def llama2(**sizes: int) -> LlamaGeometry:
     )
 
 
-def llama3(**sizes: int) -> LlamaGeometry:
+def llama3(**sizes: Any) -> LlamaGeometry:
     """Llama-3's constants around the sizes of one model (arXiv 2407.21783, HF config.json)."""
     return LlamaGeometry(
         vocab_size=128_256,
