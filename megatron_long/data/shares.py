@@ -16,9 +16,9 @@ SLIMPAJAMA_SHARES: dict[str, float] = {
     "CommonCrawl": 0.53374772,
     "C4": 0.26609933,
     "GitHub": 0.05004782,
+    "Wikipedia": 0.03402128,
     "Book": 0.0414836,
     "ArXiv": 0.04290379,
-    "Wikipedia": 0.03402128,
     "StackExchange": 0.03169647,
 }
 """Token shares of SlimPajama as the recipe's authors use them (Fu et al. 2024, "Data Engineering for
@@ -99,8 +99,8 @@ def resolve_shares(
     if unknown and missing_sources == "error":
         raise ConfigError(
             f"--source-shares names {', '.join(unknown)}, which the corpus lacks (it has "
-            f"{', '.join(tokens_in)}); add those sources, or give a YAML file without them or with "
-            "`missing_sources: drop`, which scales the other shares up"
+            f"{', '.join(tokens_in)}); add those sources, or give "
+            "--missing-sources drop, which scales the other shares up"
         )
     unnamed = [name for name in tokens_in if name not in asked]
     if unnamed:

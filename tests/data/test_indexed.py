@@ -13,7 +13,7 @@ from megatron_long.data.indexed import (
 from megatron_long.errors import DataError
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12], [1, 2]]
-ALL_TOKENS = sum(DOCUMENTS, [])
+ALL_TOKENS = [token for document in DOCUMENTS for token in document]
 
 
 def write(prefix, documents=DOCUMENTS, dtype="<u2"):

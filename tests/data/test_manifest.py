@@ -1,0 +1,69 @@
+import json
+import shutil
+
+import pytest
+
+from megatron_long.data.manifest import read_manifest, verify_files
+from megatron_long.data.mixture import Mixture
+from megatron_long.data.preprocess import PreprocessConfig, preprocess
+from megatron_long.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def made(corpus, model_file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("manifest") / "out"
+    mixture = Mixture(train_tokens=2000, strategy="original", valid_tokens_per_source=500)
+    preprocess(PreprocessConfig(inputs=[corpus], tokenizer=model_file, mixture=mixture), output)
+    return output
+
+
+@pytest.fixture
+def dataset(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "out")
+
+
+def change(dataset, edit):
+    path = dataset / "manifest.json"
+    content = json.loads(path.read_text("utf-8"))
+    edit(content)
+    path.write_text(json.dumps(content), "utf-8")
+
+
+def test_reading_gives_what_was_written(dataset):
+    manifest = read_manifest(dataset)
+    content = json.loads((dataset / "manifest.json").read_text("utf-8"))
+    assert manifest.fingerprint == content["fingerprint"]
+    assert manifest.tokenizer.vocab_size == 500
+    assert manifest.valid["Book"].prefix == "valid/Book"
+
+
+def test_absent_and_damaged_manifests(dataset, tmp_path):
+    with pytest.raises(DataError, match=r"is no dataset: it has no manifest\.json"):
+        read_manifest(tmp_path)
+    for content in ("", "{", "[]", "{}", '{"format_version": 1, "fingerprint": ""}'):
+        (dataset / "manifest.json").write_text(content, "utf-8")
+        with pytest.raises(DataError, match="is damaged"):
+            read_manifest(dataset)
+
+
+def test_edited_manifest_and_other_version(dataset):
+    change(dataset, lambda content: content["train"].update(num_tokens=1))
+    with pytest.raises(DataError, match="was changed after it was made"):
+        read_manifest(dataset)
+    change(dataset, lambda content: content.update(format_version=9))
+    with pytest.raises(DataError, match="format version 9; this program reads 1"):
+        read_manifest(dataset)
+
+
+def test_missing_short_and_damaged_files(dataset):
+    manifest, path = read_manifest(dataset), dataset / "train.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + b"\x01\x00")
+    with pytest.raises(DataError, match=r"train\.bin is damaged"):
+        verify_files(dataset, manifest)
+    path.write_bytes(content[:-2])
+    with pytest.raises(DataError, match=r"train\.bin has 3,998 bytes, .* 4,000"):
+        read_manifest(dataset)
+    path.unlink()
+    with pytest.raises(DataError, match=r"train\.bin is missing"):
+        read_manifest(dataset)
