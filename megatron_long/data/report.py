@@ -97,6 +97,8 @@ def plot_sources(sources: Mapping[str, SourceInfo], threshold_tokens: int) -> "F
     num_buckets = max(map(len, lengths.values()))
     ticks = [f"{2**k / 1024:g}K" if k >= 10 else f"{2**k}" for k in range(num_buckets)]
     by_length.set_xticks(np.arange(num_buckets) - 0.5, ticks, rotation=45)
+    first = int(np.argmax(lengths["corpus"] > 0))
+    by_length.set_xlim(first - 0.6, num_buckets - 0.4)
     by_length.axvline(np.log2(threshold_tokens) - 0.5, color="gray", linestyle=":", label="long")
     by_length.set(xlabel="document length (tokens)", ylabel="% of tokens", title="By length")
     by_source.set_xticks(np.arange(len(names)), names, rotation=30, ha="right")
