@@ -1,0 +1,28 @@
+"""Runs under torchrun: score two random windows with a checkpoint, write the scores of rank 0."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_long.evaluation.scoring import UNSCORED, open_scorer
+
+
+def main(checkpoint: str, output: str, *flags: str) -> None:
+    scorer = open_scorer(
+        Path(checkpoint), context_length=256, micro_batch_size=2, megatron_argv=flags
+    )
+    windows = torch.randint(0, 390, (2, 257), generator=torch.Generator().manual_seed(0))
+    labels = windows[:, 1:].clone()
+    labels[0, 5:9] = UNSCORED
+    scores = scorer.score(windows[:, :-1], labels)
+    gathered = scorer.gather(scorer.data_parallel_rank)
+    if scorer.is_writer:
+        torch.save(
+            {"losses": scores.losses, "is_greedy": scores.is_greedy, "gathered": gathered}, output
+        )
+    scorer.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
