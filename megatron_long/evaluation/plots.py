@@ -37,6 +37,10 @@ MAX_WRITTEN_CELLS = 140
 """Grids up to this size have their values written into the cells."""
 
 MAX_LENGTH_TICKS = 20
+
+LEAST_SPAN_NATS = 0.5
+"""Range of colours for log-likelihoods: small differences are not blown up beyond it."""
+
 RESOLUTION_DPI = 150
 
 
@@ -90,8 +94,9 @@ def heatmap_figure(
     exact.set_title(f"{title}\nanswer given exactly by greedy decoding: {share:.0%} of the cells")
     exact.images[0].colorbar.set_label("exact match (1 yes, 0 no)")
     grid = _grid(results, lambda result: result.log_likelihood)
-    lowest = min(-0.1, float(np.nanmin(grid)))
-    _draw_grid(likelihood, grid, results, "cividis", (lowest, 0.0), "{:.1f}")
+    lowest, highest = float(np.nanmin(grid)), float(np.nanmax(grid))
+    limits = (min(lowest, highest - LEAST_SPAN_NATS), highest)
+    _draw_grid(likelihood, grid, results, "cividis", limits, "{:.2f}")
     mean = np.mean([result.log_likelihood for result in results])
     likelihood.set_title(f"log-likelihood of the answer: {mean:.2f} nats per token on average")
     likelihood.images[0].colorbar.set_label("log-likelihood (nats per token, 0 is certain)")

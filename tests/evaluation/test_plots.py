@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,16 @@ def test_heatmap_shows_each_cell_at_its_place():
     share = np.mean([result.is_exact for result in results])
     assert f"{share:.0%}" in exact.get_title()
     assert "trained to 80K tokens" in exact.get_title()
+
+
+def test_likelihoods_of_a_weak_model_are_told_apart_but_not_blown_up():
+    results = make_results(8, 5, 0)
+    low, high = heatmap_figure(results, title="Needle").axes[1].images[0].get_clim()
+    likelihoods = [result.log_likelihood for result in results]
+    assert (low, high) == (min(likelihoods), max(likelihoods))
+    alike = [replace(result, log_likelihood=-5.2) for result in results]
+    low, high = heatmap_figure(alike, title="Needle").axes[1].images[0].get_clim()
+    assert (low, high) == (-5.7, -5.2)
 
 
 def test_red_is_a_miss_and_green_a_hit():
