@@ -27,7 +27,9 @@ def make_llama(tmp_path_factory: pytest.TempPathFactory) -> MakeLlama:
             model = build(tied=tied, **config).to(getattr(torch, dtype))
             model.save_pretrained(made[name], max_shard_size=max_shard_size)
             (made[name] / "tokenizer.model").write_bytes(b"a vocabulary")
-            (made[name] / "generation_config.json").write_text('{"temperature": 0.6}')
+            (made[name] / "generation_config.json").write_text(
+                '{"do_sample": true, "temperature": 0.6}'
+            )
         return made[name]
 
     return make

@@ -82,24 +82,71 @@ def test_a_wrong_rope_base_is_noticed(make_llama, megatron_run, tokens, tmp_path
     assert largest_difference(seen, hf_logits(source, tokens)) > 100 * TOLERANCE
 
 
+def test_megatron_takes_its_arguments_from_the_checkpoint(make_llama, run_job, tmp_path):
+    source = make_llama()
+    hf_to_megatron(source, tmp_path / "ckpt", rotary_base=2_000_000, dtype="bfloat16")
+    program = """
+import json, sys
+from megatron_long.training import host_backend
+host_backend.install()
+from megatron_long.training import megatron_adapter
+from megatron.training.checkpointing import load_args_from_checkpoint
+args = megatron_adapter.parse_flags(["--load", sys.argv[1], "--use-checkpoint-args"])
+args, _ = load_args_from_checkpoint(args)
+wanted = {name: getattr(args, name) for name in sys.argv[2:]}
+print(json.dumps(wanted))
+"""
+    geometry = geometry_from_hf(source)
+    expected = {
+        "num_layers": geometry.num_layers,
+        "hidden_size": geometry.hidden_size,
+        "ffn_hidden_size": geometry.ffn_hidden_size,
+        "num_attention_heads": geometry.num_attention_heads,
+        "num_query_groups": geometry.num_query_groups,
+        "group_query_attention": True,
+        "kv_channels": geometry.kv_channels,
+        "max_position_embeddings": geometry.max_position_embeddings,
+        "seq_length": geometry.max_position_embeddings,
+        "padded_vocab_size": 1024,
+        "position_embedding_type": "rope",
+        "rotary_base": 2_000_000,
+        "rotary_percent": 1.0,
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "untie_embeddings_and_output_weights": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+    result = run_job(1, ["-c", program, tmp_path / "ckpt", *expected])
+    assert json.loads(result.stdout.splitlines()[-1]) == expected
+
+
 @pytest.mark.slow
-def test_export_after_training_with_tensor_parallelism(
-    make_llama, megatron_run, run_job, tiny_dataset, tokens, tmp_path
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        ("float32", "--tensor-model-parallel-size 2 --sequence-parallel"),
+        ("bfloat16", "--pipeline-model-parallel-size 2 --use-distributed-optimizer --bf16"),
+    ],
+)
+def test_export_after_training_in_a_layout(
+    make_llama, megatron_run, run_job, tiny_dataset, tokens, tmp_path, dtype, layout
 ):
     """Converted, trained by two processes at another RoPE base, exported: still one model."""
-    source = make_llama()
+    source = make_llama(tied=dtype == "bfloat16", dtype=dtype)
     hf_to_megatron(source, tmp_path / "start")
     flags = [
         *("--recipe", "tiny_debug", "--seq-length", "128", "--max-position-embeddings", "128"),
         *("--micro-batch-size", "1", "--global-batch-size", "2", "--train-iters", "2"),
         *("--lr", "1e-2", "--min-lr", "1e-2", "--save-interval", "2", "--rotary-base", "2000000"),
-        *("--tensor-model-parallel-size", "2", "--finetune"),
+        *("--finetune", *layout.split()),
     ]
     folders = ("--load", tmp_path / "start", "--save", tmp_path / "trained")
     command = ["-m", "megatron_long.pretrain", *flags, *folders, "--dataset", tiny_dataset]
     run_job(2, command)
     report = megatron_to_hf(tmp_path / "trained", tmp_path / "hf", verify=True)
-    assert report.dtype == "float32"
+    assert report.dtype == dtype
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert (config["rope_theta"], config["max_position_embeddings"]) == (2000000.0, 128)
     exported = hf_logits(tmp_path / "hf", tokens)
