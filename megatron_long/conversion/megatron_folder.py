@@ -92,7 +92,9 @@ def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
 
 def _saved(checkpoint_dir: Path) -> list[str]:
     names = sorted(path.name for path in checkpoint_dir.glob("iter_*") if path.is_dir())
-    return [name.removeprefix("iter_").lstrip("0") or "0" for name in names]
+    numbers = [name.removeprefix("iter_").lstrip("0") or "0" for name in names]
+    release = [f"{RELEASE} (without --iteration)"] if (checkpoint_dir / RELEASE).is_dir() else []
+    return numbers + release
 
 
 def make_arguments(geometry: LlamaGeometry, stored: dtype) -> Namespace:

@@ -207,7 +207,7 @@ def test_fractional_rope_base_is_refused(make_llama, tmp_path):
 
 
 def test_which_iteration(checkpoint_copy):
-    with pytest.raises(ConfigError, match=r"--iteration 7 is not in .*; there: no iteration"):
+    with pytest.raises(ConfigError, match=r"--iteration 7 is not in .*; there: release"):
         find_iteration(checkpoint_copy, 7)
     shutil.copytree(checkpoint_copy / "release", checkpoint_copy / "iter_0000010")
     assert find_iteration(checkpoint_copy, 10).name == "iter_0000010"
