@@ -182,7 +182,13 @@ class Scorer:
         return outputs[0] if parallel_state.is_pipeline_last_stage() else None
 
     def _output_processor(
-        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Any, labels: Tensor, **_: Any
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Any,
+        labels: Tensor,
+        **_: Any,
     ) -> Tensor:
         """Take the place of output layer and loss: hidden [s/cp(/tp), b, h] -> [2, b, s/cp]."""
         from megatron.core import parallel_state, tensor_parallel
