@@ -46,6 +46,8 @@ class Step:
     """What the step leaves; removed before it runs."""
     num_threads: int = 1
     """OMP_NUM_THREADS: 1 where several processes share the cores."""
+    show_output: bool = True
+    """Whether the terminal gets the command's own lines besides its progress; the log has all."""
 
 
 def demo_steps(workdir: Path, cache: Path, python: str = sys.executable) -> list[Step]:
@@ -150,6 +152,7 @@ def _training_steps(workdir: Path, python: str) -> list[Step]:
             title=f"Train at {SHORT_LENGTH} tokens on 2 processes (data parallel)",
             command=_pretrain(python, 2, workdir, load=start, save=short) + short_flags,
             outputs=(short, workdir / "loss_short.jsonl"),
+            show_output=False,
         ),
         _loss_step(
             workdir,
@@ -167,6 +170,7 @@ def _training_steps(workdir: Path, python: str) -> list[Step]:
             f"s = {NTK_FACTOR}, L = {LONG_LENGTH}, L0 = {SHORT_LENGTH}, d = {HEAD_SIZE}",
             command=_pretrain(python, 4, workdir, load=short, save=long) + long_flags,
             outputs=(long, workdir / "loss_long.jsonl"),
+            show_output=False,
         ),
     ]
 

@@ -103,7 +103,7 @@ def _run_step(step: Step, workdir: Path) -> bool:
         path.unlink(missing_ok=True)
     log = workdir / "logs" / f"{step.name}.log"
     environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(step.num_threads)}
-    status = run_command(step.command, log, environment)
+    status = run_command(step.command, log, environment, show_output=step.show_output)
     missing = [str(path) for path in step.outputs if not path.exists()]
     if status == 0 and not missing:
         marker.touch()

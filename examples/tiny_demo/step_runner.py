@@ -14,7 +14,7 @@ ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+) .*lm loss: ([\d.E+-]+|nan|in
 PROGRESS_BAR = re.compile(r"\d+%\|.*\|")
 MEGATRON_CHATTER = re.compile(
     r"^\s*(INFO|WARNING|DEBUG)\b|^\s*[-=>\[(]|^\s*[\w ]+\.{3,}|^\s*(setting|using|loading|checkpoint|"
-    r"successfully|saving|done|number|sharded|Job|time|building|finished|Number|load|save|training)\b"
+    r"successfully|saving|done|number|sharded\w*|Job|time|building|finished|Number|load|save|training)\b"
 )
 """Lines of Megatron's start-up that stay in the log file."""
 SECONDS_BETWEEN_LINES = 10.0
@@ -69,13 +69,16 @@ class Terminal:
         return "\r\x1b[K" if self._is_live else ""
 
 
-def run_command(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
+def run_command(
+    command: Sequence[str], log: Path, environment: Mapping[str, str], *, show_output: bool = True
+) -> int:
     """Run a command to its end, its output in `log`.
 
     Args:
         command: Program and arguments.
         log: File for all it prints; replaced.
         environment: Environment of the command.
+        show_output: Whether to show the lines of its standard output besides its progress.
     Returns: Exit status.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,7 @@ def run_command(command: Sequence[str], log: Path, environment: Mapping[str, str
         )
         errors.start()
         try:
-            _follow(process.stdout, log_file, terminal, True)
+            _follow(process.stdout, log_file, terminal, show_output)
             errors.join()
             return process.wait()
         except BaseException:
