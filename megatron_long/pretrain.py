@@ -30,6 +30,7 @@ from megatron_long.training.backend import Backend, detect_backend, join_or_star
 from megatron_long.training.checkpoint_folder import (
     HF_CONFIG_NAME,
     TOKENIZER_DIR_NAME,
+    copy_generation_config,
     copy_tokenizer,
     write_hf_config,
     write_run,
@@ -128,6 +129,9 @@ def write_sidecars(
             rotary_base=args.rotary_base,
             max_position_embeddings=args.max_position_embeddings,
         )
+    for start in (args.load, args.pretrained_checkpoint):
+        if start:
+            copy_generation_config(folder, Path(start))
     tokenizer = _tokenizer_dir(arguments, args)
     if tokenizer is not None:
         copy_tokenizer(folder, tokenizer)

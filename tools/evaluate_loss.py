@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-documents-per-source", type=positive_int, help="take only the first so many")
     add("--tokenizer", type=Path, help="check that the dataset was made with this tokenizer")
     add("--micro-batch-size", type=positive_int, default=1, help="documents at a time (default: 1)")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on GPUs, fp32 without")
     add("--force", action="store_true", help="replace files that exist")
     return parser
 
@@ -161,6 +162,7 @@ def main() -> None:
         context_length=args.context_length,
         micro_batch_size=args.micro_batch_size,
         megatron_argv=megatron_argv,
+        precision=args.precision,
     )
     num_mine = len(preparation.documents[scorer.data_parallel_rank :: scorer.data_parallel_size])
     with tqdm(

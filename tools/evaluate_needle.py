@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--question", default=task.question, help="how it is asked for (default: %(default)s)")
     add("--answer", default=task.answer, help="words of the needle to give (default: %(default)s)")
     add("--micro-batch-size", type=positive_int, default=1, help="cases at a time (default: 1)")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on GPUs, fp32 without")
     add("--force", action="store_true", help="replace files that exist")
     return parser
 
@@ -158,6 +159,7 @@ def main() -> None:
         context_length=preparation.context_length,
         micro_batch_size=args.micro_batch_size,
         megatron_argv=megatron_argv,
+        precision=args.precision,
     )
     num_mine = len(preparation.cases[scorer.data_parallel_rank :: scorer.data_parallel_size])
     with tqdm(

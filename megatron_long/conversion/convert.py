@@ -32,7 +32,6 @@ from megatron_long.conversion.mapping import (
     units_of,
 )
 from megatron_long.conversion.megatron_folder import (
-    HF_GENERATION_CONFIG_FILE,
     RELEASE,
     TRACKER_FILE,
     check_tensors,
@@ -49,7 +48,11 @@ from megatron_long.model.geometry import (
     geometry_from_config,
     read_hf_config,
 )
-from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TOKENIZER_DIR_NAME
+from megatron_long.training.checkpoint_folder import (
+    GENERATION_CONFIG_NAME,
+    HF_CONFIG_NAME,
+    TOKENIZER_DIR_NAME,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -313,12 +316,12 @@ def _report(
 def _write_sidecars(folder: Path, model_dir: Path) -> None:
     generation = model_dir / hf_folder.GENERATION_CONFIG
     if generation.is_file():
-        shutil.copyfile(generation, folder / HF_GENERATION_CONFIG_FILE)
+        shutil.copyfile(generation, folder / GENERATION_CONFIG_NAME)
     hf_folder.copy_tokenizer(model_dir, folder / TOKENIZER_DIR_NAME)
 
 
 def _restore_sidecars(folder: Path, checkpoint_dir: Path, hf_config: Path | None) -> None:
-    generation = checkpoint_dir / HF_GENERATION_CONFIG_FILE
+    generation = checkpoint_dir / GENERATION_CONFIG_NAME
     if hf_config and not generation.is_file():
         generation = hf_config / hf_folder.GENERATION_CONFIG
     if generation.is_file():

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-HF_GENERATION_CONFIG_FILE = "hf_generation_config.json"
 CHECKPOINT_VERSION = 3.0
 
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.")

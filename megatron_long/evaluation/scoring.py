@@ -237,7 +237,12 @@ class Scorer:
 
 
 def open_scorer(
-    checkpoint: Path, *, context_length: int, micro_batch_size: int, megatron_argv: Sequence[str]
+    checkpoint: Path,
+    *,
+    context_length: int,
+    micro_batch_size: int,
+    megatron_argv: Sequence[str],
+    precision: str | None = None,
 ) -> Scorer:
     """Load a checkpoint in the layout of the flags; under torchrun, every rank calls this.
 
@@ -245,23 +250,25 @@ def open_scorer(
         checkpoint: Megatron checkpoint folder with its `hf_config.json`, which gives the shape and RoPE.
         context_length: Tokens of the windows to score.
         micro_batch_size: Windows scored at once.
-        megatron_argv: The user's Megatron flags: layout, precision, `--ckpt-step`, `--rotary-base`.
+        megatron_argv: The user's Megatron flags: layout, `--ckpt-step`, `--rotary-base`.
+        precision: `bf16` or `fp32`; None is bf16 on GPUs, fp32 on the host.
     Raises: ConfigError: no checkpoint there, or a layout that cannot be cut.
     """
     host_backend.install()
     from megatron_long.model.geometry import geometry_from_hf
     from megatron_long.training import megatron_adapter
     from megatron_long.training.arguments import check_checkpoint, check_layout
-    from megatron_long.training.backend import detect_backend, join_or_start_job
+    from megatron_long.training.backend import PRECISION_ARGV, detect_backend, join_or_start_job
     from megatron_long.training.checkpoint_folder import hf_config_path
 
     check_checkpoint(str(checkpoint), "--checkpoint")
     geometry = geometry_from_hf(hf_config_path(checkpoint))
     megatron_adapter.install_patches()
-    world_size = join_or_start_job()
+    world_size, backend = join_or_start_job(), detect_backend()
     args = megatron_adapter.parse_flags(
         [
-            *detect_backend().to_argv(),
+            *backend.to_argv(),
+            *PRECISION_ARGV[precision or ("bf16" if backend.cuda else "fp32")],
             *geometry.to_argv(),
             *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(geometry.vocab_size)),
             *("--load", str(checkpoint), "--no-load-optim", "--no-load-rng", "--skip-train"),

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 HOST_ARGV = (
@@ -21,12 +22,20 @@ HOST_ARGV = (
 )
 """Flags under which Megatron uses no CUDA kernel; loader workers would only contend for the cores."""
 
-GPU_ARGV = (
-    "--distributed-backend nccl",
-    "--no-create-attention-mask-in-dataloader",
+GPU_ARGV = ("--distributed-backend nccl", "--no-create-attention-mask-in-dataloader")
+
+GPU_TRAINING_ARGV = (
+    "--use-distributed-optimizer",
     "--overlap-grad-reduce",
     "--overlap-param-gather",
 )
+
+PRECISION_ARGV = {
+    "fp32": (),
+    "bf16": ("--bf16",),
+    # Attention stays BF16: FP8 attention lets later values change earlier outputs.
+    "fp8": ("--bf16", "--fp8-format hybrid", "--fp8-recipe tensorwise", "--fp8-param-gather"),
+}
 
 PORTABLE_GPU_ARGV = ("--transformer-impl local", "--no-persist-layer-norm", "--no-rope-fusion")
 """A GPU without Transformer Engine: Megatron's own layers with the portable attention."""
@@ -51,13 +60,13 @@ class Backend:
     def to_argv(self) -> list[str]:
         """Megatron's flags for this backend."""
         if not self.cuda:
-            return _split(HOST_ARGV)
+            return split_flags(HOST_ARGV)
         flags = list(GPU_ARGV)
         if self.portable:
             flags += PORTABLE_GPU_ARGV
         if not self.fused_weight_gradient:
             flags.append("--no-gradient-accumulation-fusion")
-        return _split(flags)
+        return split_flags(flags)
 
 
 GPU = Backend(cuda=True, transformer_engine=True, fused_weight_gradient=False)
@@ -99,5 +108,10 @@ def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _split(flags: tuple[str, ...] | list[str]) -> list[str]:
+def split_flags(flags: Iterable[str]) -> list[str]:
+    """The words of flags that are written with their values.
+
+    >>> split_flags(["--bf16", "--fp8-format hybrid"])
+    ['--bf16', '--fp8-format', 'hybrid']
+    """
     return [word for flag in flags for word in flag.split()]

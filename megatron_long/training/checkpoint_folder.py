@@ -2,6 +2,7 @@
 
 DIR/latest_checkpointed_iteration.txt, DIR/iter_0000100/ or DIR/release/   Megatron's own
 DIR/hf_config.json    the model as Hugging Face's config.json describes it, with the RoPE trained
+DIR/hf_generation_config.json    as it came with the model, where it had one
 DIR/tokenizer/        the tokenizer's files
 DIR/run.json          command line and dataset fingerprint of the run that writes here
 """
@@ -16,6 +17,7 @@ from megatron_long.errors import ConfigError
 from megatron_long.files import atomic_path
 
 HF_CONFIG_NAME = "hf_config.json"
+GENERATION_CONFIG_NAME = "hf_generation_config.json"
 TOKENIZER_DIR_NAME = "tokenizer"
 RUN_NAME = "run.json"
 
@@ -53,6 +55,14 @@ def copy_tokenizer(folder: Path, source: Path) -> None:
         return
     with atomic_path(target, directory=True) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
+
+
+def copy_generation_config(folder: Path, source: Path) -> None:
+    """Put another checkpoint folder's generation config beside the checkpoints, if it has one."""
+    content = source / GENERATION_CONFIG_NAME
+    if content.is_file() and not (folder / GENERATION_CONFIG_NAME).exists():
+        with atomic_path(folder / GENERATION_CONFIG_NAME) as temporary:
+            shutil.copyfile(content, temporary)
 
 
 def write_run(folder: Path, run: Mapping[str, Any]) -> None:

@@ -11,17 +11,16 @@ from typing import Any, Literal
 
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import LlamaGeometry, pad_vocab_size
-from megatron_long.training.backend import Backend
+from megatron_long.training.backend import (
+    GPU_TRAINING_ARGV,
+    PRECISION_ARGV,
+    Backend,
+    split_flags,
+)
 from megatron_long.training.rope import ntk_rotary_base
 
 Precision = Literal["fp32", "bf16", "fp8"]
 K = 1024
-PRECISION_ARGV: dict[str, list[str]] = {
-    "fp32": [],
-    "bf16": ["--bf16"],
-    # Attention stays BF16: FP8 attention lets later values change earlier outputs.
-    "fp8": ["--bf16", "--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--fp8-param-gather"],
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +103,7 @@ class Recipe:
         argv = [*backend.to_argv(), *self.model.to_argv(), *self.layout.to_argv()]
         argv += self._schedule_argv()
         if backend.cuda:
-            argv += ["--use-distributed-optimizer", *PRECISION_ARGV[self.precision]]
+            argv += split_flags((*GPU_TRAINING_ARGV, *PRECISION_ARGV[self.precision]))
             if self.recompute_modules:
                 argv += ["--recompute-granularity", "selective", "--recompute-modules"]
                 argv += self.recompute_modules

@@ -91,6 +91,7 @@ def test_loss(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
             "context_length": 128,
             "micro_batch_size": 3,
             "megatron_argv": layout,
+            "precision": None,
         }
     ]
     report = read_loss_report(output)

@@ -48,6 +48,7 @@ def train(
         log = folder / "loss.jsonl"
         command = ["-m", "megatron_long.pretrain", "--recipe", "tiny_debug", "--seq-length", "512"]
         command += ["--dataset", tiny_dataset, "--load", megatron_model, "--finetune"]
+        command += ["--allow-repeat"]
         command += ["--global-batch-size", "4", "--train-iters", str(steps), "--loss-log", str(log)]
         run_job(num_gpus, [*command, *flags])
         return [json.loads(line)["lm loss"] for line in log.read_text().splitlines()]

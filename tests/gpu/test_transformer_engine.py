@@ -78,9 +78,9 @@ def test_checkpoint_of_transformer_engine_scores_and_exports(
     command = ["tools/evaluate_loss.py", "--checkpoint", save, "--dataset", tiny_dataset]
     command += ["--context-length", "256", "--output"]
     for name, flags in {
-        "te": ("--bf16",),
-        "portable": ("--bf16", *PORTABLE),
-        "fp32": PORTABLE,
+        "te": (),
+        "portable": PORTABLE,
+        "fp32": ("--precision", "fp32", *PORTABLE),
     }.items():
         run_job(1, [*command, tmp_path / f"{name}.json", *flags])
 
