@@ -24,10 +24,13 @@ REQUIRED_LOSS_DROP_NATS = 0.2
 longer than LONG_LENGTH, or the demo fails."""
 MAX_EXPORT_DIFFERENCE_NATS = 1e-3
 """How far the exported model's loss in transformers may be from Megatron's (both in float32)."""
+ORIGINAL_TOKENS = "8M"
 TRAIN_TOKENS = "1M"
+"""Training tokens of the two datasets; more than is read, so that the trainings share little text
+(they hold out the same documents)."""
 VALID_TOKENS_PER_SOURCE = "60K"
 SHORT_ITERATIONS = 160
-LONG_ITERATIONS = 80
+LONG_ITERATIONS = 90
 
 LONG_LAYOUT = (
     *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
@@ -67,11 +70,7 @@ def demo_steps(workdir: Path, cache: Path, python: str = sys.executable) -> list
 
 
 def _data_steps(workdir: Path, cache: Path, python: str) -> list[Step]:
-    corpus, tokenizer, dataset = (
-        workdir / "corpus",
-        workdir / "tokenizer.model",
-        workdir / "dataset",
-    )
+    corpus, tokenizer = workdir / "corpus", workdir / "tokenizer.model"
     figure = workdir / "dataset_lengths.png"
     return [
         Step(
@@ -92,27 +91,44 @@ def _data_steps(workdir: Path, cache: Path, python: str) -> list[Step]:
             ),
             outputs=(tokenizer,),
         ),
-        Step(
+        _mix_step(
+            workdir,
+            python,
+            name="dataset_original",
+            title="Mix for the first training: the corpus as it is",
+            more=("--train-tokens", ORIGINAL_TOKENS, "--strategy", "original"),
+        ),
+        _mix_step(
+            workdir,
+            python,
             name="dataset",
-            title="Mix: long documents up, the share of each source as it was",
-            command=(
-                *(python, "tools/preprocess_mix.py", "--input", str(corpus)),
-                *("--tokenizer", str(tokenizer), "--output", str(dataset)),
-                *("--train-tokens", TRAIN_TOKENS, "--long-threshold", str(LONG_LENGTH)),
-                *("--valid-tokens-per-source", VALID_TOKENS_PER_SOURCE, "--workers", "2"),
-            ),
-            outputs=(dataset,),
+            title="Mix for the stretch: long documents up, the share of each source as it was",
+            more=("--train-tokens", TRAIN_TOKENS, "--strategy", "per-source"),
         ),
         Step(
             name="figure",
             title="Draw lengths and sources of the dataset",
             command=(
-                *(python, "tools/inspect_dataset.py", "--dataset", str(dataset)),
+                *(python, "tools/inspect_dataset.py", "--dataset", str(workdir / "dataset")),
                 *("--plot", str(figure)),
             ),
             outputs=(figure,),
         ),
     ]
+
+
+def _mix_step(workdir: Path, python: str, *, name: str, title: str, more: Sequence[str]) -> Step:
+    return Step(
+        name=name,
+        title=title,
+        command=(
+            *(python, "tools/preprocess_mix.py", "--input", str(workdir / "corpus")),
+            *("--tokenizer", str(workdir / "tokenizer.model"), "--output", str(workdir / name)),
+            *("--long-threshold", str(LONG_LENGTH), "--workers", "2"),
+            *("--valid-tokens-per-source", VALID_TOKENS_PER_SOURCE, *more),
+        ),
+        outputs=(workdir / name,),
+    )
 
 
 def _training_steps(workdir: Path, python: str) -> list[Step]:
@@ -124,7 +140,7 @@ def _training_steps(workdir: Path, python: str) -> list[Step]:
     )
     long_flags = (
         *_schedule(seq_length=LONG_LENGTH, base=LONG_BASE, iterations=LONG_ITERATIONS),
-        *("--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "3e-3"),
+        *("--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "4e-3"),
         *LONG_LAYOUT,
     )
     return [
@@ -150,7 +166,7 @@ def _training_steps(workdir: Path, python: str) -> list[Step]:
         Step(
             name="short",
             title=f"Train at {SHORT_LENGTH} tokens on 2 processes (data parallel)",
-            command=_pretrain(python, 2, workdir, load=start, save=short) + short_flags,
+            command=_pretrain(python, 2, workdir / "dataset_original", start, short) + short_flags,
             outputs=(short, workdir / "loss_short.jsonl"),
             show_output=False,
         ),
@@ -168,7 +184,7 @@ def _training_steps(workdir: Path, python: str) -> list[Step]:
             title=f"Stretch to {LONG_LENGTH} tokens on 4 processes: TP 2 x CP 2, RoPE base "
             f"{SHORT_BASE:,} -> {LONG_BASE:,} = base * (s * L / L0 - (s - 1)) ^ (d / (d - 2)), "
             f"s = {NTK_FACTOR}, L = {LONG_LENGTH}, L0 = {SHORT_LENGTH}, d = {HEAD_SIZE}",
-            command=_pretrain(python, 4, workdir, load=short, save=long) + long_flags,
+            command=_pretrain(python, 4, workdir / "dataset", short, long) + long_flags,
             outputs=(long, workdir / "loss_long.jsonl"),
             show_output=False,
         ),
@@ -257,13 +273,13 @@ def _torchrun(python: str, num_processes: int) -> tuple[str, ...]:
 
 
 def _pretrain(
-    python: str, num_processes: int, workdir: Path, *, load: Path, save: Path
+    python: str, num_processes: int, dataset: Path, load: Path, save: Path
 ) -> tuple[str, ...]:
-    log = workdir / f"loss_{save.name.removeprefix('checkpoint_')}.jsonl"
+    log = save.parent / f"loss_{save.name.removeprefix('checkpoint_')}.jsonl"
     return (
         *_torchrun(python, num_processes),
         *("-m", "megatron_long.pretrain", "--recipe", "tiny_debug"),
-        *("--dataset", str(workdir / "dataset"), "--load", str(load), "--finetune"),
+        *("--dataset", str(dataset), "--load", str(load), "--finetune"),
         *(
             "--save",
             str(save),
