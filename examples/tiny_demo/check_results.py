@@ -33,31 +33,38 @@ class LossDrop:
         return self.before - self.after >= self.required
 
 
-def loss_beyond(report: LossReport, old_length: int) -> float:
-    """Mean loss of the positions from `old_length` on, all sources together, nats per token.
+def split_loss(report: LossReport, old_length: int) -> tuple[float, float]:
+    """Mean loss up to `old_length` and from there on, all sources together, nats per token.
 
     Raises: DataError: `old_length` is not where two of the report's intervals meet.
     """
     edges = list(report.loss.edges)
-    if old_length not in edges[:-1]:
+    if old_length not in edges[1:-1]:
         raise DataError(
             f"--old-length {old_length} is not an edge of the report's intervals ({edges}); measure "
             f"with --training-length {old_length}"
         )
-    first = edges.index(old_length)
-    total = sum(sums[first:].sum() for sums in report.loss.loss_sums.values())
-    count = sum(counts[first:].sum() for counts in report.loss.token_counts.values())
-    return float(total / count)
+    cut = edges.index(old_length)
+    sums = np.sum(list(report.loss.loss_sums.values()), axis=0)
+    counts = np.sum(list(report.loss.token_counts.values()), axis=0)
+    return (
+        float(sums[:cut].sum() / counts[:cut].sum()),
+        float(sums[cut:].sum() / counts[cut:].sum()),
+    )
 
 
 def check_drop(args: argparse.Namespace) -> int:
     """Compare two reports of evaluate_loss.py."""
-    before = read_loss_report(args.before, "--before")
-    after = read_loss_report(args.after, "--after")
-    drop = LossDrop(
-        before=loss_beyond(before, args.old_length),
-        after=loss_beyond(after, args.old_length),
-        required=args.required,
+    within, beyond = zip(
+        split_loss(read_loss_report(args.before, "--before"), args.old_length),
+        split_loss(read_loss_report(args.after, "--after"), args.old_length),
+        strict=True,
+    )
+    drop = LossDrop(before=beyond[0], after=beyond[1], required=args.required)
+    print(
+        f"loss up to {args.old_length} tokens: {within[0]:.3f} nats before the stretch, "
+        f"{within[1]:.3f} after; fell by {within[0] - within[1]:.3f}, which is what more training "
+        "alone gives a model that has seen so little text"
     )
     print(
         f"loss beyond {args.old_length} tokens: {drop.before:.3f} nats before the stretch, "

@@ -15,6 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# Run as a file (`make demo`), Python puts this folder on its path, not the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+# ruff: noqa: E402
 from examples.tiny_demo.demo_steps import (
     LONG_LENGTH,
     REQUIRED_LOSS_DROP_NATS,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -462,6 +463,17 @@ def test_verdict(tmp_path: Path, capsys, after: float, status: int, word: str) -
     assert word in capsys.readouterr().out
 
 
+def test_loss_is_split_at_the_old_length(tmp_path: Path) -> None:
+    report = check_results.read_loss_report(write_report(tmp_path / "a.json", 6.0), "--before")
+    assert check_results.split_loss(report, 256) == (9.0, 6.0)
+
+
+def test_the_demo_starts_as_a_file() -> None:
+    command = [sys.executable, "examples/tiny_demo/run_demo.py", "--dry-run"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert len(result.stdout.splitlines()) == len(list_steps(Path("a"), Path("b")))
+
+
 def test_a_loss_that_is_no_number_never_passes() -> None:
     drop = check_results.LossDrop(before=6.0, after=float("nan"), required=0.1)
     assert not drop.is_enough
@@ -470,4 +482,4 @@ def test_a_loss_that_is_no_number_never_passes() -> None:
 def test_verdict_refuses_intervals_that_straddle_the_old_length(tmp_path: Path) -> None:
     path = write_report(tmp_path / "a.json", 6.0)
     with pytest.raises(DataError, match="--old-length 300"):
-        check_results.loss_beyond(check_results.read_loss_report(path, "--before"), 300)
+        check_results.split_loss(check_results.read_loss_report(path, "--before"), 300)
