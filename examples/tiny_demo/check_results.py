@@ -63,8 +63,8 @@ def check_drop(args: argparse.Namespace) -> int:
     drop = LossDrop(before=beyond[0], after=beyond[1], required=args.required)
     print(
         f"loss up to {args.old_length} tokens: {within[0]:.3f} nats before the stretch, "
-        f"{within[1]:.3f} after; fell by {within[0] - within[1]:.3f}, which is what more training "
-        "alone gives a model that has seen so little text"
+        f"{within[1]:.3f} after; fell by {within[0] - within[1]:.3f} (no context there is longer "
+        "than before: this is the effect of more training)"
     )
     print(
         f"loss beyond {args.old_length} tokens: {drop.before:.3f} nats before the stretch, "

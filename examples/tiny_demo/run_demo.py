@@ -18,7 +18,6 @@ from pathlib import Path
 # Run as a file (`make demo`), Python puts this folder on its path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-# ruff: noqa: E402
 from examples.tiny_demo.demo_steps import (
     LONG_LENGTH,
     REQUIRED_LOSS_DROP_NATS,
