@@ -64,7 +64,7 @@ def check_drop(args: argparse.Namespace) -> int:
     print(
         f"loss up to {args.old_length} tokens: {within[0]:.3f} nats before the stretch, "
         f"{within[1]:.3f} after; fell by {within[0] - within[1]:.3f} (no context there is longer "
-        "than before: this is the effect of more training)"
+        "than before: so much comes from more training, not from longer windows)"
     )
     print(
         f"loss beyond {args.old_length} tokens: {drop.before:.3f} nats before the stretch, "

@@ -21,7 +21,10 @@ LONG_BASE = ntk_rotary_base(
 )
 REQUIRED_LOSS_DROP_NATS = 0.2
 """Stated before the run: by how much the loss beyond SHORT_LENGTH must fall on held-out documents
-longer than LONG_LENGTH, or the demo fails."""
+longer than LONG_LENGTH, or the demo fails.
+
+It shows that the path works, not what long windows are worth: a model that has read so little text
+gains as much by the same number of tokens in short windows (0.36 nats there, 0.31 here, measured)."""
 MAX_EXPORT_DIFFERENCE_NATS = 1e-3
 """How far the exported model's loss in transformers may be from Megatron's (both in float32)."""
 ORIGINAL_TOKENS = "8M"
