@@ -144,12 +144,20 @@ def _train(arguments: LongContextArguments, args: argparse.Namespace) -> None:
     from functools import partial
 
     from megatron_long.training import megatron_adapter
-    from megatron_long.training.batch import BatchShape, forward_step
+    from megatron_long.training.batch import StepSettings, forward_step
     from megatron_long.training.datasets import dataset_provider
+    from megatron_long.training.loss import chunked_loss
 
-    shape = BatchShape(args.micro_batch_size, args.eval_micro_batch_size, args.seq_length)
+    config = _hf_config_path(arguments, args)
+    vocab_size = geometry_from_hf(config).vocab_size if config else args.padded_vocab_size
+    settings = StepSettings(
+        args.micro_batch_size,
+        args.eval_micro_batch_size,
+        args.seq_length,
+        None if arguments.megatron_loss else partial(chunked_loss, vocab_size),
+    )
     provider = dataset_provider(arguments, args)
-    megatron_adapter.run_pretrain(args, provider, partial(forward_step, shape), PROGRAM_START)
+    megatron_adapter.run_pretrain(args, provider, partial(forward_step, settings), PROGRAM_START)
 
 
 class _LossLog:

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from megatron_long.errors import ConfigError
+from megatron_long.model.linear_cross_entropy import (
+    UNSCORED,
+    VocabularyShard,
+    chunk_statistics,
+    chunks,
+    combine,
+    gather_statistics,
+    multiply,
+)
 from megatron_long.training import host_backend
-
-UNSCORED = -1
-"""Label of a position that is not scored."""
-CHUNK_POSITIONS = 1024
-"""Positions whose logits exist at a time: 1024 x 128K x 4 bytes = 0.5 GiB in float32, over tp."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,6 @@ class TokenScores:
     is_greedy: Tensor
     """Whether the label is the most likely token of the real vocabulary [b, s], bool; True where not
     scored."""
-
-
-@dataclass(frozen=True)
-class VocabularyShard:
-    """The rows of the output layer that a tensor-parallel rank holds."""
-
-    first: int
-    """Token id of the first row."""
-    vocab_size: int
-    """Real tokens of the whole vocabulary; rows beyond are padding and get no probability."""
 
 
 def shard_statistics(
@@ -56,21 +50,13 @@ def shard_statistics(
     Returns: [3, n] float32: log-sum-exp of the shard's logits, their maximum, and the label's logit
         (-inf if the label is not in the shard).
     """
-    rows = weight.size(0)
-    real_rows = min(max(shard.vocab_size - shard.first, 0), rows)
+    rows = weight[: shard.num_real_rows(weight.size(0))]
     local = labels - shard.first
-    is_local = (local >= 0) & (local < real_rows)
-    statistics = torch.full((3, labels.numel()), -torch.inf, device=hidden.device)
-    if real_rows == 0:
-        return statistics
-    for start in range(0, labels.numel(), CHUNK_POSITIONS):
-        part = slice(start, start + CHUNK_POSITIONS)
-        logits = (hidden[part] @ weight[:real_rows].t()).float()
-        label_logits = logits.gather(1, local[part].clamp(0, real_rows - 1)[:, None])[:, 0]
-        statistics[0, part] = torch.logsumexp(logits, dim=-1)
-        statistics[1, part] = logits.amax(dim=-1)
-        statistics[2, part] = label_logits.masked_fill(~is_local[part], -torch.inf)
-    return statistics
+    parts = [
+        chunk_statistics(multiply(hidden[part], rows.t()), local[part])
+        for part in chunks(labels.numel(), rows.size(0))
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def combine_statistics(shards: Tensor, labels: Tensor) -> TokenScores:
@@ -80,11 +66,9 @@ def combine_statistics(shards: Tensor, labels: Tensor) -> TokenScores:
         shards: [tp, 3, n] of `shard_statistics`.
         labels: Token ids [n].
     """
-    log_sum_exp = torch.logsumexp(shards[:, 0], dim=0)
-    maximum, label_logits = shards[:, 1].amax(dim=0), shards[:, 2].amax(dim=0)
-    skipped = labels == UNSCORED
-    losses = (log_sum_exp - label_logits).masked_fill(skipped, 0.0)
-    return TokenScores(losses, (label_logits >= maximum) | skipped)
+    _, losses = combine(shards, labels)
+    is_top = shards[:, 2].amax(dim=0) >= shards[:, 1].amax(dim=0)
+    return TokenScores(losses, is_top | (labels == UNSCORED))
 
 
 class Scorer:
@@ -193,7 +177,6 @@ class Scorer:
         """Take the place of output layer and loss: hidden [s/cp(/tp), b, h] -> [2, b, s/cp]."""
         from megatron.core import parallel_state, tensor_parallel
 
-        tp = parallel_state.get_tensor_model_parallel_world_size()
         if output_layer.sequence_parallel:
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
         weight = output_layer.weight if output_weight is None else output_weight
@@ -205,10 +188,8 @@ class Scorer:
             flat_labels,
             VocabularyShard(first, self.vocab_size),
         )
-        shards = local.new_empty(tp, *local.shape)
         group = parallel_state.get_tensor_model_parallel_group()
-        torch.distributed.all_gather_into_tensor(shards.view(-1), local.view(-1), group=group)
-        scores = combine_statistics(shards, flat_labels)
+        scores = combine_statistics(gather_statistics(local, group), flat_labels)
         both = torch.stack([scores.losses, scores.is_greedy.float()])
         return both.view(2, labels.size(1), labels.size(0)).transpose(1, 2).contiguous()
 

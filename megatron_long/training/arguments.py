@@ -25,6 +25,10 @@ class LongContextArguments:
     allow_repeat: bool = False
     """Read the dataset again from its start when the run asks for more tokens than it holds."""
 
+    megatron_loss: bool = False
+    """Take Megatron's own output layer and cross entropy, which build the full logits, instead of
+    the chunked ones."""
+
     loss_log: str | None = None
     """JSON-lines file for the loss and gradient norm of every step, unrounded."""
 

@@ -26,12 +26,14 @@ FIELDS = {
 
 
 @dataclass(frozen=True)
-class BatchShape:
-    """What a rank must know to take part in receiving a micro-batch."""
+class StepSettings:
+    """What a rank must know to take part in a micro-batch."""
 
     micro_batch_size: int
     eval_micro_batch_size: int
     seq_length: int
+    output_processor: Callable[..., Tensor] | None = None
+    """Takes the place of Megatron's output layer and loss, see `training.loss`."""
 
 
 def get_batch(
@@ -79,31 +81,33 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
 
     Args:
         loss_mask: Weight of each token [b, s/cp], float32.
-        losses: Token losses [b, s/cp], nats.
+        losses: Token losses [b, s/cp], nats, or their masked sum (a scalar).
     Returns: Loss sum, number of tokens, and both together for the log, each of this rank's shard.
     """
     mask = loss_mask.reshape(-1).float()
-    total = torch.sum(losses.reshape(-1).float() * mask)
+    total = losses if losses.dim() == 0 else torch.sum(losses.reshape(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
     report = torch.stack([total.detach(), num_tokens.to(total.dtype)])
     return total, num_tokens, {LOSS_KEY: report}
 
 
 def forward_step(
-    shape: BatchShape, iterator: Iterator | None, model: torch.nn.Module
+    settings: StepSettings, iterator: Iterator | None, model: torch.nn.Module
 ) -> tuple[Tensor, Callable]:
-    """Run one micro-batch, as Megatron's schedules call it (bind `shape` first).
+    """Run one micro-batch, as Megatron's schedules call it (bind `settings` first).
 
-    Returns: The model's output (token losses [b, s/cp] on the last stage) and the loss function.
+    Returns: The model's output (token losses [b, s/cp] or their masked sum on the last stage) and the
+        loss function.
     """
-    rows = shape.micro_batch_size if model.training else shape.eval_micro_batch_size
+    rows = settings.micro_batch_size if model.training else settings.eval_micro_batch_size
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
-    batch = get_batch(iterator, (rows, shape.seq_length), vp_stage)
+    batch = get_batch(iterator, (rows, settings.seq_length), vp_stage)
     output = model(
         batch["tokens"],
         batch["position_ids"],
         None,  # no dense mask: attention is causal
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        output_processor=settings.output_processor,
     )
     return output, partial(loss_function, batch["loss_mask"])

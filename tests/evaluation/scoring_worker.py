@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_long.evaluation.scoring import UNSCORED, open_scorer
+from megatron_long.evaluation.scoring import open_scorer
+from megatron_long.model.linear_cross_entropy import UNSCORED
 
 
 def main(checkpoint: str, output: str, *flags: str) -> None:

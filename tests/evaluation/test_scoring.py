@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.evaluation import scoring
 from megatron_long.evaluation.scoring import (
-    UNSCORED,
-    VocabularyShard,
     combine_statistics,
     shard_statistics,
 )
+from megatron_long.model import linear_cross_entropy
+from megatron_long.model.linear_cross_entropy import UNSCORED, VocabularyShard
 
 WORKER = Path(__file__).with_name("scoring_worker.py")
 
@@ -20,7 +19,7 @@ WORKER = Path(__file__).with_name("scoring_worker.py")
 @pytest.mark.parametrize("num_shards", [1, 2, 4])
 @pytest.mark.parametrize("vocab_size", [61, 64])
 def test_shards_give_the_scores_of_whole_logits(num_shards, vocab_size, monkeypatch):
-    monkeypatch.setattr(scoring, "CHUNK_POSITIONS", 7)
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_LOGITS", 7 * 64)
     torch.manual_seed(0)
     rows, positions = 64, 50
     hidden, weight = torch.randn(positions, 8), torch.randn(rows, 8)

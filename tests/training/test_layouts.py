@@ -12,6 +12,7 @@ LAYOUTS = {
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "pp2-vpp2": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
     "dp2": (2, "--overlap-grad-reduce --overlap-param-gather"),
+    "megatrons-own-loss": (1, "--megatron-loss"),
     "cp2": (2, "--context-parallel-size 2"),
     "cp4": (4, "--context-parallel-size 4"),
     "tp2-pp2-cp2": (
