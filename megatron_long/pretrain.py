@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     megatron_adapter.check_version()
     arguments, args = parse(user_argv, detect_backend(), join_or_start_job())
     listener = _LossLog(Path(arguments.loss_log)) if arguments.loss_log else None
-    megatron_adapter.install_patches(listener)
+    megatron_adapter.install_patches(listener, output_layer_is_called=arguments.megatron_loss)
     megatron_adapter.validate_flags(args)
     if args.save and args.rank == 0:
         write_sidecars(Path(args.save), arguments, args, user_argv)
@@ -216,9 +216,10 @@ def _model_geometry(
 def _recipe_argv(
     arguments: LongContextArguments, model: LlamaGeometry | None, backend: Backend
 ) -> list[str]:
+    own_loss = not arguments.megatron_loss
     if arguments.recipe:
-        return build_recipe(arguments.recipe, model).to_argv(backend)
-    return [*backend.to_argv(), *(model.to_argv() if model else [])]
+        return build_recipe(arguments.recipe, model).to_argv(backend, own_loss=own_loss)
+    return [*backend.to_argv(own_loss=own_loss), *(model.to_argv() if model else [])]
 
 
 def _dataset_argv(arguments: LongContextArguments) -> list[str]:

@@ -49,28 +49,33 @@ class Backend:
     """CUDA devices; otherwise the host backend (gloo, CPU)."""
     transformer_engine: bool
     """Transformer Engine's layers, fused attention and FP8."""
-    fused_weight_gradient: bool
-    """Apex's kernel that adds weight gradients in place in FP32; without it the output layer cannot fuse."""
+    apex: bool
+    """Apex's kernel that adds weight gradients in place; Megatron's own output layer needs it for that."""
 
     @property
     def portable(self) -> bool:
         """Whether layers are Megatron's local ones with our context-parallel attention."""
         return not self.transformer_engine
 
-    def to_argv(self) -> list[str]:
-        """Megatron's flags for this backend."""
+    def to_argv(self, *, own_loss: bool = False) -> list[str]:
+        """Megatron's flags for this backend.
+
+        Args:
+            own_loss: Whether `training.loss` stands for Megatron's output layer, which is the one layer
+                that cannot add its weight gradient in place without Apex.
+        """
         if not self.cuda:
             return split_flags(HOST_ARGV)
         flags = list(GPU_ARGV)
         if self.portable:
             flags += PORTABLE_GPU_ARGV
-        if not self.fused_weight_gradient:
+        if not (self.apex or (self.transformer_engine and own_loss)):
             flags.append("--no-gradient-accumulation-fusion")
         return split_flags(flags)
 
 
-GPU = Backend(cuda=True, transformer_engine=True, fused_weight_gradient=False)
-HOST = Backend(cuda=False, transformer_engine=False, fused_weight_gradient=False)
+GPU = Backend(cuda=True, transformer_engine=True, apex=False)
+HOST = Backend(cuda=False, transformer_engine=False, apex=False)
 
 
 def detect_backend() -> Backend:
@@ -82,7 +87,7 @@ def detect_backend() -> Backend:
     return Backend(
         cuda=True,
         transformer_engine=_has("transformer_engine"),
-        fused_weight_gradient=_has("fused_weight_gradient_mlp_cuda"),
+        apex=_has("fused_weight_gradient_mlp_cuda"),
     )
 
 

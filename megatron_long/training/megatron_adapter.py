@@ -27,14 +27,15 @@ PATCHED_SYMBOLS = {
         "set_jit_fusion_options",
         "training_log",
     ),
+    "megatron.core.tensor_parallel.layers": ("_grad_accum_fusion_available",),
     "megatron.core.optimizer.distrib_optimizer": (
         "DistributedOptimizer.sharded_state_dict",
         "DistributedOptimizer.load_state_dict",
         "DistributedOptimizer._set_main_param_and_optimizer_states",
     ),
 }
-"""What is replaced, by module; the first always, `training_log` where step losses are asked for, the
-others on the host backend only."""
+"""What is replaced, by module: `compile_helpers` always, `training_log` where step losses are asked for,
+`_grad_accum_fusion_available` where the output layer is not called, the others on the host backend only."""
 
 StepListener = Callable[[int, dict[str, torch.Tensor], float | None], None]
 """Called after each step with the iteration, the reduced losses and the gradient norm."""
@@ -111,8 +112,15 @@ def build_model_config(args: Namespace) -> Any:
     return config
 
 
-def install_patches(step_listener: StepListener | None = None) -> None:
-    """Put the changes of `PATCHED_SYMBOLS` in place."""
+def install_patches(
+    step_listener: StepListener | None = None, *, output_layer_is_called: bool = True
+) -> None:
+    """Put the changes of `PATCHED_SYMBOLS` in place.
+
+    Args:
+        step_listener: Told the figures of each step.
+        output_layer_is_called: False where an output processor takes the layer's place in training.
+    """
     check_version()
     # The wheel ships the compiled helpers but no Makefile: compile_helpers() would end the process.
     helpers: Any = importlib.import_module("megatron.core.datasets.utils")
@@ -120,6 +128,10 @@ def install_patches(step_listener: StepListener | None = None) -> None:
     training: Any = importlib.import_module("megatron.training.training")
     if step_listener is not None:
         training.training_log = _listening(training.training_log, step_listener)
+    if not output_layer_is_called:
+        # Its constructor refuses in-place weight gradients without Apex's kernel, which it will not run.
+        layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
+        layers._grad_accum_fusion_available = True
     if host_backend.is_installed():
         training.initialize_megatron = functools.partial(
             training.initialize_megatron, allow_no_cuda=True

@@ -98,9 +98,13 @@ class Recipe:
         """Optimizer steps that read `train_tokens` once."""
         return max(1, self.train_tokens // (self.global_batch_size * self.seq_length))
 
-    def to_argv(self, backend: Backend) -> list[str]:
-        """Megatron's flags for this recipe on a backend; later flags on a command line override them."""
-        argv = [*backend.to_argv(), *self.model.to_argv(), *self.layout.to_argv()]
+    def to_argv(self, backend: Backend, *, own_loss: bool = False) -> list[str]:
+        """Megatron's flags for this recipe; later flags on a command line override them.
+
+        Args:
+            own_loss: See `Backend.to_argv`; without it the flags suit stock Megatron.
+        """
+        argv = [*backend.to_argv(own_loss=own_loss), *self.model.to_argv(), *self.layout.to_argv()]
         argv += self._schedule_argv()
         if backend.cuda:
             argv += split_flags((*GPU_TRAINING_ARGV, *PRECISION_ARGV[self.precision]))

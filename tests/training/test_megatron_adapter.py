@@ -27,7 +27,15 @@ def resolve(module: str, symbol: str):
     [(m, symbol) for m, symbols in megatron_adapter.PATCHED_SYMBOLS.items() for symbol in symbols],
 )
 def test_patched_symbols_are_there(module, symbol):
-    assert callable(resolve(module, symbol))
+    found = resolve(module, symbol)
+    assert isinstance(found, bool) if symbol.startswith("_grad_accum") else callable(found)
+
+
+def test_output_layer_refuses_fusion_by_that_symbol_alone():
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    source = inspect.getsource(ColumnParallelLinear.__init__)
+    assert "gradient_accumulation_fusion and not _grad_accum_fusion_available" in source
 
 
 def test_installed_version_is_supported():
