@@ -19,7 +19,7 @@ PROGRAM_START = time.time()
 from megatron_long.cli import run_tool
 from megatron_long.data.manifest import Manifest, read_manifest
 from megatron_long.errors import ConfigError
-from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
+from megatron_long.model.geometry import LlamaGeometry, geometry_from_args, geometry_from_hf
 from megatron_long.training.arguments import (
     LongContextArguments,
     check_checkpoint,
@@ -102,18 +102,22 @@ def check_dataset(manifest: Manifest, args: argparse.Namespace) -> None:
             f"has {rows} embedding rows (--padded-vocab-size); prepare the dataset with the tokenizer "
             "of this model"
         )
-    if args.tokenizer_model is None:
-        return
     from megatron_long.data.tokenizers import load_tokenizer
 
-    seen = load_tokenizer(Path(args.tokenizer_model)).vocabulary_sha256
-    if seen != manifest.tokenizer.vocabulary_sha256:
-        raise ConfigError(
-            f"--tokenizer-model {args.tokenizer_model} (vocabulary {seen[:12]}) is not the tokenizer "
-            f"that --dataset {args.dataset} was made with "
-            f"({manifest.tokenizer.vocabulary_sha256[:12]}, a copy is in its tokenizer folder); "
-            "name that one, or prepare the dataset again"
-        )
+    for flag in ("tokenizer_model", "load", "pretrained_checkpoint"):
+        path = Path(getattr(args, flag) or "")
+        if flag != "tokenizer_model":
+            path /= TOKENIZER_DIR_NAME
+        if getattr(args, flag) is None or not (path.exists() or flag == "tokenizer_model"):
+            continue
+        seen = load_tokenizer(path).vocabulary_sha256
+        if seen != manifest.tokenizer.vocabulary_sha256:
+            raise ConfigError(
+                f"the tokenizer of --{flag.replace('_', '-')} {getattr(args, flag)} (vocabulary "
+                f"{seen[:12]}) is not the one that --dataset {args.dataset} was made with "
+                f"({manifest.tokenizer.vocabulary_sha256[:12]}, a copy is in its tokenizer folder); "
+                "prepare the dataset with the tokenizer of this model"
+            )
 
 
 def write_sidecars(
@@ -121,14 +125,11 @@ def write_sidecars(
 ) -> None:
     """Put beside the checkpoints what evaluation and export need (see `checkpoint_folder`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = _hf_config_path(arguments, args)
-    if config is not None:
-        write_hf_config(
-            folder,
-            config,
-            rotary_base=args.rotary_base,
-            max_position_embeddings=args.max_position_embeddings,
-        )
+    write_hf_config(
+        folder,
+        geometry_from_args(args, _vocab_size(arguments, args)),
+        _hf_config_path(arguments, args),
+    )
     for start in (args.load, args.pretrained_checkpoint):
         if start:
             copy_generation_config(folder, Path(start))
@@ -148,13 +149,11 @@ def _train(arguments: LongContextArguments, args: argparse.Namespace) -> None:
     from megatron_long.training.datasets import dataset_provider
     from megatron_long.training.loss import chunked_loss
 
-    config = _hf_config_path(arguments, args)
-    vocab_size = geometry_from_hf(config).vocab_size if config else args.padded_vocab_size
     settings = StepSettings(
         args.micro_batch_size,
         args.eval_micro_batch_size,
         args.seq_length,
-        None if arguments.megatron_loss else partial(chunked_loss, vocab_size),
+        None if arguments.megatron_loss else partial(chunked_loss, _vocab_size(arguments, args)),
     )
     provider = dataset_provider(arguments, args)
     megatron_adapter.run_pretrain(args, provider, partial(forward_step, settings), PROGRAM_START)
@@ -203,6 +202,12 @@ def _hf_config_path(arguments: LongContextArguments, args: argparse.Namespace) -
         if folder and (Path(folder) / HF_CONFIG_NAME).is_file():
             return Path(folder) / HF_CONFIG_NAME
     return None
+
+
+def _vocab_size(arguments: LongContextArguments, args: argparse.Namespace) -> int:
+    """Real tokens of the model, without the padding rows of its embedding."""
+    config = _hf_config_path(arguments, args)
+    return geometry_from_hf(config).vocab_size if config else args.padded_vocab_size
 
 
 def _model_geometry(

@@ -6,6 +6,7 @@ Needs neither torch nor Megatron.
 
 import json
 import math
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,58 @@ class LlamaGeometry:
         if self.use_rope_scaling:
             argv.append("--use-rope-scaling")
         return argv
+
+    def to_hf_config(self) -> dict[str, Any]:
+        """Give the Hugging Face configuration of this shape, in the spellings of transformers 4 and 5."""
+        scaling: dict[str, Any] = {"rope_type": "default"}
+        if self.use_rope_scaling:
+            scaling = {"rope_type": "llama3", **LLAMA3_SCALING}
+        return {
+            "architectures": [KNOWN_ARCHITECTURES[0]],
+            "model_type": "llama",
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.ffn_hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_query_groups,
+            "head_dim": self.kv_channels,
+            "vocab_size": self.vocab_size,
+            "rms_norm_eps": self.norm_epsilon,
+            "rope_theta": self.rotary_base,
+            "rope_scaling": scaling if self.use_rope_scaling else None,
+            "rope_parameters": {**scaling, "rope_theta": self.rotary_base},
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tie_embeddings,
+            "initializer_range": self.init_method_std,
+            "attention_dropout": self.attention_dropout,
+        }
+
+
+def geometry_from_args(args: Namespace, vocab_size: int | None = None) -> LlamaGeometry:
+    """Read the shape from Megatron's parsed flags, the opposite of `LlamaGeometry.to_argv`.
+
+    Args:
+        args: Megatron's flags.
+        vocab_size: Real tokens of the vocabulary; None counts the padded rows as real.
+    """
+    heads = args.num_attention_heads
+    return LlamaGeometry(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else heads,
+        kv_channels=args.kv_channels or args.hidden_size // heads,
+        vocab_size=vocab_size or args.padded_vocab_size,
+        padded_vocab_size=args.padded_vocab_size,
+        norm_epsilon=args.layernorm_epsilon,
+        rotary_base=float(args.rotary_base),
+        max_position_embeddings=args.max_position_embeddings,
+        tie_embeddings=not args.untie_embeddings_and_output_weights,
+        use_rope_scaling=args.use_rope_scaling,
+        init_method_std=args.init_method_std,
+        attention_dropout=args.attention_dropout,
+    )
 
 
 def pad_vocab_size(vocab_size: int) -> int:

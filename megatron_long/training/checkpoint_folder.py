@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_long.errors import ConfigError
 from megatron_long.files import atomic_path
+from megatron_long.model.geometry import LlamaGeometry
 
 HF_CONFIG_NAME = "hf_config.json"
 GENERATION_CONFIG_NAME = "hf_generation_config.json"
@@ -36,16 +37,15 @@ def hf_config_path(folder: Path) -> Path:
     return path
 
 
-def write_hf_config(
-    folder: Path, source: Path, *, rotary_base: float, max_position_embeddings: int
-) -> None:
-    """Write the HF config of what is trained: `source` with another RoPE base and length."""
-    config = json.loads(source.read_text(encoding="utf-8"))
-    config["max_position_embeddings"] = max_position_embeddings
-    config["rope_theta"] = float(rotary_base)  # transformers 4
-    if config.get("rope_parameters"):  # transformers 5
-        config["rope_parameters"]["rope_theta"] = float(rotary_base)
-    _write_json(folder / HF_CONFIG_NAME, config)
+def write_hf_config(folder: Path, geometry: LlamaGeometry, source: Path | None) -> None:
+    """Write the HF config of what is trained.
+
+    Args:
+        geometry: What the run's flags say.
+        source: Config the model came with, for what flags do not say (token ids and the like).
+    """
+    config = json.loads(source.read_text(encoding="utf-8")) if source else {}
+    _write_json(folder / HF_CONFIG_NAME, config | geometry.to_hf_config())
 
 
 def copy_tokenizer(folder: Path, source: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 from megatron_long import pretrain
 from megatron_long.data.manifest import read_manifest
 from megatron_long.errors import ConfigError
+from megatron_long.model.geometry import geometry_from_hf
 from megatron_long.training import host_backend
 from megatron_long.training.backend import GPU, HOST
-from megatron_long.training.recipe import LLAMA3_8B
+from megatron_long.training.recipe import LLAMA3_8B, build_recipe
 
 host_backend.install()
 
@@ -111,8 +112,22 @@ def test_another_tokenizer_is_refused(tiny_dataset, tiny_tokenizer):
     )
     pretrain.check_dataset(manifest, args)
     other = replace(manifest, tokenizer=replace(manifest.tokenizer, vocabulary_sha256="0" * 64))
-    with pytest.raises(ConfigError, match="is not the tokenizer that --dataset"):
+    with pytest.raises(ConfigError, match=r"the tokenizer of --tokenizer-model .* is not the one"):
         pretrain.check_dataset(other, args)
+
+
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+def test_checkpoint_with_another_tokenizer_is_refused(flag, tiny_dataset, tmp_path):
+    folder = tmp_path / "checkpoint"
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("release")
+    pieces = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}
+    model = {"type": "BPE", "vocab": pieces, "merges": [], "unk_token": "<unk>"}
+    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": model}))
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"the tokenizer of {flag} "):
+        parse("--recipe", "tiny_debug", "--dataset", tiny_dataset, flag, folder)
 
 
 def test_command_exits_with_2_and_one_paragraph(run_job, tiny_dataset, tmp_path):
@@ -123,6 +138,21 @@ def test_command_exits_with_2_and_one_paragraph(run_job, tiny_dataset, tmp_path)
     assert "Traceback" not in result.stderr
     assert "error: 1 processes cannot hold whole replicas" in result.stderr
     assert not save.exists()
+
+
+def test_sidecars_without_a_hugging_face_model(tiny_dataset, tmp_path):
+    """A model that only flags describe: what is written reads back as those flags."""
+    argv = ["--recipe", "tiny_debug", "--dataset", str(tiny_dataset), "--num-layers", "2"]
+    ours, args = pretrain.parse(argv, HOST, 1)
+    pretrain.write_sidecars(tmp_path, ours, args, argv)
+    seen = geometry_from_hf(tmp_path / "hf_config.json")
+    recipe = build_recipe("tiny_debug")
+    assert seen == replace(
+        recipe.model,
+        num_layers=2,
+        rotary_base=float(recipe.rotary_base),
+        max_position_embeddings=recipe.seq_length,
+    )
 
 
 def test_sidecars_say_what_is_trained(tiny_dataset, hf_folder, tmp_path):
