@@ -15,6 +15,8 @@ setup(
         "numpy",
         "sentencepiece",
         "tokenizers",
+        "gigatoken>=0.10,<0.11",  # the fast engine; checked against the two above at every start
+        "tuetoken>=0.1.3",  # the one that is tried next
         "nltk",
         "orjson",
         "xxhash",
@@ -32,6 +34,6 @@ setup(
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.8"],
         "cluster": ["datatrove>=0.10"],
         "eval": ["rouge-score", "lm-eval"],
-        "dev": ["pytest", "ruff", "mypy", "types-tqdm", "types-PyYAML"],
+        "dev": ["pytest", "hypothesis", "tiktoken", "ruff", "mypy", "types-tqdm", "types-PyYAML"],
     },
 )

@@ -20,6 +20,9 @@ from megatron_long.errors import ConfigError, DataError
 
 Tokens = NDArray[np.int32]
 Lengths = NDArray[np.int64]
+TokensAndLengths = tuple[Tokens, Lengths]
+
+AUTO, REFERENCE = "auto", "reference"
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
@@ -40,6 +43,8 @@ class Tokenizer(Protocol):
     engine_name: str
     """The package that makes the ids; every engine gives the same ids."""
     engine_version: str
+    engine_notes: tuple[str, ...]
+    """Why faster engines were passed over, one sentence each."""
 
     def encode(self, text: str) -> Tokens:
         """Give the ids of `text`, without special tokens."""
@@ -47,14 +52,27 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """Give the ids of each text, without special tokens."""
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[Tokens, Lengths]:
+    def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
         """Give the ids of all texts one after another, and how many each text has."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Give the text of `ids`."""
 
 
-def join_ids(batch: Sequence[Sequence[int]]) -> tuple[Tokens, Lengths]:
+class ReferenceTokenizer(Tokenizer, Protocol):
+    """A tokenizer whose ids are right by definition, and what a fast engine needs to copy it."""
+
+    def to_json(self) -> str:
+        """Give the vocabulary as the text of a `tokenizer.json`.
+
+        Raises: NotConvertible: it cannot be said so.
+        """
+
+    def special_texts(self) -> list[str]:
+        """Give the special tokens and user-defined pieces as they are written in text."""
+
+
+def join_ids(batch: Sequence[Sequence[int]]) -> TokensAndLengths:
     """Lay lists of ids one after another.
 
     >>> tokens, lengths = join_ids([[5, 6], [], [7]])
@@ -82,6 +100,7 @@ class SentencePieceTokenizer:
     kind = "sentencepiece"
     engine_name = "sentencepiece"
     engine_version = version("sentencepiece")
+    engine_notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -110,12 +129,22 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         return split_flat(*self.encode_flat(texts))
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[Tokens, Lengths]:
+    def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
         # One thread: parallelism is over processes, and more threads would fight for the cores.
         return join_ids(self._processor.encode(list(texts), out_type=int, num_threads=1))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(index) for index in ids])
+
+    def to_json(self) -> str:
+        from megatron_long.data.sentencepiece_json import sentencepiece_to_json
+
+        return sentencepiece_to_json(self._processor.serialized_model_proto())
+
+    def special_texts(self) -> list[str]:
+        pieces = map(self._processor.id_to_piece, range(self.vocab_size))
+        # The API does not tell user-defined pieces from others; all that look so are tried.
+        return [piece for piece in pieces if piece[:1] in "<[" and piece[-1:] in ">]"][:2000]
 
 
 class HFTokenizer:
@@ -124,6 +153,7 @@ class HFTokenizer:
     kind = "hf"
     engine_name = "tokenizers"
     engine_version = version("tokenizers")
+    engine_notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         import tokenizers
@@ -151,12 +181,18 @@ class HFTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         return split_flat(*self.encode_flat(texts))
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[Tokens, Lengths]:
+    def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
         batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return join_ids([encoding.ids for encoding in batch])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids])
+
+    def to_json(self) -> str:
+        return self._tokenizer.to_str()
+
+    def special_texts(self) -> list[str]:
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     def _find_bos(self, config: dict[str, Any]) -> int | None:
         if config.get("add_bos_token") is False:
@@ -187,11 +223,19 @@ def load_tokenizer(path: Path, engine: str = "auto") -> Tokenizer:
     In a folder with both, `tokenizer.model` is taken: it is the reference the other was made from.
 
     Args:
-        engine: What makes the ids: `reference` (the package the file belongs to) or `auto`.
-    Raises: ConfigError: nothing there. DataError: the file is damaged or names no EOS token.
+        engine: What makes the ids: `auto` (the fastest package that gives the same ids), a name in
+            `engines.ENGINES`, or `reference` (the package the file belongs to).
+    Raises: ConfigError: nothing there, or an engine that cannot be used. DataError: the file is damaged
+        or names no EOS token.
     """
     file = tokenizer_file(path)
-    return HFTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+    kinds: dict[str, type[HFTokenizer | SentencePieceTokenizer]] = {".json": HFTokenizer}
+    reference = kinds.get(file.suffix, SentencePieceTokenizer)(file)
+    if engine == REFERENCE:
+        return reference
+    from megatron_long.data.engines import open_engine
+
+    return open_engine(reference, engine)
 
 
 def tokenizer_file(path: Path) -> Path:
