@@ -34,7 +34,7 @@ def sentencepiece_to_json(model_proto: bytes) -> str:
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == kinds.NORMAL}
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     prefix = [{"type": "Prepend", "prepend": "▁"}] if model.normalizer_spec.add_dummy_prefix else []
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
