@@ -134,6 +134,7 @@ def compare(
         setup.marks[f"tokens {part.path.as_posix()}"] = IndexedDatasetReader(
             output / "out"
         ).num_tokens + (0 if told["bos_id"] is None else len(digests))
+        remove_folder(output)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for turn in range(rounds):
         for name in contenders:

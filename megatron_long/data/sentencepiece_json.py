@@ -5,6 +5,7 @@ normalization but the leading space (Llama 1 and 2, Mistral, this project's demo
 refused with a reason, and SentencePiece itself is used.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ class NotConvertible(Exception):
     """The model does something that a `tokenizer.json` cannot say exactly."""
 
 
+@functools.lru_cache(maxsize=1)  # takes a third of a second, and a process opens it more than once
 def sentencepiece_to_json(model_proto: bytes) -> str:
     """Write a SentencePiece model as `tokenizer.json`, without its control pieces as added tokens.
 
