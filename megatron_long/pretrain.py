@@ -105,7 +105,7 @@ def check_dataset(manifest: Manifest, args: argparse.Namespace) -> None:
         return
     from megatron_long.data.tokenizers import load_tokenizer
 
-    seen = load_tokenizer(Path(args.tokenizer_model)).vocabulary_sha256
+    seen = load_tokenizer(Path(args.tokenizer_model), "reference").vocabulary_sha256
     if seen != manifest.tokenizer.vocabulary_sha256:
         raise ConfigError(
             f"--tokenizer-model {args.tokenizer_model} (vocabulary {seen[:12]}) is not the tokenizer "
