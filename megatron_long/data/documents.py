@@ -90,6 +90,10 @@ class FileState:
     """Bytes of the stored file (compressed, if it is) that were read."""
     xxh3_128: str = ""
     """Hash of the stored file, once all of it is read."""
+    batch_bytes: int = BATCH_BYTES
+    """Text of a batch, about."""
+    used_bytes: int = 0
+    """Bytes of text (with JSON around it) given so far."""
 
 
 def canonical_source(label: str) -> str:
@@ -112,8 +116,9 @@ def read_documents(
     """
     with open_input(item) as reader:
         read = _read_parquet if item.path.endswith(".parquet") else _read_lines
-        for batch in read(item, reader, keys, bad):
-            state.position_bytes = min(reader.position, item.size_bytes)
+        for batch in read(item, reader, keys, bad, state):
+            share = min(reader.used_share(state.used_bytes), 1.0)
+            state.position_bytes = min(round(reader.position * share), item.size_bytes)
             yield batch
         state.position_bytes = item.size_bytes
         if not item.path.endswith(".parquet"):  # which is not read from end to end
@@ -171,12 +176,17 @@ def _lacks(record: Any, what: str, flag: str, key: str) -> tuple[str, str]:
 
 
 def _read_lines(
-    item: InputFile, reader: HashingReader, keys: RecordKeys, bad: BadDocuments
+    item: InputFile,
+    reader: HashingReader,
+    keys: RecordKeys,
+    bad: BadDocuments,
+    state: FileState,
 ) -> Iterator[list[Document]]:
     batch: list[Document] = []
     size_bytes = number = 0
     try:
         for number, line in enumerate(decompressed(item, reader), 1):
+            state.used_bytes += len(line)
             if line.isspace():
                 continue
             try:
@@ -184,7 +194,7 @@ def _read_lines(
             except ValueError as error:
                 bad.add(item, number, *error.args)
             size_bytes += len(line)
-            if size_bytes >= BATCH_BYTES:
+            if size_bytes >= state.batch_bytes:
                 yield batch
                 batch, size_bytes = [], 0
     except Exception as error:
@@ -202,7 +212,11 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _read_parquet(
-    item: InputFile, reader: HashingReader, keys: RecordKeys, bad: BadDocuments
+    item: InputFile,
+    reader: HashingReader,
+    keys: RecordKeys,
+    bad: BadDocuments,
+    state: FileState,
 ) -> Iterator[list[Document]]:
     try:
         from pyarrow import parquet

@@ -184,7 +184,7 @@ def _run_slurm(step: ClusterStep, logs: Path, tasks: int, options: ExecutorOptio
         job_name=f"preprocess-{step.stage.name}",
         logging_dir=str(logs),
         # The tasks find the launcher and the package as this process does.
-        env_command=f'export PATH="{launcher.parent}:$PATH" PYTHONPATH="{os.pathsep.join(sys.path[1:])}"',
+        env_command=f'export PATH="{launcher.parent}:$PATH" PYTHONPATH="{_package_paths()}"',
         sbatch_args=options.slurm_args,
         randomize_start_duration=0,
         qos="",
@@ -202,6 +202,12 @@ def _run_slurm(step: ClusterStep, logs: Path, tasks: int, options: ExecutorOptio
             _raise_errors(step.errors)
         absent = 0 if _is_queued(str(executor.job_id)) else absent + 1
         time.sleep(POLL_SECONDS)
+
+
+def _package_paths() -> str:
+    """Give the paths of imports that a bare interpreter of this environment lacks."""
+    prefixes = (sys.prefix, sys.base_prefix)
+    return os.pathsep.join(path for path in sys.path if path and not path.startswith(prefixes))
 
 
 def _is_queued(job_id: str) -> bool:

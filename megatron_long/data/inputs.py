@@ -89,6 +89,8 @@ class HashingReader(io.RawIOBase):
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self._digest = raw, xxhash.xxh3_128()
         self.position = 0
+        self.used_share = lambda used_bytes: 1.0
+        """Share of what was read that the first bytes of the text came from: reading runs ahead."""
 
     def readable(self) -> bool:
         return True
@@ -128,14 +130,16 @@ def hash_input(item: InputFile) -> str:
 def decompressed(item: InputFile, reader: HashingReader) -> IO[bytes]:
     """Give the text of a .jsonl file, decompressed by its suffix."""
     if item.path.endswith(".gz"):
-        return cast(IO[bytes], gzip.GzipFile(fileobj=io.BufferedReader(reader, 1 << 20)))
+        return cast(IO[bytes], io.BufferedReader(gzip.GzipFile(fileobj=reader), 1 << 16))
     if item.path.endswith(".zst"):
         try:
             import zstandard
         except ImportError:
             raise ConfigError(f"{item.path}: reading .zst needs `pip install zstandard`") from None
         stream = _ZstandardStream(reader, zstandard.ZstdDecompressor().decompressobj)
+        reader.used_share = lambda used_bytes: used_bytes / max(stream.size_bytes, 1)
         return cast(IO[bytes], io.BufferedReader(stream, 1 << 20))
+    reader.used_share = lambda used_bytes: used_bytes / max(reader.position, 1)
     return cast(IO[bytes], io.BufferedReader(reader, 1 << 20))
 
 
@@ -146,6 +150,8 @@ class _ZstandardStream(io.RawIOBase):
         self._raw, self._new_frame = raw, new_frame
         self._frame: Any = None
         self._pending = memoryview(b"")
+        self.size_bytes = 0
+        """Bytes of text so far."""
 
     def readable(self) -> bool:
         return True
@@ -158,6 +164,7 @@ class _ZstandardStream(io.RawIOBase):
                     raise EOFError("it ends inside a compressed frame")
                 return 0
             self._pending = memoryview(self._decompress(block))
+            self.size_bytes += len(self._pending)
         count = min(len(buffer), len(self._pending))
         buffer[:count], self._pending = self._pending[:count], self._pending[count:]
         return count

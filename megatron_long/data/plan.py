@@ -85,6 +85,7 @@ def make_plan(
     groups = _groups(folders, mixture, names, budgets, scratch)
     valid: dict[str, NDArray] = {}
     warnings: list[str] = []
+    wider: dict[str, Limits] = {}
     for group in groups:
         limits = {names.index(name): _valid_limit(stats, admission, name) for name in group.names}
         group.held_out = choose_valid(group.rows, limits, mixture.valid_tokens_per_source)
@@ -93,6 +94,14 @@ def make_plan(
             mine = held[held["source"] == names.index(name)]
             if len(mine):
                 valid[name] = np.sort(mine, order=["file", "line"])
+            held_tokens = int(mine["length_tokens"].astype(np.int64).sum())
+            mine_limits = admission.limits(name)
+            if held_tokens < mixture.valid_tokens_per_source and mine_limits.valid < 1:
+                share = min(4 * mine_limits.valid, 1.0)
+                order = max(mine_limits.order, share)
+                wider[name] = Limits(order, mine_limits.keep_short, share)
+    if wider:
+        raise TooTight(wider)
     _settle(groups, mixture, admission, overhead, shares, warnings)
     order, used = _choose_and_order(groups, mixture, overhead, names, scratch)
     counts = [SourceCounts() for _ in names]

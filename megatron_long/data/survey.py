@@ -16,8 +16,8 @@ from megatron_long.data.tokenize_file import TokenizeOptions, tokenize_file
 from megatron_long.data.tokenizers import Tokenizer
 from megatron_long.errors import ConfigError
 
-SURVEY_FILES = 64
-SURVEY_TEXT_BYTES = 16 << 20
+SURVEY_FILES = 32
+SURVEY_TEXT_BYTES = 32 << 20
 SURVEY_FROM_BYTES = 64 << 20
 """Corpora with smaller files in all are tokenized without a survey."""
 MARGIN = 1.5

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_long.data.admission import Admission, Limits
 from megatron_long.data.documents import (
+    BATCH_BYTES,
     BadDocuments,
     Document,
     FileState,
@@ -113,6 +114,7 @@ def tokenize_file(
     Raises: DataError: the file or a document is bad, changed while it was read, or has an odd source.
     """
     got, bad, state = _Gathered(), BadDocuments(options.skip_bad), FileState()
+    state.batch_bytes = min(BATCH_BYTES, options.max_text_bytes or BATCH_BYTES)
     progress = FileProgress(item.name)
     with atomic_path(folder, directory=True) as temporary:
         with (

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long.data import documents as module
 from megatron_long.data.documents import (
     BadDocuments,
     Document,
@@ -45,10 +44,14 @@ def test_reads_plain_gzip_and_zstandard_in_name_order(corpus, records):
     assert [line for name, line, _ in found if name == "a.jsonl"] == list(range(1, 251))
 
 
-def test_batch_size_changes_nothing(corpus, monkeypatch):
-    expected, _ = read_all(corpus)
-    monkeypatch.setattr(module, "BATCH_BYTES", 1)
-    assert read_all(corpus)[0] == expected
+def test_batch_size_changes_nothing(corpus):
+    item, found = find_inputs([corpus])[0], []
+    for batch_bytes in (1, 1 << 20):
+        state = FileState(batch_bytes=batch_bytes)
+        batches = list(read_documents(item, RecordKeys(), BadDocuments(), state))
+        found.append([document for batch in batches for document in batch])
+        assert (len(batches) > 200) == (batch_bytes == 1)
+    assert found[0] == found[1]
 
 
 def test_state_ends_at_the_size_and_the_hash_of_the_file(corpus):
