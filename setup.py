@@ -24,6 +24,7 @@ setup(
         "safetensors",
         "transformers",
         "psutil",  # torch_dist checkpoints need it; megatron-core does not declare it
+        "protobuf",  # the model file of SentencePiece is one
         "pyyaml",
         "tqdm",
         "rich",
@@ -32,8 +33,12 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.8"],
-        "cluster": ["datatrove>=0.10"],
+        "cluster": ["datatrove>=0.10,<0.11", "ray", "fsspec"],
+        "parquet": ["pyarrow"],
         "eval": ["rouge-score", "lm-eval"],
-        "dev": ["pytest", "hypothesis", "tiktoken", "ruff", "mypy", "types-tqdm", "types-PyYAML"],
+        "dev": [
+            *("pytest", "hypothesis", "tiktoken", "datatrove>=0.10,<0.11", "pyarrow"),
+            *("ruff", "mypy", "types-tqdm", "types-PyYAML"),
+        ],
     },
 )

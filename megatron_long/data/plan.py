@@ -98,8 +98,8 @@ def make_plan(
             mine_limits = admission.limits(name)
             if held_tokens < mixture.valid_tokens_per_source and mine_limits.valid < 1:
                 share = min(4 * mine_limits.valid, 1.0)
-                order = max(mine_limits.order, share)
-                wider[name] = Limits(order, mine_limits.keep_short, share)
+                reach = max(mine_limits.order, share)
+                wider[name] = Limits(reach, mine_limits.keep_short, share)
     if wider:
         raise TooTight(wider)
     _settle(groups, mixture, admission, overhead, shares, warnings)
@@ -192,17 +192,20 @@ def _settle(
         needs_short = (
             given is None
             and limits.keep_short < 1
-            and (off > SHARE_TOLERANCE or got.tokens * mixture.allow_repeat < group.budget)
+            and (
+                off > SHARE_TOLERANCE + got.grain
+                or got.tokens * mixture.allow_repeat < group.budget
+            )
         )
         if needs_order or needs_short:
             wider |= dict.fromkeys(
                 group.names, _widen(limits, got.tokens, group.budget, needs_short)
             )
-        elif off < -SHARE_TOLERANCE:
+        elif off < -SHARE_TOLERANCE - got.grain:
             warnings.append(
                 f"{', '.join(group.names)}: {100 * got.long_share:.1f}% of the tokens are in long "
                 f"documents, --long-token-share {target} is out of reach"
-                + (" (the budget needs the short ones)" if got.long_share else " (it has none)")
+                + (" (the budget needs the short ones)" if got.long_tokens else " (it has none)")
             )
     if wider:
         raise TooTight(wider)

@@ -56,6 +56,10 @@ class Supply:
     """In one pass over all documents that may be used."""
     long_share: float
     """Share of the tokens taken that lies in long documents."""
+    long_tokens: int
+    """Tokens of long documents in one pass."""
+    grain: float
+    """Share of the budget that the longest document has: no share is met more closely."""
 
 
 def choose_valid(
@@ -118,16 +122,20 @@ def stored_lengths(mixture: Mixture, overhead: int, lengths: NDArray) -> NDArray
 
 def measure(group: Group, mixture: Mixture, overhead: int, keep_short: float) -> Supply:
     """Tell what a group offers when short documents are kept with a probability."""
-    supply = taken = long_taken = 0
+    supply = taken = long_taken = long_supply = longest = 0
     limit = group.budget
     for _, chunk in _usable(group, mixture, keep_short):
         lengths = stored_lengths(mixture, overhead, chunk["length_tokens"])
         ends = supply + np.cumsum(lengths)
         inside = np.minimum(lengths, np.maximum(limit - (ends - lengths), 0))
         taken += int(inside.sum())
-        long_taken += int(inside[chunk["length_tokens"] >= mixture.long_threshold_tokens].sum())
+        is_long = chunk["length_tokens"] >= mixture.long_threshold_tokens
+        long_taken += int(inside[is_long].sum())
         supply += int(lengths.sum())
-    return Supply(supply, long_taken / taken if taken else 0.0)
+        long_supply += int(lengths[is_long].sum())
+        longest = max(longest, int(lengths.max()))
+    grain = min(longest / limit, 1.0) if limit else 0.0
+    return Supply(supply, long_taken / taken if taken else 0.0, long_supply, grain)
 
 
 def solve_keep_short(group: Group, mixture: Mixture, overhead: int, highest: float) -> float:
@@ -143,7 +151,8 @@ def solve_keep_short(group: Group, mixture: Mixture, overhead: int, highest: flo
     target = mixture.long_token_share or 0.0
     needed = group.budget / mixture.allow_repeat
     full = measure(group, mixture, overhead, highest)
-    if full.long_share >= target or full.long_share == 0.0 or full.tokens <= needed:
+    is_above = full.long_tokens >= target * full.tokens
+    if is_above or not full.long_tokens or full.tokens <= needed:
         return highest
     low, high = 0.0, highest
     for _ in range(SOLVER_STEPS):
