@@ -20,8 +20,10 @@ import orjson
 
 from megatron_long.data.admission import Admission
 from megatron_long.data.assemble import write_train, write_valid
+from megatron_long.data.corpus_sample import sample_texts
 from megatron_long.data.corpus_stats import read_info
 from megatron_long.data.documents import RecordKeys
+from megatron_long.data.engines import check_sample
 from megatron_long.data.executors import ExecutorOptions, run_stage
 from megatron_long.data.indexed import token_dtype
 from megatron_long.data.inputs import InputFile, file_system, find_inputs, is_url
@@ -38,6 +40,7 @@ from megatron_long.data.manifest import (
 from megatron_long.data.mixture import Mixture, named_sources
 from megatron_long.data.monitor import Monitor, OnProgress, no_progress
 from megatron_long.data.plan import Plan, TooTight, make_plan
+from megatron_long.data.report_page import REPORT_FOLDER, write_report
 from megatron_long.data.scaling import scale_source
 from megatron_long.data.stages import TokenizeJob, TokenizeStage, WriteJob, WriteStage, split_parts
 from megatron_long.data.survey import (
@@ -157,7 +160,9 @@ def preprocess(
     Args:
         output: A folder, or a URL to copy the finished dataset to (then `work_dir` must be given).
     """
-    files, tokenizer = find_inputs(config.inputs), load_tokenizer(config.tokenizer, config.engine)
+    files = find_inputs(config.inputs)
+    tokenizer = load_tokenizer(config.tokenizer, config.engine)
+    tokenizer = check_sample(tokenizer, sample_texts(files, config.keys))
     work = _work_folder(config, output)
     with _full_disk(work), only_run(work):
         open_work(work, config.command(), files, force=config.force)
@@ -186,7 +191,9 @@ def _tokenize_and_plan(
         stage = TokenizeStage(work, number)
         admission = _admission(config, files, tokenizer, work, number)
         options = _options(config, tokenizer, admission)
-        write_pickle(stage.job_path, TokenizeJob(files, config.tokenizer, config.engine, options))
+        write_pickle(
+            stage.job_path, TokenizeJob(files, config.tokenizer, tokenizer.engine_name, options)
+        )
         if (work / EXPECTED_FILE).exists():
             monitor.expected = orjson.loads((work / EXPECTED_FILE).read_bytes())
         monitor.set_stage(stage.name)
@@ -281,10 +288,17 @@ def _write(
         documents_bad=plan.stats.documents_bad,
         bad_documents=plan.stats.bad,
         warnings=plan.warnings,
-        made_by={"engine": tokenizer.engine_name, "engine_version": tokenizer.engine_version},
+        made_by=_made_by(tokenizer),
     )
     write_manifest(folder, manifest)
+    write_report(folder / REPORT_FOLDER, manifest)
     return _Made(folder, manifest)
+
+
+def _made_by(tokenizer: Tokenizer) -> dict[str, str]:
+    made_by = {"engine": tokenizer.engine_name, "engine_version": tokenizer.engine_version}
+    notes = {"engine_notes": "; ".join(tokenizer.engine_notes)} if tokenizer.engine_notes else {}
+    return made_by | notes
 
 
 def _input_info(info: dict[str, Any]) -> InputInfo:

@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import html
 import io
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,10 @@ def write_report(folder: Path, manifest: Manifest) -> None:
     """
     figure = plot_sources(manifest.sources, manifest.mixture["long_threshold_tokens"])
     buffer = io.BytesIO()
-    # Without the version of matplotlib in the file: the same dataset gives the same bytes.
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name is a box then
+        # Without the version of matplotlib in the file: the same dataset gives the same bytes.
+        figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FIGURE_FILE).write_bytes(buffer.getvalue())
     (folder / PAGE_FILE).write_text(report_page(manifest, buffer.getvalue()), encoding="utf-8")

@@ -58,6 +58,8 @@ def test_folder_is_as_documented(dataset):
         [
             *("train.bin", "train.idx", "documents.npy", "manifest.json"),
             "tokenizer/tokenizer.model",
+            "report/index.html",
+            "report/lengths_and_sources.png",
             *(f"valid/{name}.{end}" for name in ("Book", "C4", "GitHub") for end in ("bin", "idx")),
         ]
     )
