@@ -231,9 +231,9 @@ def measure_memory(slices: Sequence[Slice], setup: Setup) -> list[dict[str, floa
     """Give the peak memory of ours for inputs of several sizes, its own defaults, every document kept."""
     measured = []
     for part in slices:
-        told = run_contender("reference", part, setup, setup.work / "reference_memory")
+        told = run_contender("engine", part, setup, setup.work / "engine_memory")
         setup.marks.update({key: json.loads(told.output)[key] for key in ("bos_id", "eod_id")})
-        reader = IndexedDatasetReader(setup.work / "reference_memory" / "out")
+        reader = IndexedDatasetReader(setup.work / "engine_memory" / "out")
         tokens = reader.num_tokens + len(reader) * (setup.marks["bos_id"] is not None)
         setup.marks[f"tokens {part.path.as_posix()}"] = tokens
         cost = run_contender("ours", part, setup, setup.work / "ours_memory")
@@ -252,7 +252,7 @@ def measure_memory(slices: Sequence[Slice], setup: Setup) -> list[dict[str, floa
             f"{cost.peak_rss_bytes / MEGABYTE:,.0f} MB resident, "
             f"{cost.peak_private_bytes / MEGABYTE:,.0f} MB of it private; {cost.cpu_s:.1f} s of processor"
         )
-        for name in ("reference_memory", "ours_memory"):
+        for name in ("engine_memory", "ours_memory"):
             remove_folder(setup.work / name)
     return measured
 
