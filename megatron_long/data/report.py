@@ -61,6 +61,8 @@ def add_sources(sources: Mapping[str, SourceInfo]) -> SourceInfo:
         weights = [info.tokens_kept if kept else info.tokens_in for info in infos]
         if all(isinstance(value, list) for value in values):
             total[field.name] = _add_padded(values)
+        elif all(isinstance(value, bool) for value in values):
+            total[field.name] = all(values)
         elif field.name.startswith("share_") or all(isinstance(value, int) for value in values):
             total[field.name] = sum(values)
         elif all(isinstance(value, int | float) for value in values):

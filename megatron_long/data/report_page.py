@@ -99,16 +99,15 @@ def share_at_least(tokens_by_length: Sequence[int], length_tokens: int) -> float
 
 
 def _sources_table(sources: Mapping[str, SourceInfo]) -> str:
-    """Make a row a source of all its numbers; the last row adds them up."""
-    names = [field.name for field in dataclasses.fields(SourceInfo) if field.name != "index"]
-    rows = [(name, dataclasses.asdict(info)) for name, info in sources.items()]
-    shown = [
-        name for name in names if not any(isinstance(row[name], list | dict) for _, row in rows)
-    ]
-    total = dataclasses.asdict(add_sources(sources))
-    cells = [[name, *(_number(key, row[key]) for key in shown)] for name, row in rows]
-    cells.append(["all", *(_number(key, total[key]) for key in shown)])
-    return _table(["source", *(name.replace("_", " ") for name in shown)], cells, total=True)
+    """Make a column a source, and a row a number; the last column adds them up."""
+    columns = [dataclasses.asdict(info) for info in [*sources.values(), add_sources(sources)]]
+    rows = []
+    for field in dataclasses.fields(SourceInfo):
+        values = [column[field.name] for column in columns]
+        if field.name != "index" and not isinstance(values[0], list | dict):
+            cells = [_number(field.name, value) for value in values]
+            rows.append([field.name.replace("_", " "), *cells])
+    return _table(["", *sources, "all"], rows)
 
 
 def _lengths_table(sources: Mapping[str, SourceInfo]) -> str:
