@@ -8,7 +8,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megatron_long.data.external_sort import iterate_rows
+from megatron_long.data.external_sort import iterate_rows, release
 from megatron_long.data.indexed import (
     IndexedDatasetWriter,
     bin_path,
@@ -52,6 +52,7 @@ def write_train(folder: Path, stage: WriteStage, job: WriteJob, order: NDArray) 
             documents[name][place : place + len(rows)] = rows[name]
         place += len(rows)
         num_tokens += int(rows["length_tokens"].astype(np.int64).sum())
+        release(documents)
     documents.flush()
     files[DOCUMENTS_FILE] = hash_file(folder / DOCUMENTS_FILE)
     return SplitInfo(TRAIN_PREFIX, len(order), num_tokens, files)

@@ -1,5 +1,6 @@
 """Sort records that do not fit into memory: a counting sort by key prefix on disk, then bucket by bucket."""
 
+import mmap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def sort_on_disk(
     for start, stop in _runs(ends, bounds):
         part = np.array(records[start:stop])
         records[start:stop] = part[np.argsort(groups_and_keys(part)[1], kind="stable")]
+        release(records)
     records.flush()
     return records, bounds
 
@@ -51,6 +53,14 @@ def iterate_rows(rows: NDArray, start: int = 0, stop: int | None = None) -> Iter
     stop = len(rows) if stop is None else stop
     for first in range(start, stop, CHUNK_ROWS):
         yield np.array(rows[first : min(first + CHUNK_ROWS, stop)])
+        release(rows)
+
+
+def release(rows: NDArray) -> None:
+    """Let go of the memory that a memory-mapped array holds; what was written stays in its file."""
+    mapped = getattr(rows, "_mmap", None)
+    if mapped is not None:
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _prefix(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -64,6 +74,7 @@ def _scatter(
     groups_and_keys: GroupsAndKeys,
 ) -> None:
     """Put each record into its bucket; `free` is the next free place of each bucket."""
+    touched = 0
     for chunk in chunks:
         groups, keys = groups_and_keys(chunk)
         bucket = groups.astype(np.int64) << PREFIX_BITS | _prefix(keys)
@@ -72,6 +83,10 @@ def _scatter(
         rank = np.arange(len(bucket)) - np.repeat(first, count)
         records[np.repeat(free[found], count) + rank] = chunk[order]
         free[found] += count
+        touched += len(chunk)
+        if touched >= 4 * CHUNK_ROWS:
+            release(records)
+            touched = 0
 
 
 def _runs(ends: NDArray[np.int64], bounds: NDArray[np.int64]) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_long.data.external_sort import CHUNK_ROWS, iterate_rows, sort_on_disk
+from megatron_long.data.external_sort import CHUNK_ROWS, iterate_rows, release, sort_on_disk
 from megatron_long.data.selection import CHOSEN_DTYPE
 
 WINDOW_TOKENS = 4_000_000
@@ -56,6 +56,7 @@ def order_documents(
     for rows in _merge(shuffled, positions, starts):
         ordered[place : place + len(rows)] = rows
         place += len(rows)
+        release(ordered)
     ordered.flush()
     for suffix in ("shuffled", "positions"):
         (folder / f"{name}.{suffix}").unlink(missing_ok=True)
@@ -106,6 +107,7 @@ def _positions(shuffled: NDArray, starts: list[int], path: Path) -> NDArray[np.f
             ends = before + np.cumsum(lengths)
             positions[place : place + len(rows)] = (ends - lengths / 2) / total
             place, before = place + len(rows), int(ends[-1])
+            release(positions)
     return positions
 
 
@@ -125,3 +127,5 @@ def _merge(
             places.append(np.array(positions[side[0] : side[1]]))
         order = np.argsort(np.concatenate(places), kind="stable")
         yield np.concatenate(parts)[order]
+        release(shuffled)
+        release(positions)

@@ -189,14 +189,7 @@ def _settle(
         target = mixture.long_token_share
         off = got.long_share - target if target is not None and group.budget else 0.0
         needs_order = got.tokens * mixture.allow_repeat < group.budget and limits.order < 1
-        needs_short = (
-            given is None
-            and limits.keep_short < 1
-            and (
-                off > SHARE_TOLERANCE + got.grain
-                or got.tokens * mixture.allow_repeat < group.budget
-            )
-        )
+        needs_short = given is None and group.keep_short >= limits.keep_short < 1
         if needs_order or needs_short:
             wider |= dict.fromkeys(
                 group.names, _widen(limits, got.tokens, group.budget, needs_short)

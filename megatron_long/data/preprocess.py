@@ -7,6 +7,7 @@ bytes are the same for any number of workers and any executor.
 
 import dataclasses
 import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -191,9 +192,7 @@ def _tokenize_and_plan(
         stage = TokenizeStage(work, number)
         admission = _admission(config, files, tokenizer, work, number)
         options = _options(config, tokenizer, admission)
-        write_pickle(
-            stage.job_path, TokenizeJob(files, config.tokenizer, tokenizer.engine_name, options)
-        )
+        write_pickle(stage.job_path, _tokenize_job(config, files, tokenizer, options))
         if (work / EXPECTED_FILE).exists():
             monitor.expected = orjson.loads((work / EXPECTED_FILE).read_bytes())
         monitor.set_stage(stage.name)
@@ -215,6 +214,20 @@ def _tokenize_and_plan(
             number += 1
             write_json(work / f"admission.{number}", admission.widened(tight.wider).to_json())
             shutil.rmtree(work / stage.name)
+
+
+def _tokenize_job(
+    config: PreprocessConfig,
+    files: list[InputFile],
+    tokenizer: Tokenizer,
+    options: TokenizeOptions,
+) -> TokenizeJob:
+    """Say what the tasks need to know; with absolute paths, for they may start in another folder."""
+    found = [
+        file if is_url(file.path) else dataclasses.replace(file, path=os.path.abspath(file.path))
+        for file in files
+    ]
+    return TokenizeJob(found, config.tokenizer.absolute(), tokenizer.engine_name, options)
 
 
 def _admission(
@@ -362,13 +375,13 @@ def _overhead(tokenizer: Tokenizer) -> int:
 
 def _work_folder(config: PreprocessConfig, output: Path | str) -> Path:
     if config.work_dir is not None:
-        return config.work_dir
+        return config.work_dir.absolute()
     if is_url(output):
         raise ConfigError(
             f"--output {output} is a URL: give --work-dir, a folder for the unfinished dataset (on a "
             "cluster, one that all nodes share)"
         )
-    path = Path(output)
+    path = Path(output).absolute()
     return path.with_name(path.name + WORK_SUFFIX)
 
 

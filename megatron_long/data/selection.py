@@ -146,17 +146,21 @@ def solve_keep_short(group: Group, mixture: Mixture, overhead: int, highest: flo
 
     Args:
         highest: Probability up to which short documents were tokenized.
-    Returns: The probability, at most `highest`.
+    Returns: The probability; `highest` also if it should be higher.
     """
     target = mixture.long_token_share or 0.0
     needed = group.budget / mixture.allow_repeat
     full = measure(group, mixture, overhead, highest)
     is_above = full.long_tokens >= target * full.tokens
-    if is_above or not full.long_tokens or full.tokens <= needed:
+    if is_above or not full.long_tokens or full.tokens <= needed or full.long_share > target:
         return highest
-    low, high = 0.0, highest
+    # From 0 to 1 whatever `highest` is, for the same steps give the same probability.
+    low, high = 0.0, 1.0
     for _ in range(SOLVER_STEPS):
         middle = (low + high) / 2
+        if middle > highest:
+            high = middle
+            continue
         got = measure(group, mixture, overhead, middle)
         if got.tokens < needed or got.long_share > target:
             low = middle
@@ -164,7 +168,7 @@ def solve_keep_short(group: Group, mixture: Mixture, overhead: int, highest: flo
             high = middle
         if got.tokens >= needed and abs(got.long_share - target) < SHARE_TOLERANCE / 10:
             return middle
-    return high
+    return min(high, highest)
 
 
 def fill_budget(group: Group, mixture: Mixture, overhead: int) -> Iterator[NDArray]:
