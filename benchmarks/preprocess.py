@@ -14,6 +14,7 @@ megatron        that script itself, of --megatron-dir, with one worker
 megatron_fast   its preprocess_data_fast.py (gigatoken, the whole file in memory), if --megatron-dir has one
 datatrove       JsonlReader and MegatronDocumentTokenizer
 engine          the fast tokenizer engine alone, on texts in memory
+engine_batch    gigatoken alone, through its `encode_batch` instead of text by text
 reference       SentencePiece or Hugging Face tokenizers alone, on texts in memory
 """
 
@@ -45,8 +46,24 @@ from megatron_long.files import atomic_path, refuse_overwrite  # noqa: E402
 
 MEGABYTE = 1_000_000
 PACKAGES = ("gigatoken", "tuetoken", "sentencepiece", "tokenizers", "megatron-core", "datatrove")
-CONTENDERS = ("ours", "ours_mixture", "megatron_core", "datatrove", "engine", "reference")
-EXACT = ("ours", "megatron_core", "megatron", "megatron_fast", "datatrove", "engine")
+CONTENDERS = (
+    "ours",
+    "ours_mixture",
+    "megatron_core",
+    "datatrove",
+    "engine",
+    "engine_batch",
+    "reference",
+)
+EXACT = (
+    "ours",
+    "megatron_core",
+    "megatron",
+    "megatron_fast",
+    "datatrove",
+    "engine",
+    "engine_batch",
+)
 """Contenders whose documents are compared with the reference's."""
 
 
@@ -203,7 +220,7 @@ def run_contender(name: str, part: Slice, setup: Setup, output: Path) -> Cost:
     cost = run_on_core(
         python(ROOT / "benchmarks/preprocess_peers.py", name, *words), setup.core, log, env
     )
-    if name in ("engine", "reference"):
+    if name in ("engine", "engine_batch", "reference"):
         told = json.loads(cost.output)
         return Cost(
             told["cpu_s"], told["cpu_s"], cost.peak_rss_bytes, cost.peak_private_bytes, cost.output

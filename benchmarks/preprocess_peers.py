@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 BATCH_BYTES = 1 << 20
@@ -73,6 +73,24 @@ def engine(input_file: Path, tokenizer: Path, output: Path) -> None:
     _time_engine("auto", input_file, tokenizer, output)
 
 
+def engine_batch(input_file: Path, tokenizer: Path, output: Path) -> None:
+    """Time gigatoken through its `encode_batch`, which starts each batch with an empty cache."""
+    import numpy as np
+
+    from megatron_long.data import engines
+    from megatron_long.data.tokenizers import TokensAndLengths
+
+    class BatchEngine(engines.GigatokenEngine):
+        def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
+            layout = self._engine.encode_batch(list(texts), parallel=False).layout
+            offsets = np.asarray(layout.offsets.data)
+            tokens = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+            return tokens.view(np.int32), np.diff(offsets)
+
+    engines.ENGINES["gigatoken"] = BatchEngine
+    _time_engine("gigatoken", input_file, tokenizer, output)
+
+
 def reference(input_file: Path, tokenizer: Path, output: Path) -> None:
     """Time the package that the tokenizer belongs to alone."""
     _time_engine("reference", input_file, tokenizer, output)
@@ -82,6 +100,7 @@ PEERS: dict[str, Callable[[Path, Path, Path], None]] = {
     "megatron_core": megatron_core,
     "datatrove": datatrove,
     "engine": engine,
+    "engine_batch": engine_batch,
     "reference": reference,
 }
 

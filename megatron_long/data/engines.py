@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -131,7 +131,7 @@ class TuetokenEngine:
         return np.asarray(batch["data"]).view(np.int32), np.diff(batch["offsets"])
 
 
-ENGINES: Mapping[str, Callable[[str], Engine]] = {
+ENGINES: dict[str, Callable[[str], Engine]] = {
     "gigatoken": GigatokenEngine,
     "tuetoken": TuetokenEngine,
 }
