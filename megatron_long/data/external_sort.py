@@ -84,7 +84,7 @@ def _scatter(
         records[np.repeat(free[found], count) + rank] = chunk[order]
         free[found] += count
         touched += len(chunk)
-        if touched >= 4 * CHUNK_ROWS:
+        if touched >= CHUNK_ROWS // 8:  # rows lie far apart: each may hold a page
             release(records)
             touched = 0
 
