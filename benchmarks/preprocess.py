@@ -95,7 +95,8 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     setup = Setup(args.tokenizer, args.megatron_dir, args.core, args.work_dir, {})
     result: dict[str, Any] = {"machine": describe_machine()}
-    sizes = [args.megabytes * MEGABYTE // 10, args.megabytes * MEGABYTE]
+    small = args.small_megabytes * MEGABYTE or args.megabytes * MEGABYTE // 10
+    sizes = [small, args.megabytes * MEGABYTE]
     if args.contenders:
         slices = make_slices(args.input, sizes, setup.work)
         result |= compare(slices, args.contenders, setup, args.rounds)
@@ -425,6 +426,8 @@ def _parse_args() -> argparse.Namespace:
     )
     add("--megatron-dir", type=Path, help="checkout of Megatron-LM whose script is run")
     add("--megabytes", type=int, default=100, help="text of the large file; default: %(default)s")
+    small = "text of the small file; default: a tenth of the large one"
+    add("--small-megabytes", type=int, default=0, help=small)
     add("--rounds", type=int, default=3, help="runs of each contender; default: %(default)s")
     add("--core", type=int, default=max(os.sched_getaffinity(0)), help="default: the last one")
     rss = "input sizes at which the memory of ours is measured, such as 100 1000"
