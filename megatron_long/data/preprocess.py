@@ -66,6 +66,8 @@ from megatron_long.files import atomic_path, move_into_place
 
 DRY_RUN_TEXT_BYTES = 64 << 20
 WORK_SUFFIX = ".work"
+WORK_VERSION = 1
+"""Changes with what lies in the work folder, and with what is chosen."""
 EXPECTED_FILE = "expected.json"
 
 
@@ -111,6 +113,7 @@ class PreprocessConfig:
     def command(self) -> dict[str, Any]:
         """Give what decides which bytes come out, for the work folder to compare."""
         return {
+            "version": WORK_VERSION,
             "tokenizer": hash_tokenizer(self.tokenizer),
             "mixture": dataclasses.asdict(self.mixture),
             "seed": self.seed,
@@ -145,7 +148,7 @@ def plan_dataset(
             if survey.fraction == 1:
                 raise
             raise DataError(
-                f"in a sample of {survey.fraction:.2%} of the corpus, {error}"
+                f"in a sample of {survey.fraction:.2%} of the corpus, all numbers scaled to it: {error}"
             ) from None
         sources = plan.sources
         if survey.fraction < 1:
