@@ -15,6 +15,8 @@ setup(
         "numpy",
         "sentencepiece",
         "tokenizers",
+        "gigatoken>=0.10,<0.11",  # the fast engine; checked against the two above at every start
+        "tuetoken>=0.1.3",  # the one that is tried next
         "nltk",
         "orjson",
         "xxhash",
@@ -22,6 +24,7 @@ setup(
         "safetensors",
         "transformers",
         "psutil",  # torch_dist checkpoints need it; megatron-core does not declare it
+        "protobuf",  # the model file of SentencePiece is one
         "pyyaml",
         "tqdm",
         "rich",
@@ -30,8 +33,12 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.8"],
-        "cluster": ["datatrove>=0.10"],
+        "cluster": ["datatrove>=0.10,<0.11", "ray", "fsspec"],
+        "parquet": ["pyarrow"],
         "eval": ["rouge-score", "lm-eval"],
-        "dev": ["pytest", "ruff", "mypy", "types-tqdm", "types-PyYAML"],
+        "dev": [
+            *("pytest", "hypothesis", "tiktoken", "datatrove>=0.10,<0.11", "pyarrow"),
+            *("ruff", "mypy", "types-tqdm", "types-PyYAML"),
+        ],
     },
 )

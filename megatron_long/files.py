@@ -34,6 +34,13 @@ def atomic_path(path: Path, *, directory: bool = False) -> Iterator[Path]:
         raise
 
 
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Make a finished file or folder of the same file system into `path`, replacing what is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sync(temporary)
+    _replace(temporary, path)
+
+
 def refuse_overwrite(path: Path, *, force: bool, flag: str = "--output") -> None:
     """Raise unless `path` is free, an empty folder, or `force` is given.
 

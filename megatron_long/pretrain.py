@@ -110,7 +110,7 @@ def check_dataset(manifest: Manifest, args: argparse.Namespace) -> None:
             path /= TOKENIZER_DIR_NAME
         if getattr(args, flag) is None or not (path.exists() or flag == "tokenizer_model"):
             continue
-        seen = load_tokenizer(path).vocabulary_sha256
+        seen = load_tokenizer(path, "reference").vocabulary_sha256
         if seen != manifest.tokenizer.vocabulary_sha256:
             raise ConfigError(
                 f"the tokenizer of --{flag.replace('_', '-')} {getattr(args, flag)} (vocabulary "

@@ -1,28 +1,26 @@
-"""From files of a corpus to documents: find the inputs, read their lines, check each record.
+"""From a file of the corpus to documents: lines of JSON or rows of parquet, each checked.
 
-Reading gives batches of raw lines so that one process can read while others parse and tokenize; a
-batch knows its file and line numbers, so every error names `file:line`.
+Documents come in batches and know their line (or row), so every error names `file:line`. A document
+that cannot be read ends the run, or is left out and listed, as `BadDocuments` says.
 """
 
-import gzip
+import functools
 import io
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, cast
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import orjson
 
+from megatron_long.data.inputs import HashingReader, InputFile, decompressed, open_input
 from megatron_long.errors import ConfigError, DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-DEFAULT_SOURCE_KEY = "meta.redpajama_set_name"
+DEFAULT_SOURCE_KEYS = ("meta.redpajama_set_name", "source")
+SOURCE_FROM_FOLDER = "folder"
 DEFAULT_TEXT_KEY = "text"
-
-Progress = Callable[[int], object]
-"""Called with the bytes of input read since the last call."""
+BATCH_BYTES = 4 << 20
+PARQUET_ROWS = 1024
+MAX_LISTED_PER_FILE = 20
 
 REDPAJAMA_SOURCES = {
     "RedPajamaCommonCrawl": "CommonCrawl",
@@ -41,16 +39,8 @@ class Document:
 
     text: str
     source: str
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """One file of the corpus."""
-
-    name: str
-    """Name in manifest and keys: relative to the `--input` folder, never an absolute path."""
-    path: Path
-    size_bytes: int
+    line: int = 0
+    """Its line in a .jsonl file or row in a parquet file, from 1."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +48,53 @@ class RecordKeys:
     """Where a record keeps its text and its source: dotted paths into the JSON object."""
 
     text: str = DEFAULT_TEXT_KEY
-    source: str = DEFAULT_SOURCE_KEY
+    source: tuple[str, ...] | str = DEFAULT_SOURCE_KEYS
+    """Paths to try in order, or `folder`: the folder of the file is its label."""
+
+    @functools.cached_property
+    def source_paths(self) -> tuple[str, ...]:
+        """Give the paths to try; none when the folder is the label."""
+        if self.source == SOURCE_FROM_FOLDER:
+            return ()
+        return (self.source,) if isinstance(self.source, str) else tuple(self.source)
 
 
-@dataclass(frozen=True)
-class LineBatch:
-    """Raw lines of one file, with their numbers (from 1); blank lines are left out."""
+@dataclass
+class BadDocuments:
+    """What to do with documents that cannot be read, and what was done."""
 
-    file: int
-    """Index of the file among the inputs."""
-    name: str
-    path: Path
-    lines: list[tuple[int, bytes]]
+    skip: bool = False
+    count: int = 0
+    listed: list[dict[str, Any]] = field(default_factory=list)
+    """`file`, `line` and `reason` of the first ones."""
+
+    def add(self, item: InputFile, line: int, reason: str, remedy: str) -> None:
+        """Note a bad document.
+
+        Raises: DataError: they are not to be skipped.
+        """
+        if not self.skip:
+            raise DataError(
+                f"{item.path}:{line} {reason}; {remedy}, or leave such documents out with "
+                "--on-bad-document skip"
+            )
+        self.count += 1
+        if len(self.listed) < MAX_LISTED_PER_FILE:
+            self.listed.append({"file": item.name, "line": line, "reason": reason})
 
 
-def no_progress(size_bytes: int) -> None:
-    """Report nothing."""
+@dataclass
+class FileState:
+    """How far a file is read."""
+
+    position_bytes: int = 0
+    """Bytes of the stored file (compressed, if it is) that were read."""
+    xxh3_128: str = ""
+    """Hash of the stored file, once all of it is read."""
+    batch_bytes: int = BATCH_BYTES
+    """Text of a batch, about."""
+    used_bytes: int = 0
+    """Bytes of text (with JSON around it) given so far."""
 
 
 def canonical_source(label: str) -> str:
@@ -85,176 +106,161 @@ def canonical_source(label: str) -> str:
     return REDPAJAMA_SOURCES.get(label, label)
 
 
-def find_inputs(paths: Sequence[Path]) -> list[InputFile]:
-    """List the corpus files under `paths`, sorted by name.
-
-    The name (relative to the folder given, or the base name of a file given) is what document keys
-    are made of, so a corpus keeps its sample when it is moved. Equal names from several inputs get
-    `#2`, `#3` in the order given.
-
-    Raises: DataError: a path is missing, holds no corpus file, has another suffix or is given twice.
-    """
-    inputs: dict[str, InputFile] = {}
-    seen: set[Path] = set()
-    for root in paths:
-        for path in _files_under(root):
-            if path.resolve() in seen:
-                raise DataError(f"--input names {path} twice; name every file once")
-            seen.add(path.resolve())
-            stem = path.relative_to(root).as_posix() if root.is_dir() else path.name
-            name, count = stem, 1
-            while name in inputs:
-                count += 1
-                name = f"{stem}#{count}"
-            inputs[name] = InputFile(name, path, path.stat().st_size)
-    return [inputs[name] for name in sorted(inputs)]
-
-
-def read_batches(
-    inputs: Iterable[InputFile],
-    *,
-    batch_bytes: int = 1 << 20,
-    on_progress: Progress = no_progress,
-) -> Iterator[LineBatch]:
-    """Read the inputs in order, as batches of about `batch_bytes` of text.
+def read_documents(
+    item: InputFile, keys: RecordKeys, bad: BadDocuments, state: FileState
+) -> Iterator[list[Document]]:
+    """Read the documents of one file in batches of about BATCH_BYTES of text.
 
     Args:
-        on_progress: Called with the bytes of the file (compressed, if it is) read since the last call.
-    Raises: DataError: a file cannot be read or decompressed.
+        state: Kept up to date while reading.
+    Raises: DataError: the file is damaged, or a document is bad and not to be skipped.
     """
-    for index, item in enumerate(inputs):
-        with ExitStack() as stack:
-            raw = stack.enter_context(open(item.path, "rb"))
-            lines: list[tuple[int, bytes]] = []
-            pending_bytes, position = 0, 0
-            for number, line in _numbered_lines(item, stack.enter_context(_decompress(item, raw))):
-                lines.append((number, line))
-                pending_bytes += len(line)
-                if pending_bytes >= batch_bytes:
-                    yield LineBatch(index, item.name, item.path, lines)
-                    lines, pending_bytes = [], 0
-                    on_progress(raw.tell() - position)
-                    position = raw.tell()
-            if lines:
-                yield LineBatch(index, item.name, item.path, lines)
-            on_progress(item.size_bytes - position)
+    with open_input(item) as reader:
+        read = _read_parquet if item.path.endswith(".parquet") else _read_lines
+        for batch in read(item, reader, keys, bad, state):
+            share = min(reader.used_share(state.used_bytes), 1.0)
+            state.position_bytes = min(round(reader.position * share), item.size_bytes)
+            yield batch
+        state.position_bytes = item.size_bytes
+        if not item.path.endswith(".parquet"):  # which is not read from end to end
+            state.xxh3_128 = reader.finish()
 
 
-def parse_documents(batch: LineBatch, keys: RecordKeys) -> list[Document]:
-    """Turn the lines of a batch into documents.
+def parse_line(line: bytes, item: InputFile, number: int, keys: RecordKeys) -> Document:
+    """Turn a line into a document.
 
-    Raises: DataError: a line is not a JSON object or lacks its text or source; names `file:line`.
+    Raises: ValueError: it is bad; the arguments are the reason and the remedy.
     """
-    return [_parse_line(line, f"{batch.path}:{number}", keys) for number, line in batch.lines]
-
-
-def _parse_line(line: bytes, where: str, keys: RecordKeys) -> Document:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise DataError(
-            f"{where} is not JSON ({error}); every line must be one JSON object with a text and a "
-            "source; mend or delete the line"
+        raise ValueError(
+            f"is not JSON ({error}): every line must be one JSON object with a text and a source",
+            "mend or delete the line",
         ) from None
+    label = canonical_source(item.folder) if not keys.source_paths else None
+    return _document(record, number, keys, label)
+
+
+def _document(record: Any, line: int, keys: RecordKeys, label: str | None) -> Document:
     text = _look_up(record, keys.text)
     if not isinstance(text, str):
-        raise DataError(_lacks(where, record, "text", "--text-key", keys.text))
-    source = _look_up(record, keys.source)
-    if not isinstance(source, str) or not source:
-        raise DataError(_lacks(where, record, "source", "--source-key", keys.source))
-    return Document(text, canonical_source(source))
+        raise ValueError(*_lacks(record, "text", "--text-key", keys.text))
+    if label is None:
+        source = None
+        for path in keys.source_paths:
+            source = _look_up(record, path)
+            if source is not None:
+                break
+        if not isinstance(source, str) or not source:
+            raise ValueError(
+                *_lacks(record, "source", "--source-key", " or ".join(keys.source_paths))
+            )
+        label = canonical_source(source)
+    return Document(text, label, line)
 
 
 def _look_up(record: Any, dotted: str) -> Any:
+    if type(record) is dict and dotted in record and "." not in dotted:
+        return record[dotted]  # most records: a corpus has hundreds of them in a megabyte
     for part in dotted.split("."):
+        if isinstance(record, str):  # parquet files keep `meta` as JSON now and then
+            try:
+                record = orjson.loads(record)
+            except orjson.JSONDecodeError:
+                return None
         record = record.get(part) if isinstance(record, dict) else None
     return record
 
 
-def _lacks(where: str, record: Any, what: str, flag: str, key: str) -> str:
+def _lacks(record: Any, what: str, flag: str, key: str) -> tuple[str, str]:
     found = f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is no object"
     return (
-        f"{where} has no {what} string at {key!r} ({found}); mend the line, or name the key with "
-        f"{flag} (dots go into nested objects)"
+        f"has no {what} string at {key!r} ({found})",
+        f"mend the line, or name the key with {flag} (dots go into nested objects)",
     )
 
 
-def _files_under(root: Path) -> list[Path]:
-    if not root.exists():
-        raise DataError(f"--input {root} does not exist; give existing files or folders")
-    if root.is_dir():
-        files = sorted(path for path in root.rglob("*") if path.name.endswith(SUFFIXES))
-        if not files:
-            raise DataError(f"--input {root} holds no corpus file ({', '.join(SUFFIXES)})")
-        return files
-    if not root.name.endswith(SUFFIXES):
-        raise DataError(f"--input {root} has a suffix that is not read; use {', '.join(SUFFIXES)}")
-    return [root]
-
-
-def _decompress(item: InputFile, raw: IO[bytes]) -> IO[bytes]:
-    if item.path.name.endswith(".gz"):
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    if item.path.name.endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError:
-            raise ConfigError(f"{item.path}: reading .zst needs `pip install zstandard`") from None
-        stream = _ZstandardStream(raw, zstandard.ZstdDecompressor().decompressobj)
-        return cast(IO[bytes], io.BufferedReader(stream, 1 << 20))
-    return raw
-
-
-class _ZstandardStream(io.RawIOBase):
-    """Decompresses frame after frame; zstandard's own reader takes a file that is cut off for whole."""
-
-    def __init__(self, raw: IO[bytes], new_frame: Callable[[], Any]) -> None:
-        self._raw, self._new_frame = raw, new_frame
-        self._frame: Any = None
-        self._pending = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._pending:
-            block = self._raw.read(1 << 18)
-            if not block:
-                if self._frame is not None:
-                    raise EOFError("it ends inside a compressed frame")
-                return 0
-            self._pending = memoryview(self._decompress(block))
-        count = min(len(buffer), len(self._pending))
-        buffer[:count], self._pending = self._pending[:count], self._pending[count:]
-        return count
-
-    def _decompress(self, block: bytes) -> bytes:
-        parts = []
-        while block:
-            self._frame = self._frame or self._new_frame()
-            parts.append(self._frame.decompress(block))
-            block = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
-        return b"".join(parts)
-
-
-def _numbered_lines(item: InputFile, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    number = 0
+def _read_lines(
+    item: InputFile,
+    reader: HashingReader,
+    keys: RecordKeys,
+    bad: BadDocuments,
+    state: FileState,
+) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size_bytes = number = 0
     try:
-        for number, line in enumerate(stream, 1):
-            if not line.isspace():
-                yield number, line
-    except (OSError, EOFError) as error:
-        raise _unreadable(item, number, error) from None
+        for number, line in enumerate(decompressed(item, reader), 1):
+            state.used_bytes += len(line)
+            if line.isspace():
+                continue
+            try:
+                batch.append(parse_line(line, item, number, keys))
+            except ValueError as error:
+                bad.add(item, number, *error.args)
+            size_bytes += len(line)
+            if size_bytes >= state.batch_bytes:
+                yield batch
+                batch, size_bytes = [], 0
     except Exception as error:
-        # zlib.error and zstandard.ZstdError derive from Exception; the latter's module is optional.
-        if type(error).__module__.partition(".")[0] not in ("zlib", "zstandard"):
+        if not _is_damage(error):
             raise
-        raise _unreadable(item, number, error) from None
+        reason = f"cannot be read ({error or type(error).__name__}): the file is cut off or damaged"
+        bad.add(item, number + 1, reason, "fetch it again")
+    yield batch
 
 
-def _unreadable(item: InputFile, number: int, error: BaseException) -> DataError:
-    return DataError(
-        f"{os.fspath(item.path)}:{number + 1} cannot be read ({error or type(error).__name__}): the "
-        "file is cut off or damaged; fetch it again"
-    )
+def _is_damage(error: Exception) -> bool:
+    # zlib.error and zstandard.ZstdError derive from Exception; pyarrow's from ValueError and OSError.
+    package = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError | EOFError) or package in ("zlib", "zstandard", "pyarrow")
+
+
+def _read_parquet(
+    item: InputFile,
+    reader: HashingReader,
+    keys: RecordKeys,
+    bad: BadDocuments,
+    state: FileState,
+) -> Iterator[list[Document]]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ConfigError(f"{item.path}: reading .parquet needs `pip install pyarrow`") from None
+    label = canonical_source(item.folder) if not keys.source_paths else None
+    number, fetch = 0, "fetch it again"
+    try:
+        # pyarrow seeks, so it gets a file of its own.
+        with _seekable(item) as raw, parquet.ParquetFile(raw) as file:
+            names = set(file.schema_arrow.names)
+            wanted = {key.partition(".")[0] for key in (keys.text, *keys.source_paths)} & names
+            for group in range(file.num_row_groups):
+                batches = file.iter_batches(PARQUET_ROWS, [group], sorted(wanted))
+                for table in batches:
+                    batch: list[Document] = []
+                    for record in table.to_pylist():
+                        number += 1
+                        try:
+                            batch.append(_document(record, number, keys, label))
+                        except ValueError as error:
+                            bad.add(item, number, *error.args)
+                    reader.position = item.size_bytes * number // max(file.metadata.num_rows, 1)
+                    yield batch
+    except DataError:
+        raise
+    except Exception as error:
+        if not _is_damage(error) and not isinstance(error, UnicodeDecodeError):
+            raise
+        bad.add(
+            item, number + 1, f"cannot be read ({error}): the file is cut off or damaged", fetch
+        )
+
+
+def _seekable(item: InputFile) -> Any:
+    from megatron_long.data.inputs import file_system, is_url
+
+    if not is_url(item.path):
+        return io.BufferedReader(io.FileIO(item.path))
+    system, path = file_system(item.path)
+    return system.open(path, "rb")

@@ -6,6 +6,7 @@ u64 (documents + 1), lengths i32, byte pointers i64, document indices i64. Each 
 
 import bisect
 import struct
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +46,30 @@ def idx_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".idx")
 
 
+def write_index(
+    path: Path, dtype: DTypeLike, count: int, lengths: Callable[[], Iterable[NDArray]]
+) -> None:
+    """Write an .idx file, holding a part of it in memory at a time.
+
+    Args:
+        dtype: Of the tokens.
+        count: How many documents there are.
+        lengths: Gives the lengths of all documents in parts; it is called twice.
+    """
+    dtype = np.dtype(dtype)
+    with open(path, "wb") as file:
+        file.write(HEADER.pack(MAGIC, VERSION, DTYPE_CODES[dtype], count, count + 1))
+        for part in lengths():
+            file.write(part.astype("<i4").tobytes())
+        before = 0
+        for part in lengths():
+            ends = before + np.cumsum(part, dtype="<i8") * dtype.itemsize
+            file.write(np.concatenate([np.array([before], "<i8"), ends])[:-1].tobytes())
+            before = int(ends[-1]) if len(ends) else before
+        for start in range(0, count + 1, 1 << 18):
+            file.write(np.arange(start, min(start + (1 << 18), count + 1), dtype="<i8").tobytes())
+
+
 class IndexedDatasetWriter:
     """Write documents one after another; the two files appear whole at `finalize`, or not at all.
 
@@ -73,13 +98,7 @@ class IndexedDatasetWriter:
     def finalize(self) -> None:
         """Write the index and put both files in place."""
         lengths = np.array(self._lengths, dtype="<i4")
-        ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
-        pointers = np.concatenate([np.zeros(1, "<i8"), ends])[:-1]
-        with open(self._idx, "wb") as file:
-            code, count = DTYPE_CODES[self.dtype], len(lengths)
-            file.write(HEADER.pack(MAGIC, VERSION, code, count, count + 1))
-            for array in (lengths, pointers, np.arange(count + 1, dtype="<i8")):
-                file.write(array.tobytes())
+        write_index(self._idx, self.dtype, len(lengths), lambda: [lengths])
         self._stack.close()
 
     def __enter__(self) -> Self:

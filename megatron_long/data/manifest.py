@@ -6,7 +6,7 @@ It holds no path of the machine and no time, so equal inputs and options give eq
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,26 @@ class SourceInfo:
     tokens_by_length_before: list[int]
     """Tokens in documents of [2^k, 2^(k+1)) tokens at index k."""
     tokens_by_length_after: list[int]
+    bytes_in: int = 0
+    """Bytes of text."""
+    documents_tokenized: int = 0
+    """Documents that had to be tokenized; the others were dropped by hash and size."""
+    tokens_tokenized: int = 0
+    tokens_in_is_exact: bool = True
+    """Whether every document was tokenized; if not, `tokens_in` and what is "before" is estimated from
+    those that were, by size, and so is what was dropped."""
+    documents_dropped: int = 0
+    tokens_dropped: int = 0
+    documents_repeated: int = 0
+    """Training documents that are second or later uses."""
+    tokens_repeated: int = 0
+    passes: int = 0
+    """Passes over the source, the last one counted whole."""
+    short_keep_ratio: float = 1.0
+    """Probability with which short documents were kept: given, or solved for the share asked."""
+    token_share_from_length_before: dict[str, float] = field(default_factory=dict)
+    """Share of tokens in documents of at least so many tokens."""
+    token_share_from_length_after: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +101,20 @@ class InputInfo:
     name: str
     size_bytes: int
     num_documents: int
+    xxh3_128: str = ""
+    num_bad: int = 0
+    """Documents left out because they could not be read."""
+
+
+@dataclass(frozen=True)
+class OrderInfo:
+    """How evenly the sources lie in the file: shares in windows against shares of the whole."""
+
+    window_tokens: int
+    num_windows: int
+    mean_deviation: float
+    """Mean over windows and sources of the absolute difference of shares."""
+    largest_deviation: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +130,22 @@ class Manifest:
     sources: dict[str, SourceInfo]
     inputs: list[InputInfo]
     format_version: int = FORMAT_VERSION
+    order: OrderInfo | None = None
+    documents_empty: int = 0
+    """Texts without any token."""
+    documents_bad: int = 0
+    """Documents left out because they could not be read (`--on-bad-document skip`)."""
+    bad_documents: list[dict[str, Any]] = field(default_factory=list)
+    """`file`, `line` and `reason` of the first of them."""
+    warnings: list[str] = field(default_factory=list)
+    made_by: dict[str, str] = field(default_factory=dict)
+    """Name and version of the engine that made the tokens; no part of the fingerprint, for every engine
+    gives the same tokens."""
 
     @property
     def fingerprint(self) -> str:
         """Hash of everything else; two datasets with the same one are the same bytes."""
-        return _fingerprint(dataclasses.asdict(self))
+        return _fingerprint(_content(self))
 
     @property
     def source_names(self) -> list[str]:
@@ -110,7 +155,7 @@ class Manifest:
 
 def write_manifest(dataset_dir: Path, manifest: Manifest) -> None:
     """Write `manifest.json`."""
-    content = dataclasses.asdict(manifest) | {"fingerprint": manifest.fingerprint}
+    content = _content(manifest) | {"fingerprint": manifest.fingerprint}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     (dataset_dir / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
@@ -184,7 +229,29 @@ def tokenizer_info(tokenizer: Tokenizer) -> TokenizerInfo:
     return TokenizerInfo(**{name: getattr(tokenizer, name) for name in names})
 
 
+def _content(item: Any) -> dict[str, Any]:
+    """Give the fields of a dataclass, nested; a field that was added later is left out at its default,
+    so that manifests written before keep their fingerprint."""
+    content = {}
+    for entry in dataclasses.fields(item):
+        value = getattr(item, entry.name)
+        factory = entry.default_factory
+        default = entry.default if factory is dataclasses.MISSING else factory()
+        if value != default or entry.name == "format_version":
+            content[entry.name] = _plain(value)
+    return content
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _content(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
 def _fingerprint(content: dict[str, Any]) -> str:
+    content = {name: value for name, value in content.items() if name != "made_by"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -195,6 +262,8 @@ def _from_json(content: dict[str, Any]) -> Manifest:
     parts["train"] = _split_from_json(content["train"])
     parts["valid"] = {name: _split_from_json(item) for name, item in content["valid"].items()}
     parts["sources"] = {name: SourceInfo(**item) for name, item in content["sources"].items()}
+    if content.get("order") is not None:
+        parts["order"] = OrderInfo(**content["order"])
     parts["inputs"] = [InputInfo(**item) for item in content["inputs"]]
     return Manifest(**parts)
 

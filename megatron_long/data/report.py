@@ -1,7 +1,8 @@
 """What a dataset holds, for people: the table by source and the figure of lengths and shares."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -48,34 +49,37 @@ def print_sources(sources: Mapping[str, SourceInfo]) -> None:
 
 
 def add_sources(sources: Mapping[str, SourceInfo]) -> SourceInfo:
-    """Add up all sources; shares of long tokens are weighted by tokens."""
+    """Add up all sources: counts and shares are summed, ratios are weighted by tokens.
+
+    A ratio is of what comes out if its name ends in `_after`, and of what goes in otherwise.
+    """
     infos = list(sources.values())
-    tokens_in = sum(info.tokens_in for info in infos)
-    tokens_kept = sum(info.tokens_kept for info in infos)
-    long_in = sum(info.long_share_before * info.tokens_in for info in infos)
-    long_kept = sum(info.long_share_after * info.tokens_kept for info in infos)
-    return SourceInfo(
-        index=-1,
-        share_asked=sum(info.share_asked for info in infos),
-        share_got=sum(info.share_got for info in infos),
-        documents_in=sum(info.documents_in for info in infos),
-        tokens_in=tokens_in,
-        documents_valid=sum(info.documents_valid for info in infos),
-        tokens_valid=sum(info.tokens_valid for info in infos),
-        documents_kept=sum(info.documents_kept for info in infos),
-        tokens_kept=tokens_kept,
-        long_share_before=long_in / max(tokens_in, 1),
-        long_share_after=long_kept / max(tokens_kept, 1),
-        tokens_by_length_before=_add_padded([info.tokens_by_length_before for info in infos]),
-        tokens_by_length_after=_add_padded([info.tokens_by_length_after for info in infos]),
-    )
+    total: dict[str, Any] = {}
+    for field in dataclasses.fields(SourceInfo):
+        values = [getattr(info, field.name) for info in infos]
+        kept = field.name.endswith("_after")
+        weights = [info.tokens_kept if kept else info.tokens_in for info in infos]
+        if all(isinstance(value, list) for value in values):
+            total[field.name] = _add_padded(values)
+        elif all(isinstance(value, bool) for value in values):
+            total[field.name] = all(values)
+        elif field.name.startswith("share_") or all(isinstance(value, int) for value in values):
+            total[field.name] = sum(values)
+        elif all(isinstance(value, int | float) for value in values):
+            weighted = sum(value * weight for value, weight in zip(values, weights, strict=True))
+            total[field.name] = weighted / max(sum(weights), 1)
+        else:
+            total[field.name] = values[0]
+    return SourceInfo(**total | {"index": -1})
 
 
 def plot_sources(sources: Mapping[str, SourceInfo], threshold_tokens: int) -> "Figure":
     """Draw token shares by document length and by source, in the corpus and in the training set.
 
     Args:
-        threshold_tokens: Where long documents begin; drawn as a line.
+        threshold_tokens: Where long documents begin: a line on the left; on the right long documents
+            are the full colour of a bar.
+    Source: Fu et al. 2024, figure 2 (length and domain distributions of the mixtures).
     """
     from matplotlib.figure import Figure
 
@@ -87,13 +91,18 @@ def plot_sources(sources: Mapping[str, SourceInfo], threshold_tokens: int) -> "F
         "corpus": np.array(total.tokens_by_length_before) / tokens_in,
         "training set": np.array(total.tokens_by_length_after) / tokens_kept,
     }
+    infos = [sources[name] for name in names]
     shares = {
-        "corpus": [sources[name].tokens_in / tokens_in for name in names],
-        "training set": [sources[name].tokens_kept / tokens_kept for name in names],
+        "corpus": [(info.tokens_in / tokens_in, info.long_share_before) for info in infos],
+        "training set": [(info.tokens_kept / tokens_kept, info.long_share_after) for info in infos],
     }
-    for shift, label in ((-0.2, "corpus"), (0.2, "training set")):
-        for axes, values in ((by_length, lengths[label]), (by_source, shares[label])):
-            axes.bar(np.arange(len(values)) + shift, 100 * np.array(values), 0.4, label=label)
+    for shift, label, colour in ((-0.2, "corpus", "C0"), (0.2, "training set", "C1")):
+        values = 100 * lengths[label]
+        by_length.bar(np.arange(len(values)) + shift, values, 0.4, label=label, color=colour)
+        share, long_share = 100 * np.array(shares[label]).reshape(-1, 2).T
+        at, is_long = np.arange(len(names)) + shift, share * long_share / 100
+        by_source.bar(at, is_long, 0.4, label=label, color=colour)
+        by_source.bar(at, share - is_long, 0.4, bottom=is_long, color=colour, alpha=0.35)
     num_buckets = max(map(len, lengths.values()))
     ticks = [f"{2**k / 1024:g}K" if k >= 10 else f"{2**k}" for k in range(num_buckets)]
     by_length.set_xticks(np.arange(num_buckets) - 0.5, ticks, rotation=45)
@@ -102,7 +111,7 @@ def plot_sources(sources: Mapping[str, SourceInfo], threshold_tokens: int) -> "F
     by_length.axvline(np.log2(threshold_tokens) - 0.5, color="gray", linestyle=":", label="long")
     by_length.set(xlabel="document length (tokens)", ylabel="% of tokens", title="By length")
     by_source.set_xticks(np.arange(len(names)), names, rotation=30, ha="right")
-    by_source.set(ylabel="% of tokens", title="By source")
+    by_source.set(ylabel="% of tokens", title="By source (pale: in short documents)")
     by_length.legend()
     by_source.legend()
     return figure

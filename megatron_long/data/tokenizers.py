@@ -8,6 +8,8 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,10 @@ from numpy.typing import NDArray
 from megatron_long.errors import ConfigError, DataError
 
 Tokens = NDArray[np.int32]
+Lengths = NDArray[np.int64]
+TokensAndLengths = tuple[Tokens, Lengths]
+
+AUTO, REFERENCE = "auto", "reference"
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
@@ -34,6 +40,11 @@ class Tokenizer(Protocol):
     """Id put before every document, or None when the model's tokenizer puts none."""
     eod_id: int
     vocabulary_sha256: str
+    engine_name: str
+    """The package that makes the ids; every engine gives the same ids."""
+    engine_version: str
+    engine_notes: tuple[str, ...]
+    """Why faster engines were passed over, one sentence each."""
 
     def encode(self, text: str) -> Tokens:
         """Give the ids of `text`, without special tokens."""
@@ -41,14 +52,55 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """Give the ids of each text, without special tokens."""
 
+    def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
+        """Give the ids of all texts one after another, and how many each text has."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """Give the text of `ids`."""
+
+
+class ReferenceTokenizer(Tokenizer, Protocol):
+    """A tokenizer whose ids are right by definition, and what a fast engine needs to copy it."""
+
+    def to_json(self) -> str:
+        """Give the vocabulary as the text of a `tokenizer.json`.
+
+        Raises: NotConvertible: it cannot be said so.
+        """
+
+    def special_texts(self) -> list[str]:
+        """Give the special tokens and user-defined pieces as they are written in text."""
+
+
+def join_ids(batch: Sequence[Sequence[int]]) -> TokensAndLengths:
+    """Lay lists of ids one after another.
+
+    >>> tokens, lengths = join_ids([[5, 6], [], [7]])
+    >>> tokens.tolist(), lengths.tolist()
+    ([5, 6, 7], [2, 0, 1])
+    """
+    lengths = np.fromiter(map(len, batch), np.int64, len(batch))
+    tokens = np.fromiter(chain.from_iterable(batch), np.int32, int(lengths.sum()))
+    return tokens, lengths
+
+
+def split_flat(tokens: Tokens, lengths: Lengths) -> list[Tokens]:
+    """Cut ids laid one after another into one array a text, each a view.
+
+    >>> [part.tolist() for part in split_flat(np.array([5, 6, 7], np.int32), np.array([2, 0, 1]))]
+    [[5, 6], [], [7]]
+    """
+    ends = np.cumsum(lengths).tolist()
+    return [tokens[end - size : end] for end, size in zip(ends, lengths.tolist(), strict=True)]
 
 
 class SentencePieceTokenizer:
     """A SentencePiece `.model` file; BOS is added when the model defines one (Llama's convention)."""
 
     kind = "sentencepiece"
+    engine_name = "sentencepiece"
+    engine_version = version("sentencepiece")
+    engine_notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -75,18 +127,33 @@ class SentencePieceTokenizer:
         return np.array(self._processor.encode(text, out_type=int), dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        return split_flat(*self.encode_flat(texts))
+
+    def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
         # One thread: parallelism is over processes, and more threads would fight for the cores.
-        batch = self._processor.encode(list(texts), out_type=int, num_threads=1)
-        return [np.array(ids, dtype=np.int32) for ids in batch]
+        return join_ids(self._processor.encode(list(texts), out_type=int, num_threads=1))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(index) for index in ids])
+
+    def to_json(self) -> str:
+        from megatron_long.data.sentencepiece_json import sentencepiece_to_json
+
+        return sentencepiece_to_json(self._processor.serialized_model_proto())
+
+    def special_texts(self) -> list[str]:
+        pieces = map(self._processor.id_to_piece, range(self.vocab_size))
+        # The API does not tell user-defined pieces from others; all that look so are tried.
+        return [piece for piece in pieces if piece[:1] in "<[" and piece[-1:] in ">]"][:2000]
 
 
 class HFTokenizer:
     """A `tokenizer.json`; BOS as its post-processor or `add_bos_token` of its configuration says."""
 
     kind = "hf"
+    engine_name = "tokenizers"
+    engine_version = version("tokenizers")
+    engine_notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         import tokenizers
@@ -112,11 +179,20 @@ class HFTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        return split_flat(*self.encode_flat(texts))
+
+    def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
         batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in batch]
+        return join_ids([encoding.ids for encoding in batch])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids])
+
+    def to_json(self) -> str:
+        return self._tokenizer.to_str()
+
+    def special_texts(self) -> list[str]:
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     def _find_bos(self, config: dict[str, Any]) -> int | None:
         if config.get("add_bos_token") is False:
@@ -141,15 +217,25 @@ class HFTokenizer:
         )
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, engine: str = "auto") -> Tokenizer:
     """Load a tokenizer from a `*.model` file, a `tokenizer.json`, or a folder that holds one.
 
     In a folder with both, `tokenizer.model` is taken: it is the reference the other was made from.
 
-    Raises: ConfigError: nothing there. DataError: the file is damaged or names no EOS token.
+    Args:
+        engine: What makes the ids: `auto` (the fastest package that gives the same ids), a name in
+            `engines.ENGINES`, or `reference` (the package the file belongs to).
+    Raises: ConfigError: nothing there, or an engine that cannot be used. DataError: the file is damaged
+        or names no EOS token.
     """
     file = tokenizer_file(path)
-    return HFTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+    kinds: dict[str, type[HFTokenizer | SentencePieceTokenizer]] = {".json": HFTokenizer}
+    reference = kinds.get(file.suffix, SentencePieceTokenizer)(file)
+    if engine == REFERENCE:
+        return reference
+    from megatron_long.data.engines import open_engine
+
+    return open_engine(reference, engine)
 
 
 def tokenizer_file(path: Path) -> Path:

@@ -88,10 +88,10 @@ def open_tokenizer(tokenizer: Path | None, checkpoint: CheckpointFolder) -> Toke
         )
     if not path.exists():
         raise ConfigError(f"--tokenizer {path} does not exist; give a tokenizer file or folder")
-    opened = load_tokenizer(path)
+    opened = load_tokenizer(path, "reference")
     if tokenizer is not None and checkpoint.tokenizer is not None:
         _check_same_vocabulary(
-            load_tokenizer(checkpoint.tokenizer).vocabulary_sha256,
+            load_tokenizer(checkpoint.tokenizer, "reference").vocabulary_sha256,
             opened.vocabulary_sha256,
             f"--tokenizer {tokenizer}",
             checkpoint,

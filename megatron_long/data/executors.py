@@ -1,0 +1,256 @@
+"""Run the items of a stage: here in processes, or on a cluster through datatrove's executors.
+
+An item says itself whether it is done (its output is in place), so every executor runs the same code, an
+interrupted stage goes on with what is left, and neither the number of workers nor their order matters.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+
+from megatron_long.errors import ConfigError, DataError, UserError
+from megatron_long.files import atomic_path
+
+EXECUTORS = ("local", "slurm", "ray")
+POLL_SECONDS = 2.0
+JOB_GONE_POLLS = 5
+"""A SLURM job that is not in the queue for so many looks has ended."""
+
+
+class Stage(Protocol):
+    """Items that can be run in any order, anywhere."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the work folder."""
+
+    @property
+    def work(self) -> Path:
+        """The work folder."""
+
+    def run(self, index: int) -> None:
+        """Run one item; its output appears whole or not at all."""
+
+    def is_done(self, index: int) -> bool:
+        """Tell whether the output of an item is in place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorOptions:
+    """Where and how wide to run."""
+
+    executor: str = "local"
+    workers: int = 1
+    """Processes at a time."""
+    tasks: int = 1000
+    """Tasks that a stage is divided into on a cluster."""
+    slurm_partition: str | None = None
+    slurm_time: str = "24:00:00"
+    memory_gb: int = 4
+    """Memory of a task."""
+    slurm_args: dict[str, str] = field(default_factory=dict)
+    """More flags of sbatch, without dashes."""
+
+    def __post_init__(self) -> None:
+        if self.executor not in EXECUTORS:
+            raise ConfigError(f"--executor {self.executor}: choose one of {', '.join(EXECUTORS)}")
+        if self.workers < 1:
+            raise ConfigError(f"--workers {self.workers} is too small; at least 1")
+        if self.tasks < 1:
+            raise ConfigError(f"--tasks {self.tasks} is too small; at least 1")
+        if self.executor == "slurm" and self.slurm_partition is None:
+            raise ConfigError(
+                "--executor slurm needs --slurm-partition, a partition of your cluster"
+            )
+
+
+def run_stage(stage: Stage, count: int, options: ExecutorOptions) -> None:
+    """Run the items 0 to count - 1 that are not done.
+
+    Raises: UserError: what an item raised. ConfigError: a worker died, or the cluster ended a task.
+    """
+    pending = [index for index in range(count) if not stage.is_done(index)]
+    if not pending:
+        return
+    if options.executor != "local":
+        _run_on_cluster(stage, pending, options)
+    elif options.workers == 1 or len(pending) == 1:
+        for index in pending:
+            stage.run(index)
+    else:
+        _run_in_processes(stage, pending, min(options.workers, len(pending)))
+
+
+def _run_in_processes(stage: Stage, pending: Sequence[int], workers: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_end_with_parent, initargs=(os.getpid(),)
+    )
+    try:
+        for future in as_completed([pool.submit(stage.run, index) for index in pending]):
+            future.result()
+    except BrokenProcessPool:
+        raise ConfigError(
+            f"a worker of --workers {workers} died, most likely killed for want of memory; use fewer "
+            "workers: the same command goes on where it was"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this worker soon after the run itself was killed: it would wait for work for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@dataclass(frozen=True)
+class ClusterStep:
+    """One step of a datatrove pipeline: task `rank` runs every `world_size`-th item that is pending."""
+
+    stage: Stage
+    pending: list[int]
+    errors: Path
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        for index in self.pending[rank::world_size]:
+            try:
+                if not self.stage.is_done(index):
+                    self.stage.run(index)
+            except Exception as error:
+                # The log of a task is far away; this is what the waiting run shows.
+                with atomic_path(self.errors / f"{index:06d}.json") as path:
+                    kind = "user" if isinstance(error, UserError) else type(error).__name__
+                    path.write_bytes(orjson.dumps({"kind": kind, "message": str(error)}))
+                raise
+
+
+def _run_on_cluster(stage: Stage, pending: list[int], options: ExecutorOptions) -> None:
+    try:
+        import datatrove  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            f"--executor {options.executor} needs `pip install datatrove`"
+            + (" ray" if options.executor == "ray" else "")
+        ) from None
+    # A folder for each attempt: datatrove marks tasks by number, and the items of a number change.
+    logs = stage.work / "logs" / f"{stage.name}.{time.time_ns()}"
+    errors = logs / "errors"
+    errors.mkdir(parents=True)
+    step = ClusterStep(stage, pending, errors)
+    tasks = min(options.tasks, len(pending))
+    if options.executor == "slurm":
+        _run_slurm(step, logs, tasks, options)
+    else:
+        _run_ray(step, logs, tasks, options)
+    _raise_errors(errors)
+    missing = [index for index in pending if not stage.is_done(index)]
+    if missing:
+        raise ConfigError(
+            f"--executor {options.executor}: {len(missing)} of {len(pending)} items of stage {stage.name} "
+            f"were not done; look into {logs}, and give the same command again to go on"
+        )
+
+
+def _run_slurm(step: ClusterStep, logs: Path, tasks: int, options: ExecutorOptions) -> None:
+    from datatrove.executor import SlurmPipelineExecutor
+
+    launcher = Path(sys.executable).parent / "launch_pickled_pipeline"
+    if not launcher.exists():
+        raise ConfigError(f"--executor slurm: {launcher} is missing; `pip install datatrove`")
+    executor = SlurmPipelineExecutor(
+        pipeline=[step],
+        tasks=tasks,
+        workers=options.workers,
+        time=options.slurm_time,
+        partition=options.slurm_partition,
+        mem_per_cpu_gb=options.memory_gb,
+        job_name=f"preprocess-{step.stage.name}",
+        logging_dir=str(logs),
+        # The tasks find the launcher and the package as this process does.
+        env_command=f'export PATH="{launcher.parent}:$PATH" PYTHONPATH="{_package_paths()}"',
+        sbatch_args=options.slurm_args,
+        randomize_start_duration=0,
+        qos="",
+    )
+    try:
+        # Without the job that merges datatrove's own statistics, which are not used.
+        executor.launch_merge_stats = lambda: None
+        executor.run()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(f"--executor slurm: sbatch failed ({error})") from None
+    absent = 0
+    while any(not step.stage.is_done(index) for index in step.pending) and absent < JOB_GONE_POLLS:
+        if any(step.errors.glob("*.json")):
+            subprocess.run(["scancel", str(executor.job_id)], capture_output=True, check=False)
+            _raise_errors(step.errors)
+        absent = 0 if _is_queued(str(executor.job_id)) else absent + 1
+        time.sleep(POLL_SECONDS)
+
+
+def _package_paths() -> str:
+    """Give the paths of imports that a bare interpreter of this environment lacks."""
+    prefixes = (sys.prefix, sys.base_prefix)
+    return os.pathsep.join(path for path in sys.path if path and not path.startswith(prefixes))
+
+
+def _is_queued(job_id: str) -> bool:
+    command = ["squeue", "--noheader", "--jobs", job_id]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return True  # the controller is busy: look again
+    return found.returncode == 0 and bool(found.stdout.strip())
+
+
+def _run_ray(step: ClusterStep, logs: Path, tasks: int, options: ExecutorOptions) -> None:
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
+    try:
+        import ray
+        from datatrove.executor import RayPipelineExecutor
+    except ImportError:
+        raise ConfigError("--executor ray needs `pip install datatrove ray`") from None
+    started = not ray.is_initialized()
+    if started:
+        ray.init(ignore_reinit_error=True, log_to_driver=False)
+    try:
+        RayPipelineExecutor(
+            pipeline=[step],
+            tasks=tasks,
+            workers=options.workers,
+            logging_dir=str(logs),
+            mem_per_cpu_gb=options.memory_gb,
+            randomize_start_duration=0,
+        ).run()
+    except Exception as error:
+        _raise_errors(step.errors)
+        raise ConfigError(f"--executor ray: {error}; look into {logs}") from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _raise_errors(errors: Path) -> None:
+    for path in sorted(errors.glob("*.json")):
+        content = orjson.loads(path.read_bytes())
+        if content["kind"] == "user":
+            raise DataError(content["message"])
+        raise ConfigError(
+            f"a task failed ({content['kind']}: {content['message']}); look into {errors.parent}"
+        )

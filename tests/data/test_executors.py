@@ -1,0 +1,268 @@
+"""One code path under every executor: the same bytes."""
+
+import dataclasses
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_long.data.executors import ExecutorOptions
+from megatron_long.data.mixture import Mixture
+from megatron_long.data.preprocess import PreprocessConfig, preprocess
+from megatron_long.errors import ConfigError, DataError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# What sbatch is asked to do, done at once: every task of the array, one after another.
+FAKE_SBATCH = """#!{python}
+import os, re, subprocess, sys
+words, script = sys.argv[1:], sys.argv[-1]
+text = open(script).read() if os.path.exists(script) else sys.stdin.read()
+last = int(re.search(r"#SBATCH --array=0-(\\d+)", text)[1])
+for index in range(last + 1):
+    environment = dict(os.environ, SLURM_ARRAY_TASK_ID=str(index), RUN_OFFSET="0", SLURM_NODELIST="here")
+    text = text.replace("srun  -l -n 1 ", "")
+    subprocess.run(["bash"], input=text, text=True, env=environment, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
+print("Submitted batch job 1")
+"""
+
+
+@pytest.fixture
+def config(corpus, model_file):
+    mixture = Mixture(
+        train_tokens=9000,
+        long_threshold_tokens=300,
+        short_keep_ratio=0.3,
+        valid_tokens_per_source=2000,
+    )
+    return PreprocessConfig(
+        inputs=[corpus], tokenizer=model_file, mixture=mixture, engine="reference"
+    )
+
+
+def files_of(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def run_on(config, output, **options):
+    preprocess(dataclasses.replace(config, execution=ExecutorOptions(**options)), output)
+    return files_of(output)
+
+
+@pytest.fixture
+def importable(monkeypatch):
+    """Let processes that are started elsewhere find the package."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+
+
+@pytest.fixture
+def fake_slurm(tmp_path, monkeypatch, importable):
+    pytest.importorskip("datatrove")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    scripts = {"sbatch": FAKE_SBATCH.format(python=sys.executable)}
+    scripts |= {
+        "squeue": "#!/bin/sh\nexit 1\n",
+        "scancel": "#!/bin/sh\n",
+        "scontrol": "#!/bin/sh\necho here\n",
+    }
+    for name, text in scripts.items():
+        (tools / name).write_text(text, encoding="utf-8")
+        (tools / name).chmod(0o755 | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setattr("megatron_long.data.executors.POLL_SECONDS", 0.1)
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_slurm_through_a_fake_sbatch(tasks, config, tmp_path, fake_slurm):
+    preprocess(config, tmp_path / "local")
+    made = run_on(config, tmp_path / "out", executor="slurm", tasks=tasks, slurm_partition="x")
+    assert made == files_of(tmp_path / "local")
+
+
+def test_errors_of_slurm_tasks_come_back(config, tmp_path, fake_slurm, write_jsonl, records):
+    file = write_jsonl(tmp_path / "in" / "a.jsonl", [*records[:5], {"text": "x"}])
+    config = dataclasses.replace(config, inputs=[file])
+    with pytest.raises(DataError, match=r"a\.jsonl:6 has no source"):
+        run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+
+
+def test_an_sbatch_that_fails(config, tmp_path, fake_slurm):
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="--executor slurm: sbatch failed"):
+        run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+
+
+def test_tasks_that_the_cluster_ended(config, tmp_path, fake_slurm):
+    text = "#!/bin/sh\necho Submitted batch job 1\n"
+    (tmp_path / "bin" / "sbatch").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"3 of 3 items of stage tokens\.0 .* same command again"):
+        run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+
+
+@pytest.fixture
+def real_slurm(tmp_path, importable):
+    """A cluster of this one machine: munged, slurmctld and slurmd, ended at the end of the test."""
+    pytest.importorskip("datatrove")
+    programs = ["munged", "slurmctld", "slurmd", "sbatch", "srun"]
+    if os.geteuid() != 0 or not all(shutil.which(program) for program in programs):
+        pytest.skip("needs root and slurm-wlm (Debian) to start a cluster")
+    cluster = Cluster(tmp_path / "slurm")
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+class Cluster:
+    """One node, started with a configuration of its own."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.processes: list[subprocess.Popen] = []
+        folder.mkdir(mode=0o755)
+        (folder / "state").mkdir()
+        (folder / "spool").mkdir()
+
+    def start(self):
+        host = os.uname().nodename
+        key, socket = self.folder / "munge.key", self.folder / "munge.socket"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        text = f"""ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort=16817
+SlurmdPort=16818
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={socket}
+CredType=cred/munge
+StateSaveLocation={self.folder}/state
+SlurmdSpoolDir={self.folder}/spool
+SlurmctldPidFile={self.folder}/slurmctld.pid
+SlurmdPidFile={self.folder}/slurmd.pid
+SlurmctldLogFile={self.folder}/slurmctld.log
+SlurmdLogFile={self.folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} RealMemory=8000 State=UNKNOWN
+PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
+"""
+        (self.folder / "slurm.conf").write_text(text, encoding="utf-8")
+        os.environ["SLURM_CONF"] = str(self.folder / "slurm.conf")
+        munged = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={socket}"]
+        for name in ("pid", "log", "seed"):
+            munged.append(f"--{name}-file={self.folder}/munged.{name}")
+        self._run(munged)
+        time.sleep(1)
+        self._run(["slurmctld", "-D"])
+        time.sleep(1)
+        self._run(["slurmd", "-D"])
+        deadline = time.monotonic() + 60
+        while "idle" not in self._sinfo():
+            if time.monotonic() > deadline or any(p.poll() is not None for p in self.processes):
+                pytest.skip(f"SLURM does not start here: {self._sinfo()}")
+            time.sleep(1)
+
+    def stop(self):
+        for process in reversed(self.processes):
+            process.terminate()
+        for process in self.processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        os.environ.pop("SLURM_CONF", None)
+
+    def _run(self, command):
+        log = open(self.folder / f"{command[0]}.out", "wb")  # noqa: SIM115, ends with the process
+        self.processes.append(subprocess.Popen(command, stdout=log, stderr=log))
+
+    def _sinfo(self):
+        return subprocess.run(
+            ["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True
+        ).stdout
+
+
+@pytest.mark.slow
+def test_slurm_on_a_cluster_of_one_node(config, tmp_path, real_slurm):
+    preprocess(config, tmp_path / "local")
+    made = run_on(
+        config,
+        tmp_path / "out",
+        executor="slurm",
+        tasks=3,
+        workers=2,
+        slurm_partition="all",
+        memory_gb=1,
+    )
+    assert made == files_of(tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_ray_on_this_machine(config, tmp_path, importable):
+    pytest.importorskip("ray")
+    pytest.importorskip("datatrove")
+    preprocess(config, tmp_path / "local")
+    made = run_on(config, tmp_path / "out", executor="ray", tasks=3, workers=2, memory_gb=1)
+    assert made == files_of(tmp_path / "local")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"executor": "mpi"}, "--executor mpi: choose one of local, slurm, ray"),
+        ({"tasks": 0}, "--tasks 0 is too small"),
+        ({"workers": 0}, "--workers 0 is too small"),
+        ({"executor": "slurm"}, "needs --slurm-partition"),
+    ],
+)
+def test_options_check_themselves(options, message):
+    with pytest.raises(ConfigError, match=message):
+        ExecutorOptions(**options)
+
+
+def test_a_missing_package_is_named(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+    with pytest.raises(ConfigError, match="--executor ray needs `pip install datatrove` ray"):
+        run_on(config, tmp_path / "out", executor="ray")
+    preprocess(config, tmp_path / "local", lambda progress: None)
+
+
+def test_urls_in_and_out(config, corpus, tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    preprocess(config, tmp_path / "local")
+    memory = fsspec.filesystem("memory")
+    try:
+        for path in corpus.rglob("*.jsonl*"):
+            name = path.relative_to(corpus).as_posix()
+            memory.pipe_file(f"/bucket/in/{name}", path.read_bytes())
+        remote = dataclasses.replace(
+            config, inputs=["memory://bucket/in"], work_dir=tmp_path / "work"
+        )
+        preprocess(remote, "memory://bucket/out")
+        found = {
+            name.removeprefix("/bucket/out/"): memory.cat_file(name)
+            for name in memory.find("/bucket/out")
+        }
+        assert found == files_of(tmp_path / "local")
+    finally:
+        memory.store.clear()
+    with pytest.raises(ConfigError, match="--output memory://bucket/out is a URL: give --work-dir"):
+        preprocess(config, "memory://bucket/out")

@@ -1,0 +1,42 @@
+"""What the waiting run sees of the tasks, whoever runs them."""
+
+import itertools
+
+from megatron_long.data import monitor as module
+from megatron_long.data.inputs import find_inputs
+from megatron_long.data.mixture import Mixture
+from megatron_long.data.preprocess import PreprocessConfig, preprocess
+from megatron_long.data.stages import _reporter
+from megatron_long.data.tokenize_file import FileProgress
+
+
+def test_progress_adds_up_to_the_corpus(corpus, model_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+    mixture = Mixture(train_tokens=4000, strategy="original", valid_tokens_per_source=100)
+    config = PreprocessConfig(
+        inputs=[corpus], tokenizer=model_file, mixture=mixture, engine="reference"
+    )
+    seen = []
+    manifest = preprocess(config, tmp_path / "out", seen.append)
+    last = seen[-1]
+    sizes = sum(item.size_bytes for item in find_inputs([corpus]))
+    assert (last.stage, last.files_done, last.files_total) == ("tokens.0", 3, 3)
+    assert last.read_bytes == last.total_bytes == sizes
+    assert last.text_bytes == sum(info.bytes_in for info in manifest.sources.values())
+    assert last.tokens_by_source == {
+        name: info.tokens_in for name, info in manifest.sources.items()
+    }
+    assert all(a.read_bytes <= b.read_bytes for a, b in itertools.pairwise(seen))
+
+
+def test_files_under_way_are_seen(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_long.data.stages.PROGRESS_SECONDS", 0.0)
+    report = _reporter(tmp_path / "progress" / "tokens.0.000001.json")
+    seen = []
+    with module.Monitor(tmp_path, find_inputs([corpus]), seen.append) as watching:
+        watching.set_stage("tokens.0")
+        report(FileProgress("a", 100, 300, 50, {"Book": 50}))
+        watching.set_stage("plan")
+        assert (seen[-1].read_bytes, seen[-1].tokens, seen[-1].files_done) == (100, 50, 0)
+    report(FileProgress("a", done=True))
+    assert not list((tmp_path / "progress").iterdir())

@@ -1,0 +1,135 @@
+"""Large corpora: what is tokenized is a part, what comes out is the same."""
+
+import dataclasses
+
+import numpy as np
+import orjson
+import pytest
+
+from megatron_long.data import preprocess as preprocess_module
+from megatron_long.data import survey as survey_module
+from megatron_long.data.manifest import read_manifest
+from megatron_long.data.mixture import Mixture
+from megatron_long.data.preprocess import PreprocessConfig, plan_dataset, preprocess
+
+NAMES = {"Book": 0.3, "C4": 0.7}
+
+
+@pytest.fixture(scope="module")
+def big_corpus(tmp_path_factory):
+    """16,000 documents in eight files; one in eight is long."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("big")
+    words = ["bocu", "dofa", "nulo", "rite", "sapo", "meg", "lin", "ta"]
+    for file in range(8):
+        lines = []
+        for number in range(2000):
+            count = generator.integers(300, 900) if number % 8 == 0 else generator.integers(5, 100)
+            text = " ".join(generator.choice(words, count))
+            source = "Book" if generator.random() < 0.3 else "C4"
+            lines.append(orjson.dumps({"text": f"{file} {number} {text}", "source": source}))
+        (folder / f"{file}.jsonl").write_bytes(b"\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def config(big_corpus, model_file):
+    mixture = Mixture(
+        train_tokens=100_000,
+        long_threshold_tokens=500,
+        valid_tokens_per_source=3000,
+        source_shares=NAMES,
+    )
+    return PreprocessConfig(
+        inputs=[big_corpus], tokenizer=model_file, mixture=mixture, engine="reference"
+    )
+
+
+def surveyed(monkeypatch, margin=1.5):
+    monkeypatch.setattr(preprocess_module, "SURVEY_FROM_BYTES", 0)
+    monkeypatch.setattr(survey_module, "MARGIN", margin)
+    monkeypatch.setattr(survey_module, "SURVEY_TEXT_BYTES", 1 << 20)
+
+
+def with_mixture(config, **changes):
+    return dataclasses.replace(config, mixture=dataclasses.replace(config.mixture, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"strategy": "original"},
+        {"strategy": "cut", "cut_length_tokens": 200},
+        {"strategy": "global", "source_shares": "natural"},
+        {"long_token_share": 0.8},
+        {"strategy": "upsample-sources", "upsampled_shares": {"Book": 0.6}},
+    ],
+)
+def test_a_survey_saves_work_and_changes_no_token(changes, config, tmp_path, monkeypatch):
+    config = with_mixture(config, **changes)
+    whole = preprocess(config, tmp_path / "whole")
+    surveyed(monkeypatch)
+    ours = preprocess(config, tmp_path / "out")
+    for name in ("train.bin", "train.idx", "documents.npy", "valid/Book.bin", "valid/C4.bin"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for name, info in ours.sources.items():
+        before = whole.sources[name]
+        assert before.tokens_in_is_exact
+        assert not info.tokens_in_is_exact
+        assert info.documents_in == before.documents_in
+        assert info.documents_tokenized < before.documents_tokenized
+        assert info.tokens_in == pytest.approx(before.tokens_in, rel=0.05)
+        assert info.long_share_before == pytest.approx(before.long_share_before, abs=0.05)
+    tokenized = sum(info.tokens_tokenized for info in ours.sources.values())
+    assert tokenized < 0.6 * sum(info.tokens_in for info in whole.sources.values())
+
+
+def test_limits_that_prove_too_tight_are_widened(config, tmp_path, monkeypatch):
+    preprocess(config, tmp_path / "whole")
+    surveyed(monkeypatch, margin=0.2)
+    preprocess(dataclasses.replace(config, keep_work=True), tmp_path / "out")
+    assert len(list((tmp_path / "out.work").glob("admission.*"))) > 1
+    assert (tmp_path / "out" / "train.bin").read_bytes() == (
+        tmp_path / "whole" / "train.bin"
+    ).read_bytes()
+
+
+def test_short_documents_are_dropped_before_they_are_tokenized(config, tmp_path):
+    """Without a survey everything could be held out, so only a limit on that shows the bound at work."""
+    from megatron_long.data.admission import Admission, Limits
+    from megatron_long.data.corpus_stats import gather_stats, read_info
+    from megatron_long.data.inputs import find_inputs
+    from megatron_long.data.preprocess import _options
+    from megatron_long.data.tokenize_file import ROW_DTYPE, tokenize_file
+    from megatron_long.data.tokenizers import load_tokenizer
+
+    tokenizer, item = load_tokenizer(config.tokenizer, "reference"), find_inputs(config.inputs)[0]
+    options = _options(config, tokenizer, Admission(default=Limits(1.0, 0.1, 0.0)))
+    rows = {}
+    for name, extra in (("bound", options.extra_tokens), ("none", None)):
+        changed = dataclasses.replace(options, extra_tokens=extra)
+        tokenize_file(item, 0, tokenizer, changed, tmp_path / name)
+        rows[name] = np.fromfile(tmp_path / name / "rows.npy", ROW_DTYPE)
+    assert rows["bound"]["line"].tolist() == rows["none"]["line"].tolist()
+    for file in ("tokens.bin", "rows.npy"):
+        assert (tmp_path / "bound" / file).read_bytes() == (tmp_path / "none" / file).read_bytes()
+    stats = {name: gather_stats([read_info(tmp_path / name)]).sources["C4"] for name in rows}
+    assert stats["none"].is_exact
+    assert stats["bound"].documents_tokenized < 0.7 * stats["none"].documents_tokenized
+    assert stats["bound"].tokens == pytest.approx(stats["none"].tokens, rel=0.02)
+    assert stats["bound"].long_tokens == stats["none"].long_tokens
+
+
+def test_dry_run_estimates_from_a_sample(config, tmp_path):
+    config = with_mixture(config, train_tokens=200_000)
+    manifest = preprocess(config, tmp_path / "out")
+    sources, fraction = plan_dataset(config, text_bytes=1 << 20)
+    assert 0.2 < fraction < 0.6
+    for name, info in sources.items():
+        made = manifest.sources[name]
+        assert info.tokens_kept == pytest.approx(made.tokens_kept, rel=0.01)
+        assert info.tokens_in == pytest.approx(made.tokens_in, rel=0.1)
+        assert info.long_share_after == pytest.approx(made.long_share_after, abs=0.1)
+        assert not info.tokens_in_is_exact
+    assert read_manifest(tmp_path / "out") == manifest
