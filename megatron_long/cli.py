@@ -24,7 +24,10 @@ def run_tool(main: Callable[[], int | None]) -> int:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             paragraph = " ".join(f"error: {error}".split())
-            print(textwrap.fill(paragraph, width=100, break_long_words=False), file=sys.stderr)
+            print(
+                textwrap.fill(paragraph, width=100, break_long_words=False, break_on_hyphens=False),
+                file=sys.stderr,
+            )
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -25,6 +25,7 @@ from megatron_long.training.arguments import (
     check_checkpoint,
     check_files,
     check_layout,
+    check_paths,
 )
 from megatron_long.training.backend import Backend, detect_backend, join_or_start_job
 from megatron_long.training.checkpoint_folder import (
@@ -32,6 +33,7 @@ from megatron_long.training.checkpoint_folder import (
     TOKENIZER_DIR_NAME,
     copy_generation_config,
     copy_tokenizer,
+    latest_iteration,
     write_hf_config,
     write_run,
 )
@@ -51,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     megatron_adapter.check_version()
     arguments, args = parse(user_argv, detect_backend(), join_or_start_job())
+    if is_finished(args):
+        if args.rank == 0:
+            print(
+                f"--load {args.load} is at --train-iters {args.train_iters} already: nothing to do"
+            )
+        return 0
     listener = _LossLog(Path(arguments.loss_log)) if arguments.loss_log else None
     megatron_adapter.install_patches(listener, output_layer_is_called=arguments.megatron_loss)
     megatron_adapter.validate_flags(args)
@@ -74,6 +82,7 @@ def parse(
     from megatron_long.training import megatron_adapter
 
     arguments, early = _parse_early(user_argv)
+    check_paths(arguments)
     model = _model_geometry(arguments, early)
     argv = [*_recipe_argv(arguments, model, backend), *_dataset_argv(arguments)]
     args = megatron_adapter.parse_flags(
@@ -92,7 +101,8 @@ def parse(
 def check_dataset(manifest: Manifest, args: argparse.Namespace) -> None:
     """Refuse a model or a tokenizer that the dataset's tokens were not made for.
 
-    Raises: ConfigError: the vocabulary is larger than the embedding, or another tokenizer is named.
+    Raises: ConfigError: the vocabulary is larger than the embedding, another tokenizer is named, or the
+        run asks for more windows than one pass holds.
     """
     vocab_size = manifest.tokenizer.vocab_size
     rows = args.padded_vocab_size or args.vocab_size
@@ -118,6 +128,28 @@ def check_dataset(manifest: Manifest, args: argparse.Namespace) -> None:
                 f"({manifest.tokenizer.vocabulary_sha256[:12]}, a copy is in its tokenizer folder); "
                 "prepare the dataset with the tokenizer of this model"
             )
+    _check_windows(manifest, args)
+
+
+def _check_windows(manifest: Manifest, args: argparse.Namespace) -> None:
+    held = max(manifest.train.num_tokens - 1, 0) // args.seq_length
+    asked = args.train_samples or (args.train_iters or 0) * (args.global_batch_size or 0)
+    if asked <= held or args.allow_repeat:
+        return
+    raise ConfigError(
+        f"--train-iters {args.train_iters} * --global-batch-size {args.global_batch_size} asks for "
+        f"{asked:,} windows of --seq-length {args.seq_length}, and one pass over --dataset "
+        f"{args.dataset} ({manifest.train.num_tokens:,} tokens) holds {held:,}; lower --train-iters, "
+        "prepare more tokens (--train-tokens of tools/preprocess_mix.py), or give --allow-repeat"
+    )
+
+
+def is_finished(args: argparse.Namespace) -> bool:
+    """Whether the newest checkpoint of `--load` is where the run would end, as after a late requeue."""
+    if not args.load or args.finetune or not args.train_iters:
+        return False
+    newest = latest_iteration(Path(args.load))
+    return newest is not None and newest >= args.train_iters
 
 
 def write_sidecars(
@@ -236,7 +268,7 @@ def _dataset_argv(arguments: LongContextArguments) -> list[str]:
 
 
 def _tokenizer_dir(arguments: LongContextArguments, args: argparse.Namespace) -> Path | None:
-    for folder in (arguments.dataset, args.load, args.pretrained_checkpoint):
+    for folder in (args.load, args.pretrained_checkpoint, arguments.dataset):
         if folder and (Path(folder) / TOKENIZER_DIR_NAME).is_dir():
             return Path(folder) / TOKENIZER_DIR_NAME
     return None

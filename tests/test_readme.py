@@ -19,7 +19,7 @@ SMALLER = {
     "--context-length 131072": "--context-length 512",
     "--context-parallel-size 4": "--context-parallel-size 2",
     "--nproc-per-node 8": "--nproc-per-node 4",
-    "--world-size 8": "--world-size 4",
+    "--world-size 8": "--world-size 4 --train-iters 2",
     "--recipe llama3_8b_128k": "--recipe tiny_debug --seq-length 512 --global-batch-size 4",
     "RECIPE=llama3_8b_128k": "RECIPE=tiny_debug",
     "examples/pretrain_llama_128k.sh": "examples/pretrain_llama_128k.sh --seq-length 512"

@@ -73,7 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive_int,
         help="longest case in tokens, a multiple of 2 * --context-parallel-size",
     )
-    add("--min-length", type=positive_int, help="shortest case in tokens (default: 1024, or less)")
+    add(
+        "--min-length",
+        type=positive_int,
+        help="shortest case in tokens (default: 1024, or an eighth of --context-length if less)",
+    )
     add("--num-lengths", type=positive_int, default=40, help="lengths (default: %(default)s)")
     add("--context-lengths", type=positive_int, nargs="+", help="these lengths in tokens instead")
     add("--num-depths", type=positive_int, default=10, help="depths from 0 to 100%% (default: 10)")

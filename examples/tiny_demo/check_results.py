@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_long.cli import run_tool
 from megatron_long.data.indexed import IndexedDatasetReader
+from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.errors import DataError
 from megatron_long.evaluation.loss_report import LossReport, read_loss_report
 
@@ -107,8 +108,12 @@ def check_export(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.hf)
     config = json.loads((args.hf / "config.json").read_text())
     print(f"transformers loaded {args.hf}: {config['max_position_embeddings']} positions")
-    print(f"its tokenizer reads back: {tokenizer.decode(documents[0][:24].tolist())!r}")
-    passed = abs(found - expected) <= args.max_difference
+    text = tokenizer.decode(documents[0].tolist(), skip_special_tokens=True)
+    own = load_tokenizer(args.dataset / "tokenizer", "reference")
+    is_same = tokenizer(text, add_special_tokens=False)["input_ids"] == own.encode(text).tolist()
+    print(f"its tokenizer reads back: {text[:60]!r}")
+    print(f"and gives the training data's tokens for that text: {'PASS' if is_same else 'FAIL'}")
+    passed = abs(found - expected) <= args.max_difference and is_same
     print(
         f"loss of {len(documents)} held-out documents ({source}): {found:.5f} nats in "
         f"transformers, {expected:.5f} in Megatron, at most {args.max_difference} apart: "

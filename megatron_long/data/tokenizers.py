@@ -26,7 +26,12 @@ AUTO, REFERENCE = "auto", "reference"
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
-CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+CONFIG_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 KNOWN_EOD = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
 ADD_EOS_REMEDY = 'put a tokenizer_config.json with "eos_token" beside it'
 
@@ -258,7 +263,9 @@ def copy_tokenizer(path: Path, folder: Path) -> None:
     file = tokenizer_file(path)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, folder / (HF_FILE if file.suffix == ".json" else SENTENCEPIECE_FILE))
-    for name in CONFIG_FILES:
+    # Of a folder both forms travel: transformers reads in the JSON what a SentencePiece model does not say.
+    both = (SENTENCEPIECE_FILE, HF_FILE) if path.is_dir() else ()
+    for name in (*CONFIG_FILES, *both):
         if (file.parent / name).is_file():
             shutil.copyfile(file.parent / name, folder / name)
 

@@ -133,7 +133,7 @@ def build_cases(
     if min(context_lengths) <= num_fixed:
         raise ConfigError(
             f"context length {min(context_lengths)} is too short: needle, question and answer "
-            f"alone take {num_fixed} tokens; use lengths above {num_fixed}"
+            f"alone take {num_fixed} tokens; give --min-length or --context-lengths above {num_fixed}"
         )
     num_wanted = max(context_lengths) - num_fixed
     haystack = tokenize_haystack(text, tokenizer, num_wanted)

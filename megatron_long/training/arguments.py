@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_long.errors import ConfigError
+from megatron_long.training.checkpoint_folder import TRACKER_NAME
 
 
 @dataclass(kw_only=True)
@@ -76,7 +77,8 @@ def _check_world_size(world_size: int, tp: int, pp: int, cp: int) -> None:
     if world_size % devices == 0:
         return
     raise ConfigError(
-        f"{world_size} processes cannot hold whole replicas: --tensor-model-parallel-size {tp} * "
+        f"{world_size} process{'' if world_size == 1 else 'es'} (--nproc-per-node * nodes) cannot hold "
+        f"whole replicas: --tensor-model-parallel-size {tp} * "
         f"--pipeline-model-parallel-size {pp} * --context-parallel-size {cp} takes {devices} each; "
         f"start {_neighbours(world_size, devices).removeprefix('use ')} processes, "
         "or change the layout"
@@ -109,6 +111,20 @@ def _neighbours(value: int, step: int) -> str:
     return f"use {below} or {above}" if below else f"use {above}"
 
 
+def check_paths(arguments: LongContextArguments) -> None:
+    """Refuse folders of our flags that do not exist.
+
+    Raises: ConfigError: names the flag and the path.
+    """
+    remedies = {
+        "--dataset": (arguments.dataset, "give the --output folder of tools/preprocess_mix.py"),
+        "--hf-config": (arguments.hf_config, "give a Hugging Face model folder or its config.json"),
+    }
+    for flag, (value, remedy) in remedies.items():
+        if value and not Path(value).exists():
+            raise ConfigError(f"{flag} {value} does not exist; {remedy}")
+
+
 def check_files(arguments: LongContextArguments, args: Namespace) -> None:
     """Refuse paths that are not there, and data given twice.
 
@@ -125,9 +141,6 @@ def check_files(arguments: LongContextArguments, args: Namespace) -> None:
             "no training data: give --dataset with a folder of tools/preprocess_mix.py, or Megatron's "
             "own --data-path"
         )
-    for flag, value in (("--dataset", arguments.dataset), ("--hf-config", arguments.hf_config)):
-        if value and not Path(value).exists():
-            raise ConfigError(f"{flag} {value} does not exist; check the path")
     if (
         args.pretrained_checkpoint is None
     ):  # with it, Megatron starts from there until --load has one
@@ -146,7 +159,7 @@ def check_checkpoint(folder: str | None, flag: str) -> None:
     """
     if folder is None:
         return
-    tracker = Path(folder) / "latest_checkpointed_iteration.txt"
+    tracker = Path(folder) / TRACKER_NAME
     if not tracker.is_file():
         raise ConfigError(
             f"{flag} {folder} holds no Megatron checkpoint: {tracker.name} is not there; give the "

@@ -17,10 +17,18 @@ from megatron_long.errors import ConfigError
 from megatron_long.files import atomic_path
 from megatron_long.model.geometry import LlamaGeometry
 
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
 HF_CONFIG_NAME = "hf_config.json"
 GENERATION_CONFIG_NAME = "hf_generation_config.json"
 TOKENIZER_DIR_NAME = "tokenizer"
 RUN_NAME = "run.json"
+
+
+def latest_iteration(folder: Path) -> int | None:
+    """Iteration of the newest checkpoint; None where there is none, or a converted one (a release)."""
+    tracker = folder / TRACKER_NAME
+    text = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else ""
+    return int(text) if text.isdigit() else None
 
 
 def hf_config_path(folder: Path) -> Path:

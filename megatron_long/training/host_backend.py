@@ -8,6 +8,7 @@ same entry points serve a laptop and a cluster. It changes no arithmetic: the op
 import collections
 import contextlib
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,7 @@ def install() -> bool:
     """
     global _mode
     if _mode is None and not torch.cuda.is_available():
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
         for name, replacement in _replacements().items():
             setattr(torch.cuda, name, replacement)
         for name in ("get_rng_state", "set_rng_state"):

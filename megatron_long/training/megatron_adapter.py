@@ -5,6 +5,7 @@ is listed in `PATCHED_SYMBOLS`, and `tests/training/test_megatron_adapter.py` ho
 Import this module after `host_backend.install()`.
 """
 
+import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -12,7 +13,7 @@ import inspect
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -58,11 +59,15 @@ def check_version() -> None:
 def parse_flags(
     argv: Sequence[str], add_arguments: Callable[[ArgumentParser], ArgumentParser] | None = None
 ) -> Namespace:
-    """Parse Megatron's flags with Megatron's own parser; later flags win, misspellings exit with 2."""
+    """Parse Megatron's flags with Megatron's own parser; later flags win.
+
+    Raises: ConfigError: an unknown flag, or a value of the wrong type or choice.
+    """
     from megatron.training.arguments import parse_args
 
     def add_and_mend(parser: ArgumentParser) -> ArgumentParser:
         parser = add_arguments(parser) if add_arguments else parser
+        parser.error = functools.partial(_refuse_flags, parser)  # type: ignore[method-assign]
         for action in parser._actions:  # a bare "%" in a help text breaks `--help`
             if action.help and "%" in action.help.replace("%%", "").replace("%(", ""):
                 action.help = action.help.replace("%", "%%")
@@ -74,6 +79,15 @@ def parse_flags(
         return parse_args(add_and_mend)
     finally:
         sys.argv = kept
+
+
+def _refuse_flags(parser: ArgumentParser, message: str) -> NoReturn:
+    """Stand in for `parser.error`, which would print the usage of some 700 flags first."""
+    unknown = [word for word in message.split() if word.startswith("--")]
+    known = list(parser._option_string_actions)
+    near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
+    hint = f"did you mean {', '.join(near)}? " if "unrecognized" in message and near else ""
+    raise ConfigError(f"{message}; {hint}`--help` lists the flags, ours and Megatron's")
 
 
 def add_dataclass_flags(parser: ArgumentParser, kind: type, title: str) -> ArgumentParser:

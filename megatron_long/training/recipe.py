@@ -104,7 +104,10 @@ class Recipe:
         Args:
             own_loss: See `Backend.to_argv`; without it the flags suit stock Megatron.
         """
-        argv = [*backend.to_argv(own_loss=own_loss), *self.model.to_argv(), *self.layout.to_argv()]
+        model = replace(
+            self.model, rotary_base=self.rotary_base, max_position_embeddings=self.seq_length
+        )
+        argv = [*backend.to_argv(own_loss=own_loss), *model.to_argv(), *self.layout.to_argv()]
         argv += self._schedule_argv()
         if backend.cuda:
             argv += split_flags((*GPU_TRAINING_ARGV, *PRECISION_ARGV[self.precision]))
@@ -116,8 +119,6 @@ class Recipe:
     def _schedule_argv(self) -> list[str]:
         values: dict[str, object] = {
             "--seq-length": self.seq_length,
-            "--max-position-embeddings": self.seq_length,
-            "--rotary-base": self.rotary_base,
             "--micro-batch-size": 1,
             "--global-batch-size": self.global_batch_size,
             "--train-iters": self.train_iters,

@@ -14,7 +14,7 @@ MakeLlama = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def make_llama(tmp_path_factory: pytest.TempPathFactory) -> MakeLlama:
+def make_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> MakeLlama:
     """Give the folder of a Llama: `make_llama(tied=True, dtype="bfloat16", rope={...})`."""
     made: dict[str, Path] = {}
 
@@ -26,7 +26,7 @@ def make_llama(tmp_path_factory: pytest.TempPathFactory) -> MakeLlama:
             made[name] = tmp_path_factory.mktemp("llama") / "hf"
             model = build(tied=tied, **config).to(getattr(torch, dtype))
             model.save_pretrained(made[name], max_shard_size=max_shard_size)
-            (made[name] / "tokenizer.model").write_bytes(b"a vocabulary")
+            (made[name] / "tokenizer.model").write_bytes(tiny_tokenizer.read_bytes())
             (made[name] / "generation_config.json").write_text(
                 '{"do_sample": true, "temperature": 0.6}'
             )

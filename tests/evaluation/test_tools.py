@@ -204,7 +204,7 @@ NEEDLE_ERRORS = {
     "missing checkpoint": (["--checkpoint", "nowhere"], "--checkpoint nowhere does not exist"),
     "missing haystack": (["--haystack", "nowhere.txt"], "--haystack nowhere.txt is not a file"),
     "long": (["--context-length", "100000"], "it can do lengths up to"),
-    "short": (["--context-lengths", "20"], "use lengths above"),
+    "short": (["--context-lengths", "20"], "--context-lengths above"),
     "above": (["--context-lengths", "620"], "--context-lengths 620 is above --context-length 600"),
     "odd length": (["--context-length", "601"], "use 600 or 602"),
     "no answer": (["--answer", "dance"], "--answer 'dance' is not part of --needle"),

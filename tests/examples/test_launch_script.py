@@ -43,7 +43,7 @@ def training_flags(command: list[str]) -> list[str]:
 def test_printed_command_parses(recipe, paths):
     from megatron_long.pretrain import parse
 
-    command = dry_run("--train-iters", "7", RECIPE=recipe, **paths)
+    command = dry_run("--train-iters", "7", "--allow-repeat", RECIPE=recipe, **paths)
     assert command[:5] == ["python3", "-m", "torch.distributed.run", "--nproc-per-node", "8"]
     ours, args = parse(training_flags(command), GPU, 8)
     assert ours.recipe == recipe

@@ -23,7 +23,7 @@ def test_names_are_listed(run_job):
 @pytest.mark.parametrize(("world_size", "status"), [(4, 0), (3, 2)])
 def test_check_layout(run_job, tiny_dataset, world_size, status):
     command = ["tools/check_layout.py", "--world-size", world_size, "--recipe", "tiny_debug"]
-    command += ["--dataset", tiny_dataset, "--context-parallel-size", "2"]
+    command += ["--dataset", tiny_dataset, "--context-parallel-size", "2", "--allow-repeat"]
     result = run_job(1, command, check=False)
     assert result.returncode == status, result.stderr
     if status:

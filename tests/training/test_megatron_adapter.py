@@ -110,8 +110,19 @@ def test_help_prints_every_flag(capsys):
     assert "--context-parallel-size" in capsys.readouterr().out
 
 
-def test_misspelt_flag_exits_with_2(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        megatron_adapter.parse_flags(["--sequence-lenght", "4096"])
-    assert stopped.value.code == 2
-    assert "--sequence-lenght" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (
+            ["--seqlength", "4096"],
+            "unrecognized arguments: --seqlength 4096; did you mean --seq-length",
+        ),
+        (["--seq-length", "4K"], "argument --seq-length: invalid int value: '4K'"),
+        (["--lr-decay-style", "flat"], "argument --lr-decay-style: invalid choice: 'flat'"),
+    ],
+)
+def test_wrong_flags_are_one_paragraph(argv, words):
+    with pytest.raises(ConfigError) as refused:
+        megatron_adapter.parse_flags(argv)
+    assert words in str(refused.value)
+    assert len(str(refused.value)) < 400

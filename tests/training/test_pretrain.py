@@ -38,8 +38,9 @@ def hf_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def parse(*argv: object, backend=HOST, world_size: int = 1):
-    return pretrain.parse([str(word) for word in argv], backend, world_size)[1]
+def parse(*argv: object, backend=HOST, world_size: int = 1, repeat: bool = True):
+    words = [*map(str, argv), *(["--allow-repeat"] if repeat else [])]
+    return pretrain.parse(words, backend, world_size)[1]
 
 
 def test_command_line_wins_over_recipe_and_model(tiny_dataset, hf_folder):
@@ -72,7 +73,12 @@ def test_model_comes_from_the_checkpoint_folder(tiny_dataset, tmp_path):
         ),
         (["--seq-length", "131000", "--context-parallel-size", "8"], 8, "use 130992 or 131008"),
         (["--context-parallel-size", "2"], 3, "takes 2 each; start 2 or 4 processes"),
-        (["--tensor-model-parallel-size", "2"], 1, "1 processes cannot hold whole replicas"),
+        (
+            ["--tensor-model-parallel-size", "2"],
+            1,
+            "1 process (--nproc-per-node * nodes) cannot hold",
+        ),
+        (["--train-iters", "100000"], 1, "800,000 windows of --seq-length 2048, and one pass over"),
         (
             ["--tensor-model-parallel-size", "3", "--seq-length", "1536"],
             3,
@@ -91,8 +97,22 @@ def test_bad_flags_are_refused(argv, world_size, words, tiny_dataset):
         parse(
             *("--recipe", "tiny_debug", "--dataset", tiny_dataset, *argv),
             world_size=world_size,
+            repeat="--train-iters" not in argv,
         )
     assert words in str(refused.value)
+
+
+def test_finished_run_ends_well(tiny_dataset, tmp_path):
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    flags = ["--recipe", "tiny_debug", "--dataset", tiny_dataset, "--load", tmp_path]
+    for iteration, train_iters, expected in (
+        ("4", 4, True),
+        ("3", 4, False),
+        ("release", 4, False),
+    ):
+        tracker.write_text(iteration)
+        args = parse(*flags, "--train-iters", train_iters, "--allow-repeat")
+        assert pretrain.is_finished(args) is expected
 
 
 def test_missing_data_is_refused(hf_folder):
@@ -136,13 +156,14 @@ def test_command_exits_with_2_and_one_paragraph(run_job, tiny_dataset, tmp_path)
     result = run_job(1, [*command, "--context-parallel-size", "2", "--save", save], check=False)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    assert "error: 1 processes cannot hold whole replicas" in result.stderr
+    assert "error: 1 process (--nproc-per-node * nodes) cannot hold whole" in result.stderr
     assert not save.exists()
 
 
 def test_sidecars_without_a_hugging_face_model(tiny_dataset, tmp_path):
     """A model that only flags describe: what is written reads back as those flags."""
     argv = ["--recipe", "tiny_debug", "--dataset", str(tiny_dataset), "--num-layers", "2"]
+    argv.append("--allow-repeat")
     ours, args = pretrain.parse(argv, HOST, 1)
     pretrain.write_sidecars(tmp_path, ours, args, argv)
     seen = geometry_from_hf(tmp_path / "hf_config.json")

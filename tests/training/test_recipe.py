@@ -19,7 +19,10 @@ from megatron_long.training.megatron_adapter import parse_flags
 @pytest.mark.parametrize("backend", [GPU, HOST], ids=["gpu", "host"])
 def test_recipe_parses_and_can_be_cut(name, backend):
     recipe = build_recipe(name)
-    args = parse_flags(recipe.to_argv(backend))
+    argv = recipe.to_argv(backend)
+    flags = [word for word in argv if word.startswith("--")]
+    assert len(flags) == len(set(flags))
+    args = parse_flags(argv)
     assert args.seq_length == args.max_position_embeddings == recipe.seq_length
     assert args.rotary_base == recipe.rotary_base
     assert args.num_layers == recipe.model.num_layers
