@@ -319,6 +319,7 @@ def test_training_commands_parse(
     (load / "latest_checkpointed_iteration.txt").write_text("release")
     arguments[arguments.index("--dataset") + 1] = str(tiny_dataset)
     arguments[arguments.index("--load") + 1] = str(load)
+    arguments.append("--allow-repeat")  # the test's dataset is smaller than the demo's
     ours, args = parse(arguments, HOST, world_size)
     assert ours.recipe == "tiny_debug"
     lengths = {"short": demo_steps.SHORT_LENGTH, "stretch": demo_steps.LONG_LENGTH}
