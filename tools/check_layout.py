@@ -14,6 +14,7 @@ from megatron_long.cli import run_tool
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.epilog = "All flags of megatron_long.pretrain, ours and Megatron's, are taken."
     parser.add_argument("--world-size", type=int, required=True, help="processes of the job")
     arguments, argv = parser.parse_known_args()
 

@@ -77,7 +77,8 @@ def make_plan(
     stats = gather_stats(read_info(folder) for folder in folders)
     if not any(source.tokens for source in stats.sources.values()):
         raise DataError(
-            f"--input holds no text ({len(folders)} files read); there is nothing to mix"
+            f"--input holds no text ({len(folders)} files read); give files with documents, and "
+            "check --text-key"
         )
     names = list(stats.sources)
     shares = source_shares(mixture, {name: stats.sources[name].tokens for name in names})

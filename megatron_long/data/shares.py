@@ -49,6 +49,10 @@ def parse_token_count(text: str, flag: str = "--train-tokens") -> int:
     return int(count)
 
 
+KEYS = {"shares", "missing_sources"}
+"""What a YAML file of shares may hold."""
+
+
 def read_shares(path: Path) -> tuple[dict[str, float], str]:
     """Read a YAML file of shares.
 
@@ -62,16 +66,20 @@ def read_shares(path: Path) -> tuple[dict[str, float], str]:
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--source-shares {path} is not YAML ({error})") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--source-shares {path} is not YAML ({reason}); {SHARES_RULE}") from None
     shares = content.get("shares") if isinstance(content, dict) else None
-    if not isinstance(shares, dict) or set(content) - {"shares", "missing_sources"}:
-        raise ConfigError(f"--source-shares {path} has another shape; {SHARES_RULE}")
+    other = sorted(map(str, set(content) - KEYS)) if isinstance(content, dict) else []
+    if not isinstance(shares, dict) or other:
+        seen = f"has the key {', '.join(other)}" if other else "has no mapping under shares"
+        raise ConfigError(f"--source-shares {path} {seen}; {SHARES_RULE}")
     numbers: dict[str, float] = {}
     for label, share in shares.items():
         valid = isinstance(share, int | float) and not isinstance(share, bool)
         if not valid or not 0 <= share < math.inf:
             raise ConfigError(
-                f"--source-shares {path}: share of {label} is {share!r}, not a number"
+                f"--source-shares {path}: share of {label} is {share!r}; a share is a number from 0 "
+                "(which leaves the source out) up"
             )
         name = canonical_source(str(label))
         if name in numbers:
@@ -99,7 +107,7 @@ def resolve_shares(
     if unknown and missing_sources == "error":
         raise ConfigError(
             f"--source-shares names {', '.join(unknown)}, which the corpus lacks (it has "
-            f"{', '.join(tokens_in)}); add those sources, or give "
+            f"{', '.join(tokens_in)}); mend the names, add those sources, or give "
             "--missing-sources drop, which scales the other shares up"
         )
     unnamed = [name for name in tokens_in if name not in asked]
@@ -110,7 +118,10 @@ def resolve_shares(
         )
     total_share = sum(asked[name] for name in tokens_in)
     if total_share <= 0:
-        raise ConfigError("--source-shares gives no source of the corpus a share above 0")
+        raise ConfigError(
+            f"--source-shares gives no source of the corpus ({', '.join(tokens_in)}) a share above 0; "
+            "raise at least one"
+        )
     return {name: asked[name] / total_share for name in tokens_in}
 
 

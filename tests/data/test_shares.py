@@ -69,8 +69,8 @@ def test_yaml_shares(tmp_path):
     ("content", "message"),
     [
         ("shares: [a", "is not YAML"),
-        ("Book: 1", "has another shape"),
-        ("shares: {Book: 1}\nmising: drop", "has another shape"),
+        ("Book: 1", "has the key Book"),
+        ("shares: {Book: 1}\nmising: drop", "has the key mising"),
         ("shares: {Book: many}", "share of Book is 'many'"),
         ("shares: {Book: -1}", "share of Book is -1"),
         ("shares: {Book: .nan}", "share of Book is nan"),
