@@ -91,6 +91,9 @@ def parse(
             parser, LongContextArguments, "megatron_long"
         ),
     )
+    if args.transformer_impl == "local" and not backend.apex:
+        # Chosen by the user where Transformer Engine is: Megatron's own layers need Apex's kernel for it.
+        args.gradient_accumulation_fusion = False
     check_files(arguments, args)
     check_layout(args, world_size)
     if arguments.dataset:

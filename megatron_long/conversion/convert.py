@@ -33,7 +33,6 @@ from megatron_long.conversion.mapping import (
 )
 from megatron_long.conversion.megatron_folder import (
     RELEASE,
-    TRACKER_FILE,
     check_tensors,
     common_state,
     extra_states,
@@ -52,6 +51,7 @@ from megatron_long.training.checkpoint_folder import (
     GENERATION_CONFIG_NAME,
     HF_CONFIG_NAME,
     TOKENIZER_DIR_NAME,
+    TRACKER_NAME,
 )
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def _write_megatron(
         COMMON_STATE: common_state(geometry, stored),
     }
     write_torch_dist(folder / RELEASE, pieces, objects)
-    (folder / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
+    (folder / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
 
 
 def _plan_piece(

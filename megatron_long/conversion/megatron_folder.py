@@ -23,14 +23,13 @@ from megatron_long.conversion.mapping import (
 )
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_config, read_hf_config
-from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME
+from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TRACKER_NAME
 
 if TYPE_CHECKING:
     from torch import dtype
 
     from megatron_long.conversion.torch_dist import TorchDistReader
 
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 CHECKPOINT_VERSION = 3.0
 
@@ -71,10 +70,10 @@ def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
                 f"{', '.join(_saved(checkpoint_dir)) or 'no iteration'}"
             )
         return folder
-    tracker = checkpoint_dir / TRACKER_FILE
+    tracker = checkpoint_dir / TRACKER_NAME
     if not tracker.is_file():
         raise ConfigError(
-            f"{checkpoint_dir} holds no {TRACKER_FILE}; give the folder that was given to --save "
+            f"{checkpoint_dir} holds no {TRACKER_NAME}; give the folder that was given to --save "
             "(not one iteration of it)"
         )
     word = tracker.read_text(encoding="utf-8").strip()

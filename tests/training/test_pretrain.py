@@ -56,6 +56,16 @@ def test_command_line_wins_over_recipe_and_model(tiny_dataset, hf_folder):
     assert args.untie_embeddings_and_output_weights
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [([], True), (["--transformer-impl", "local"], False), (["--megatron-loss"], False)],
+)
+def test_weight_gradients_in_place_need_no_apex_with_our_loss(flags, expected, tiny_dataset):
+    """Transformer Engine's layers can; Megatron's own, and its output layer, would miss Apex's kernel."""
+    args = parse("--recipe", "tiny_debug", "--dataset", tiny_dataset, *flags, backend=GPU)
+    assert args.gradient_accumulation_fusion is expected
+
+
 def test_model_comes_from_the_checkpoint_folder(tiny_dataset, tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     (tmp_path / "hf_config.json").write_text(json.dumps(HF_CONFIG))
