@@ -57,7 +57,7 @@ def dense(q: Any, k: Any, v: Any) -> Any:
 
 def flash_attention_3(heads: int, kv_heads: int, head_size: int) -> Attention:
     """FlashAttention 3, the CUDA C++ kernels for Hopper."""
-    from flash_attn_3.flash_attn_interface import flash_attn_func
+    from flash_attn_interface import flash_attn_func
 
     return lambda q, k, v: first(flash_attn_func(q, k, v, causal=True))
 
@@ -106,7 +106,10 @@ def error(attend: Attention, heads: int, kv_heads: int, head_size: int) -> dict[
     want_grads = torch.autograd.grad(want, exact, grad.float())
     names = ("output", "dq", "dk", "dv")
     pairs = zip(names, (output, *grads), (want, *want_grads), strict=True)
-    return {name: float((got.float() - right).norm() / right.norm()) for name, got, right in pairs}
+    return {
+        name: float((got.detach().float() - right.detach()).norm() / right.norm())
+        for name, got, right in pairs
+    }
 
 
 def milliseconds(run: Callable[[], object], repeats: int) -> float:
