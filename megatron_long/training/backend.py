@@ -1,5 +1,6 @@
 """What the machine offers (CUDA, Transformer Engine, Apex), and the Megatron flags that follow from it."""
 
+import importlib.metadata
 import importlib.util
 import os
 import socket
@@ -51,6 +52,9 @@ class Backend:
     """Transformer Engine's layers, fused attention and FP8."""
     apex: bool
     """Apex's kernel that adds weight gradients in place; Megatron's own output layer needs it for that."""
+    flash_attention: bool = False
+    """FlashAttention 3 or 4 on a Hopper GPU, where both beat the cuDNN kernel that Transformer Engine
+    picks by itself (docs/results.md)."""
 
     @property
     def portable(self) -> bool:
@@ -71,6 +75,8 @@ class Backend:
             flags += PORTABLE_GPU_ARGV
         if not (self.apex or (self.transformer_engine and own_loss)):
             flags.append("--no-gradient-accumulation-fusion")
+        if self.transformer_engine and self.flash_attention:
+            flags.append("--attention-backend flash")
         return split_flags(flags)
 
 
@@ -88,6 +94,7 @@ def detect_backend() -> Backend:
         cuda=True,
         transformer_engine=_has("transformer_engine"),
         apex=_has("fused_weight_gradient_mlp_cuda"),
+        flash_attention=_has_flash_attention() and torch.cuda.get_device_capability() == (9, 0),
     )
 
 
@@ -107,6 +114,17 @@ def join_or_start_job() -> int:
         os.environ.update({name: str(value) for name, value in alone.items()})
         os.environ["MASTER_ADDR"] = "localhost"
     return int(os.environ["WORLD_SIZE"])
+
+
+def _has_flash_attention() -> bool:
+    """Whether Transformer Engine will find FlashAttention 3 (built from source) or 4 (PyPI)."""
+    for name in ("flash-attn-3", "flash-attn-4"):
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return True
+    return False
 
 
 def _has(module: str) -> bool:

@@ -66,6 +66,23 @@ def test_weight_gradients_in_place_need_no_apex_with_our_loss(flags, expected, t
     assert args.gradient_accumulation_fusion is expected
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "flash"),
+        (["--deterministic-mode"], "auto"),
+        (["--deterministic-mode", "--attention-backend", "fused"], "fused"),
+        (["--attention-backend", "fused"], "fused"),
+    ],
+)
+def test_deterministic_runs_leave_the_attention_kernel_to_transformer_engine(
+    flags, expected, tiny_dataset
+):
+    backend = replace(GPU, flash_attention=True)
+    args = parse("--recipe", "tiny_debug", "--dataset", tiny_dataset, *flags, backend=backend)
+    assert args.attention_backend.name == expected
+
+
 def test_model_comes_from_the_checkpoint_folder(tiny_dataset, tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     (tmp_path / "hf_config.json").write_text(json.dumps(HF_CONFIG))
