@@ -1,0 +1,109 @@
+"""FP8 linears with BF16 attention: what later tokens do to earlier losses, and the loss on real text.
+
+Tensorwise scaling takes one scale for all tokens of a tensor, so a later token can move the rounding of
+an earlier one; that is noise of FP8's size, measured here against the distance of FP8 from BF16.
+Blockwise scaling has a scale for every token, and attention has none.
+"""
+
+import json
+import math
+import statistics
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+FP8 = ("--fp8-format", "hybrid", "--fp8-recipe")
+PRECISIONS = {"bf16": (), "tensorwise": (*FP8, "tensorwise"), "blockwise": (*FP8, "blockwise")}
+LIMITS = {"bf16": 0.0, "tensorwise": 0.05, "blockwise": 0.0}
+"""Nats by which a change of later tokens may move the loss of an earlier one."""
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(NUM_GPUS == 0, reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("cp", [1, 2, 4])
+def test_later_tokens_leave_earlier_losses(cp, precision, run_job, megatron_model, tmp_path):
+    if cp > NUM_GPUS:
+        pytest.skip(f"{NUM_GPUS} CUDA devices")
+    output = tmp_path / "losses.pt"
+    flags = ("--context-parallel-size", str(cp), *PRECISIONS[precision])
+    run_job(cp, ["tests/gpu/causality_worker.py", megatron_model, output, *flags])
+    losses = torch.load(output)
+    moved = float((losses - losses[0]).abs().max())
+    print(f"CP{cp} {precision}: earlier losses moved by at most {moved:.1e} nats")
+    assert torch.isfinite(losses).all()
+    assert losses.std(dim=1).min() > 0.01  # losses of different tokens, not a constant
+    assert moved <= LIMITS[precision]
+
+
+@pytest.fixture(scope="module")
+def text_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two million tokens of the sources of Python's standard library, 4,096 pieces."""
+    import sentencepiece
+
+    from megatron_long.data.mixture import Mixture
+    from megatron_long.data.preprocess import PreprocessConfig, preprocess
+
+    folder = tmp_path_factory.mktemp("text")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(p for p in library.rglob("*.py") if "site-packages" not in p.parts)
+    texts = [text for p in files if (text := p.read_text("utf-8", "ignore")).isascii()]
+    meta = {"redpajama_set_name": "RedPajamaGithub"}
+    records = (json.dumps({"text": text, "meta": meta}) for text in texts if len(text) > 500)
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("\n".join(records) + "\n")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts[:300] for line in text.splitlines()),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=4096,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    mixture = Mixture(
+        train_tokens=2_000_000, short_keep_ratio=1.0, valid_tokens_per_source=8192, allow_repeat=4
+    )
+    config = PreprocessConfig(
+        inputs=[corpus], tokenizer=folder / "tokenizer.model", mixture=mixture
+    )
+    preprocess(config, folder / "data")
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def train_on_text(run_job: Callable, text_dataset: Path, tmp_path_factory) -> Callable:
+    """Train 50 steps of 32K tokens on real text from random weights; give the losses."""
+
+    def run(name: str, *flags: str) -> list[float]:
+        log = tmp_path_factory.mktemp(name) / "loss.jsonl"
+        command = ["-m", "megatron_long.pretrain", "--recipe", "tiny_debug", "--allow-repeat"]
+        command += ["--dataset", text_dataset, "--seq-length", "4096", "--global-batch-size", "8"]
+        command += ["--max-position-embeddings", "4096", "--num-layers", "8", "--lr", "3e-4"]
+        command += ["--hidden-size", "1024", "--ffn-hidden-size", "2816", "--kv-channels", "128"]
+        command += ["--num-attention-heads", "8", "--num-query-groups", "4", "--min-lr", "3e-4"]
+        command += ["--train-iters", "50", "--loss-log", str(log), *flags]
+        run_job(1, command)
+        return [json.loads(line)["lm loss"] for line in log.read_text().splitlines()]
+
+    return run
+
+
+def test_fp8_follows_bf16_on_real_text(train_on_text):
+    bf16 = train_on_text("bf16")
+    fp8 = train_on_text("fp8", *PRECISIONS["tensorwise"], "--fp8-param-gather")
+    apart = [a / b - 1 for a, b in zip(fp8, bf16, strict=True)]
+    print(
+        f"50 steps, BF16 {bf16[0]:.3f} to {bf16[-1]:.3f}; FP8 apart by {statistics.mean(apart):+.2%} "
+        f"on average, at most {max(map(abs, apart)):.2%}"
+    )
+    assert all(map(math.isfinite, fp8))
+    assert bf16[-1] < bf16[0] - 2
+    blocks = [statistics.mean(apart[i : i + 10]) for i in range(0, 50, 10)]
+    assert max(map(abs, blocks)) < 0.005
