@@ -1,11 +1,12 @@
 """What the machine offers (CUDA, Transformer Engine, Apex), and the Megatron flags that follow from it."""
 
-import importlib.metadata
 import importlib.util
 import os
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from megatron_long.model.flash_attention import installed_versions
 
 HOST_ARGV = (
     "--distributed-backend gloo",
@@ -94,7 +95,7 @@ def detect_backend() -> Backend:
         cuda=True,
         transformer_engine=_has("transformer_engine"),
         apex=_has("fused_weight_gradient_mlp_cuda"),
-        flash_attention=_has_flash_attention() and torch.cuda.get_device_capability() == (9, 0),
+        flash_attention=bool(installed_versions()) and torch.cuda.get_device_capability() == (9, 0),
     )
 
 
@@ -114,17 +115,6 @@ def join_or_start_job() -> int:
         os.environ.update({name: str(value) for name, value in alone.items()})
         os.environ["MASTER_ADDR"] = "localhost"
     return int(os.environ["WORLD_SIZE"])
-
-
-def _has_flash_attention() -> bool:
-    """Whether Transformer Engine will find FlashAttention 3 (built from source) or 4 (PyPI)."""
-    for name in ("flash-attn-3", "flash-attn-4"):
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return True
-    return False
 
 
 def _has(module: str) -> bool:

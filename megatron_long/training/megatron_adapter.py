@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from megatron_long.errors import ConfigError
+from megatron_long.model.flash_attention import mend_windows
 from megatron_long.training import host_backend
 
 SUPPORTED_VERSIONS = ("0.19.",)
@@ -136,6 +137,7 @@ def install_patches(
         output_layer_is_called: False where an output processor takes the layer's place in training.
     """
     check_version()
+    mend_windows()
     # The wheel ships the compiled helpers but no Makefile: compile_helpers() would end the process.
     helpers: Any = importlib.import_module("megatron.core.datasets.utils")
     helpers.compile_helpers = lambda: None

@@ -1,8 +1,8 @@
 """FP8 linears with BF16 attention: what later tokens do to earlier losses, and the loss on real text.
 
 Tensorwise scaling takes one scale for all tokens of a tensor, so a later token can move the rounding of
-an earlier one; that is noise of FP8's size, measured here against the distance of FP8 from BF16.
-Blockwise scaling has a scale for every token, and attention has none.
+an earlier one: by no more than that rounding itself, which is the distance of FP8 from BF16. Blockwise
+scaling has a scale for every token, and attention has none: there nothing may move.
 """
 
 import json
@@ -18,8 +18,6 @@ import torch
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 FP8 = ("--fp8-format", "hybrid", "--fp8-recipe")
 PRECISIONS = {"bf16": (), "tensorwise": (*FP8, "tensorwise"), "blockwise": (*FP8, "blockwise")}
-LIMITS = {"bf16": 0.0, "tensorwise": 0.05, "blockwise": 0.0}
-"""Nats by which a change of later tokens may move the loss of an earlier one."""
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,20 +25,37 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.fixture(scope="module")
+def score(
+    run_job: Callable, megatron_model: Path, tmp_path_factory
+) -> Callable[[int, str], torch.Tensor]:
+    """Losses [4, 256] of the first halves of four windows that differ in their second halves."""
+    folder = tmp_path_factory.mktemp("scores")
+
+    def run(cp: int, precision: str) -> torch.Tensor:
+        output = folder / f"{cp}_{precision}.pt"
+        if not output.exists():
+            flags = ("--context-parallel-size", str(cp), *PRECISIONS[precision])
+            run_job(cp, ["tests/gpu/causality_worker.py", megatron_model, output, *flags])
+        return torch.load(output)
+
+    return run
+
+
 @pytest.mark.parametrize("cp", [1, 2, 4])
-def test_later_tokens_leave_earlier_losses(cp, precision, run_job, megatron_model, tmp_path):
+def test_later_tokens_leave_earlier_losses(cp, score):
     if cp > NUM_GPUS:
         pytest.skip(f"{NUM_GPUS} CUDA devices")
-    output = tmp_path / "losses.pt"
-    flags = ("--context-parallel-size", str(cp), *PRECISIONS[precision])
-    run_job(cp, ["tests/gpu/causality_worker.py", megatron_model, output, *flags])
-    losses = torch.load(output)
-    moved = float((losses - losses[0]).abs().max())
-    print(f"CP{cp} {precision}: earlier losses moved by at most {moved:.1e} nats")
-    assert torch.isfinite(losses).all()
-    assert losses.std(dim=1).min() > 0.01  # losses of different tokens, not a constant
-    assert moved <= LIMITS[precision]
+    losses = {precision: score(cp, precision) for precision in PRECISIONS}
+    moved = {name: float((found - found[0]).abs().max()) for name, found in losses.items()}
+    noise = float((losses["tensorwise"] - losses["bf16"]).abs().max())
+    print(f"CP{cp}: earlier losses moved by {moved} nats; tensorwise is {noise:.1e} from BF16")
+    for found in losses.values():
+        assert torch.isfinite(found).all()
+        assert found.std(dim=1).min() > 0.01  # losses of different tokens, not a constant
+    assert moved["bf16"] == 0
+    assert moved["blockwise"] == 0
+    assert moved["tensorwise"] <= noise
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +100,9 @@ def train_on_text(run_job: Callable, text_dataset: Path, tmp_path_factory) -> Ca
         log = tmp_path_factory.mktemp(name) / "loss.jsonl"
         command = ["-m", "megatron_long.pretrain", "--recipe", "tiny_debug", "--allow-repeat"]
         command += ["--dataset", text_dataset, "--seq-length", "4096", "--global-batch-size", "8"]
-        command += ["--max-position-embeddings", "4096", "--num-layers", "8", "--lr", "3e-4"]
+        command += ["--max-position-embeddings", "4096", "--num-layers", "8", "--lr", "1e-3"]
         command += ["--hidden-size", "1024", "--ffn-hidden-size", "2816", "--kv-channels", "128"]
-        command += ["--num-attention-heads", "8", "--num-query-groups", "4", "--min-lr", "3e-4"]
+        command += ["--num-attention-heads", "8", "--num-query-groups", "4", "--min-lr", "1e-3"]
         command += ["--train-iters", "50", "--loss-log", str(log), *flags]
         run_job(1, command)
         return [json.loads(line)["lm loss"] for line in log.read_text().splitlines()]
@@ -104,6 +119,6 @@ def test_fp8_follows_bf16_on_real_text(train_on_text):
         f"on average, at most {max(map(abs, apart)):.2%}"
     )
     assert all(map(math.isfinite, fp8))
-    assert bf16[-1] < bf16[0] - 2
+    assert bf16[-1] < bf16[0] - 1
     blocks = [statistics.mean(apart[i : i + 10]) for i in range(0, 50, 10)]
     assert max(map(abs, blocks)) < 0.005

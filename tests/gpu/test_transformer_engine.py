@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_long.model.flash_attention import installed_versions
+
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 BF16_TOLERANCE = 0.02
 """Nats; BF16 keeps 8 bits of a loss of about 6."""
@@ -67,6 +69,18 @@ def test_layouts_agree(flags, train, reference, tmp_path):
 def test_portable_attention_cuts_sequences_over_nccl(train, reference, tmp_path):
     seen = train(2, tmp_path, *layout(cp=2), *PORTABLE)
     assert largest_difference(seen, reference) < BF16_TOLERANCE
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(NUM_GPUS < 2, reason="one CUDA device")
+@pytest.mark.skipif(not installed_versions(), reason="neither FlashAttention 3 nor 4 is installed")
+@pytest.mark.parametrize("kind", ["p2p", "a2a"])
+def test_flash_attention_agrees_with_cudnn(kind, train, tmp_path):
+    losses = []
+    for backend in ("fused", "flash"):
+        flags = (*layout(cp=2, kind=kind), "--attention-backend", backend)
+        losses.append(train(2, tmp_path / backend, *flags))
+    assert largest_difference(*losses) < BF16_TOLERANCE
 
 
 def test_checkpoint_of_transformer_engine_scores_and_exports(
