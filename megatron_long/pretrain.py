@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 PROGRAM_START = time.time()
 
@@ -24,6 +24,7 @@ from megatron_long.model.geometry import LlamaGeometry, geometry_from_args, geom
 from megatron_long.training.arguments import (
     LongContextArguments,
     check_checkpoint,
+    check_documents,
     check_files,
     check_layout,
     check_paths,
@@ -100,6 +101,7 @@ def parse(
     check_files(arguments, args)
     check_layout(args, world_size)
     check_rope(args)
+    check_documents(arguments, args)
     if arguments.dataset:
         check_dataset(read_manifest(Path(arguments.dataset)), args)
     return arguments, args
@@ -188,14 +190,26 @@ def _train(arguments: LongContextArguments, args: argparse.Namespace) -> None:
     from megatron_long.training.datasets import dataset_provider
     from megatron_long.training.loss import chunked_loss
 
+    masking = attention_format(args) if arguments.document_masking else None
     settings = StepSettings(
         args.micro_batch_size,
         args.eval_micro_batch_size,
         args.seq_length,
         None if arguments.megatron_loss else partial(chunked_loss, _vocab_size(arguments, args)),
+        masking,
+        args.tensor_model_parallel_size if args.sequence_parallel else 1,
     )
     provider = dataset_provider(arguments, args)
-    megatron_adapter.run_pretrain(args, provider, partial(forward_step, settings), PROGRAM_START)
+    step = partial(forward_step, settings)
+    # Padded documents make micro-batches of different lengths, and pipeline stages must tell each other.
+    megatron_adapter.run_pretrain(
+        args, provider, step, PROGRAM_START, lengths_vary=masking == "thd"
+    )
+
+
+def attention_format(args: argparse.Namespace) -> Literal["sbhd", "thd"]:
+    """How masks between documents are given to the attention in use, see `training.documents`."""
+    return "thd" if args.transformer_impl == "transformer_engine" else "sbhd"
 
 
 class _LossLog:

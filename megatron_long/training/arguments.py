@@ -38,6 +38,10 @@ class LongContextArguments:
     allow_repeat: bool = False
     """Read the dataset again from its start when the run asks for more tokens than it holds."""
 
+    document_masking: bool = False
+    """No attention between the documents of a window, and no loss on the token that would predict
+    another document's first; the windows themselves stay the same. Needs --dataset."""
+
     megatron_loss: bool = False
     """Take Megatron's own output layer and cross entropy, which build the full logits, instead of
     the chunked ones."""
@@ -157,11 +161,37 @@ def check_files(arguments: LongContextArguments, args: Namespace) -> None:
         args.pretrained_checkpoint is None
     ):  # with it, Megatron starts from there until --load has one
         check_checkpoint(args.load, "--load")
+
+
+def check_documents(arguments: LongContextArguments, args: Namespace) -> None:
+    """Refuse masks between documents that cannot be had, and Megatron's own flags for them.
+
+    Raises: ConfigError: names the flag and what to give instead.
+    """
     if args.reset_attention_mask or args.reset_position_ids:
         raise ConfigError(
             "--reset-attention-mask and --reset-position-ids build a dense mask, 64 GiB at 131072 "
-            "tokens; drop them (the recipe does not mask between documents)"
+            "tokens; give --document-masking, or drop them (the recipe does not mask between documents)"
         )
+    if args.dataloader_inter_document_masking:
+        raise ConfigError(
+            "--dataloader-inter-document-masking is wrong under context parallelism (it cuts the whole "
+            "window between ranks, while its offsets are those of documents); give --document-masking"
+        )
+    if not arguments.document_masking:
+        return
+    if not arguments.dataset:
+        raise ConfigError(
+            "--document-masking needs to know where documents begin: give --dataset with a folder of "
+            "tools/preprocess_mix.py in the place of other data"
+        )
+    for flag in ("micro_batch_size", "eval_micro_batch_size"):
+        size = getattr(args, flag)
+        if size not in (None, 1):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} {size} with --document-masking: a micro-batch is one window "
+                "there; give 1"
+            )
 
 
 def check_rope(args: Namespace) -> None:

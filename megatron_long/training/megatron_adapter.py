@@ -188,16 +188,27 @@ def install_patches(
 
 
 def run_pretrain(
-    args: Namespace, dataset_provider: Callable, forward_step: Callable, program_start: float
+    args: Namespace,
+    dataset_provider: Callable,
+    forward_step: Callable,
+    program_start: float,
+    *,
+    lengths_vary: bool = False,
 ) -> None:
-    """Run Megatron's training loop to its end, and leave the process group."""
+    """Run Megatron's training loop to its end, and leave the process group.
+
+    Args:
+        lengths_vary: Whether micro-batches may differ in length.
+    """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.training import set_startup_timestamps
 
     set_startup_timestamps(program_start=program_start, main_entry=program_start)
-    container = pretrain_cfg_container_from_args(args, build_model_config(args))
+    config = build_model_config(args)
+    config.variable_seq_lengths = lengths_vary
+    container = pretrain_cfg_container_from_args(args, config)
     pretrain(container, dataset_provider, ModelType.encoder_or_decoder, forward_step)
     leave_process_group()
 

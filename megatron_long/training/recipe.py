@@ -31,7 +31,7 @@ class ParallelLayout:
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
-    context_communication: Literal["p2p", "a2a", "allgather", "a2a+p2p"] = "p2p"
+    context_communication: Literal["p2p", "a2a", "all_gather", "a2a+p2p"] = "p2p"
     """How keys and values travel between context-parallel ranks (Transformer Engine only)."""
 
     @property
