@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,40 @@ def tiny_dataset(
     config = PreprocessConfig(inputs=[tiny_corpus], tokenizer=tiny_tokenizer, mixture=mixture)
     preprocess(config, output)
     return output
+
+
+@pytest.fixture(scope="session")
+def make_dataset(
+    tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path
+) -> Callable[[Sequence[int]], Path]:
+    """Write a dataset of random documents with these lengths, each ending in EOD: `make_dataset([5, 1])`."""
+    import numpy as np
+
+    from megatron_long.data.indexed import IndexedDatasetWriter
+    from megatron_long.data.manifest import read_manifest, write_manifest
+
+    def make(lengths: Sequence[int]) -> Path:
+        folder = tmp_path_factory.mktemp("documents") / "data"
+        shutil.copytree(tiny_dataset, folder)
+        manifest = read_manifest(tiny_dataset)
+        generator = np.random.default_rng(0)
+        for name in ("train.bin", "train.idx"):
+            (folder / name).unlink()
+        with IndexedDatasetWriter(folder / "train", "<u2") as writer:
+            for length in lengths:
+                tokens = generator.integers(3, 300, length)
+                tokens[-1] = manifest.tokenizer.eod_id
+                writer.add_document(tokens)
+            writer.finalize()
+        files = {
+            name: replace(info, size_bytes=(folder / name).stat().st_size)
+            for name, info in manifest.train.files.items()
+        }
+        train = replace(manifest.train, num_tokens=sum(lengths), files=files)
+        write_manifest(folder, replace(manifest, train=train))
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -13,21 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_long.errors import ConfigError
+from megatron_long.model.rope import PLAIN_ROPE, BaseRope, rope_from_arguments, rope_from_hf
 
 CONFIG_NAME = "config.json"
 KNOWN_ARCHITECTURES = ("LlamaForCausalLM",)
 VOCABULARY_MULTIPLE = 128
 """Megatron's default padding, taken without tensor parallelism: one shape for every layout."""
-
-LLAMA3_SCALING = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-"""The one Llama-3 RoPE scaling that Megatron-Core computes from its flags (1.0, 4.0 and 8192 are
-hard-coded there, and the factor given by flag does not reach it)."""
-
 
 _POSITIVE_FIELDS = (
     "num_layers",
@@ -66,8 +57,8 @@ class LlamaGeometry:
     """Longest context, in tokens."""
     tie_embeddings: bool
     """Whether the output layer is the embedding."""
-    use_rope_scaling: bool = False
-    """Llama-3.1's RoPE scaling (`LLAMA3_SCALING`)."""
+    rope: BaseRope = PLAIN_ROPE
+    """How RoPE is scaled beside its base."""
     init_method_std: float = 0.02
     attention_dropout: float = 0.0
 
@@ -110,7 +101,6 @@ class LlamaGeometry:
             "--kv-channels": self.kv_channels,
             "--padded-vocab-size": self.padded_vocab_size,
             "--max-position-embeddings": self.max_position_embeddings,
-            "--position-embedding-type": "rope",
             "--rotary-base": int(self.rotary_base),
             "--normalization": "RMSNorm",
             "--norm-epsilon": self.norm_epsilon,
@@ -119,18 +109,14 @@ class LlamaGeometry:
             "--hidden-dropout": 0.0,
         }
         argv = [word for flag, value in values.items() for word in (flag, str(value))]
+        argv += self.rope.to_argv()
         argv += ["--group-query-attention", "--swiglu", "--disable-bias-linear"]
         if not self.tie_embeddings:
             argv.append("--untie-embeddings-and-output-weights")
-        if self.use_rope_scaling:
-            argv.append("--use-rope-scaling")
         return argv
 
     def to_hf_config(self) -> dict[str, Any]:
         """Give the Hugging Face configuration of this shape, in the spellings of transformers 4 and 5."""
-        scaling: dict[str, Any] = {"rope_type": "default"}
-        if self.use_rope_scaling:
-            scaling = {"rope_type": "llama3", **LLAMA3_SCALING}
         return {
             "architectures": [KNOWN_ARCHITECTURES[0]],
             "model_type": "llama",
@@ -142,13 +128,20 @@ class LlamaGeometry:
             "head_dim": self.kv_channels,
             "vocab_size": self.vocab_size,
             "rms_norm_eps": self.norm_epsilon,
-            "rope_theta": self.rotary_base,
-            "rope_scaling": scaling if self.use_rope_scaling else None,
-            "rope_parameters": {**scaling, "rope_theta": self.rotary_base},
-            "max_position_embeddings": self.max_position_embeddings,
+            **self.to_hf_rope(),
             "tie_word_embeddings": self.tie_embeddings,
             "initializer_range": self.init_method_std,
             "attention_dropout": self.attention_dropout,
+        }
+
+    def to_hf_rope(self) -> dict[str, Any]:
+        """Give the entries of `to_hf_config` that a stretch changes."""
+        scaling = self.rope.to_hf()
+        return {
+            "max_position_embeddings": self.max_position_embeddings,
+            "rope_theta": self.rotary_base,
+            "rope_scaling": None if type(self.rope) is BaseRope else scaling,
+            "rope_parameters": {**scaling, "rope_theta": self.rotary_base},
         }
 
 
@@ -160,6 +153,7 @@ def geometry_from_args(args: Namespace, vocab_size: int | None = None) -> LlamaG
         vocab_size: Real tokens of the vocabulary; None counts the padded rows as real.
     """
     heads = args.num_attention_heads
+    has_rope = args.position_embedding_type in ("rope", "yarn")
     return LlamaGeometry(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -173,7 +167,7 @@ def geometry_from_args(args: Namespace, vocab_size: int | None = None) -> LlamaG
         rotary_base=float(args.rotary_base),
         max_position_embeddings=args.max_position_embeddings,
         tie_embeddings=not args.untie_embeddings_and_output_weights,
-        use_rope_scaling=args.use_rope_scaling,
+        rope=rope_from_arguments(args) if has_rope else PLAIN_ROPE,
         init_method_std=args.init_method_std,
         attention_dropout=args.attention_dropout,
     )
@@ -228,7 +222,8 @@ def geometry_from_config(config: Mapping[str, Any], *, name: str = CONFIG_NAME) 
     Source: `transformers` 5.23, `LlamaConfig`.
     """
     _refuse_unsupported(config, name)
-    rotary_base, use_rope_scaling = _read_rope(config, name)
+    max_position_embeddings = _whole(config, "max_position_embeddings", name, default=2048)
+    rotary_base, rope = _read_rope(config, max_position_embeddings, name)
     hidden_size = _whole(config, "hidden_size", name)
     num_heads = _whole(config, "num_attention_heads", name)
     vocab_size = _whole(config, "vocab_size", name)
@@ -243,9 +238,9 @@ def geometry_from_config(config: Mapping[str, Any], *, name: str = CONFIG_NAME) 
         padded_vocab_size=pad_vocab_size(vocab_size),
         norm_epsilon=_number(config, "rms_norm_eps", name, default=1e-6),
         rotary_base=rotary_base,
-        max_position_embeddings=_whole(config, "max_position_embeddings", name, default=2048),
+        max_position_embeddings=max_position_embeddings,
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        use_rope_scaling=use_rope_scaling,
+        rope=rope,
         init_method_std=_number(config, "initializer_range", name, default=0.02),
         attention_dropout=_number(config, "attention_dropout", name, default=0.0),
     )
@@ -276,25 +271,17 @@ def _refuse_unsupported(config: Mapping[str, Any], name: str) -> None:
             )
 
 
-def _read_rope(config: Mapping[str, Any], name: str) -> tuple[float, bool]:
-    """Give the RoPE base, and whether Llama-3.1's scaling is on."""
+def _read_rope(
+    config: Mapping[str, Any], max_position_embeddings: int, name: str
+) -> tuple[float, BaseRope]:
+    """Give the RoPE base, and how RoPE is scaled."""
     parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = parameters.get("rope_theta", config.get("rope_theta"))
     base = _number({"rope_theta": theta}, "rope_theta", name, default=10000.0)
-    if (config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ConfigError(
-            f"{name}: partial_rotary_factor is {config['partial_rotary_factor']}; it must be 1.0"
-        )
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return base, False
-    if kind == "llama3" and all(parameters.get(k) == v for k, v in LLAMA3_SCALING.items()):
-        return base, True
-    shown = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    raise ConfigError(
-        f"{name}: RoPE scaling {shown} is not supported; supported: none (rope_type default), or "
-        f"rope_type llama3 with {LLAMA3_SCALING}"
-    )
+    for share in (config.get("partial_rotary_factor"), parameters.get("partial_rotary_factor")):
+        if (share or 1.0) != 1.0:
+            raise ConfigError(f"{name}: partial_rotary_factor is {share}; it must be 1.0")
+    return base, rope_from_hf(parameters, max_position_embeddings, name)
 
 
 def _number(config: Mapping[str, Any], key: str, name: str, *, default: float) -> float:

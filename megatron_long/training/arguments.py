@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_long.errors import ConfigError
+from megatron_long.model.rope import rope_from_arguments
 from megatron_long.training.checkpoint_folder import TRACKER_NAME
 
 
@@ -23,8 +24,23 @@ class LongContextArguments:
     """Folder that tools/preprocess_mix.py wrote; windows of --seq-length tokens are read in file
     order. Instead of --data-path."""
 
+    rope_method: str | None = None
+    """How RoPE reaches the longer context: base (the recipe's or --rotary-base), linear, yarn or llama3,
+    these three over the model's own base; by default base, or what the model's configuration has."""
+
+    rope_factor: float | None = None
+    """Stretch of --rope-method linear, yarn or llama3; by default --seq-length over
+    --rope-original-length, rounded up."""
+
+    rope_original_length: int | None = None
+    """Tokens that the model was trained on before the stretch; by default what its configuration says."""
+
     allow_repeat: bool = False
     """Read the dataset again from its start when the run asks for more tokens than it holds."""
+
+    document_masking: bool = False
+    """No attention between the documents of a window, and no loss on the token that would predict
+    another document's first; the windows themselves stay the same. Needs --dataset."""
 
     megatron_loss: bool = False
     """Take Megatron's own output layer and cross entropy, which build the full logits, instead of
@@ -145,11 +161,46 @@ def check_files(arguments: LongContextArguments, args: Namespace) -> None:
         args.pretrained_checkpoint is None
     ):  # with it, Megatron starts from there until --load has one
         check_checkpoint(args.load, "--load")
+
+
+def check_documents(arguments: LongContextArguments, args: Namespace) -> None:
+    """Refuse masks between documents that cannot be had, and Megatron's own flags for them.
+
+    Raises: ConfigError: names the flag and what to give instead.
+    """
     if args.reset_attention_mask or args.reset_position_ids:
         raise ConfigError(
             "--reset-attention-mask and --reset-position-ids build a dense mask, 64 GiB at 131072 "
-            "tokens; drop them (the recipe does not mask between documents)"
+            "tokens; give --document-masking, or drop them (the recipe does not mask between documents)"
         )
+    if args.dataloader_inter_document_masking:
+        raise ConfigError(
+            "--dataloader-inter-document-masking is wrong under context parallelism (it cuts the whole "
+            "window between ranks, while its offsets are those of documents); give --document-masking"
+        )
+    if not arguments.document_masking:
+        return
+    if not arguments.dataset:
+        raise ConfigError(
+            "--document-masking needs to know where documents begin: give --dataset with a folder of "
+            "tools/preprocess_mix.py in the place of other data"
+        )
+    for flag in ("micro_batch_size", "eval_micro_batch_size"):
+        size = getattr(args, flag)
+        if size not in (None, 1):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} {size} with --document-masking: a micro-batch is one window "
+                "there; give 1"
+            )
+
+
+def check_rope(args: Namespace) -> None:
+    """Refuse RoPE flags that contradict each other, or that no Hugging Face Llama can carry.
+
+    Raises: ConfigError: see `rope_from_arguments`.
+    """
+    if args.position_embedding_type in ("rope", "yarn"):
+        rope_from_arguments(args).to_arguments()
 
 
 def check_checkpoint(folder: str | None, flag: str) -> None:

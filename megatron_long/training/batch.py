@@ -14,8 +14,10 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_long.model.attention import zigzag_shard
+from megatron_long.training.documents import AttentionFormat, offsets_of, split_batch
 
 LOSS_KEY = "lm loss"
+PADDING_KEY = "padding share"
 FIELDS = {
     "tokens": torch.int64,
     "labels": torch.int64,
@@ -23,6 +25,8 @@ FIELDS = {
     "position_ids": torch.int64,
 }
 """What the model needs of a sample, as stock `GPTDataset` and `PackedDataset` name it."""
+STARTS_FIELD = "document_starts"
+"""Whether a document begins at a token, which `PackedDataset` tells where documents are masked."""
 
 
 @dataclass(frozen=True)
@@ -34,40 +38,84 @@ class StepSettings:
     seq_length: int
     output_processor: Callable[..., Tensor] | None = None
     """Takes the place of Megatron's output layer and loss, see `training.loss`."""
+    document_masking: AttentionFormat | None = None
+    """Attention that is given masks between documents; None for none, see `training.documents`."""
+    sequence_parallel_size: int = 1
+    """Tensor-parallel ranks that a sequence is cut over, beside the context-parallel ones."""
+
+
+@dataclass
+class Batch:
+    """This rank's part of a micro-batch; all None on an inner pipeline stage."""
+
+    tensors: dict[str, Any]
+    """Each of `FIELDS` as [b, s/cp], or [1, t/cp] with padded documents."""
+    packed_seq_params: Any = None
+    """Megatron's `PackedSeqParams` where documents are masked, on every stage."""
+    num_padding: int | None = None
+    """Padding among this rank's tokens; None where nothing is padded."""
 
 
 def get_batch(
-    iterator: Iterator | None, size: tuple[int, int], vp_stage: int | None
-) -> dict[str, Any]:
+    iterator: Iterator | None,
+    size: tuple[int, int],
+    vp_stage: int | None,
+    settings: StepSettings,
+) -> Batch:
     """This rank's part of the next micro-batch.
 
     Tensor-parallel rank 0 reads and broadcasts to its group; each context-parallel rank keeps its two
-    chunks of the window. Pipeline stages between the first and the last get nothing, as they need none.
+    chunks of the window, or of each document. Pipeline stages between the first and the last need no
+    more than the documents.
 
     Args:
         size: (b, s) of the micro-batch before it is cut.
-    Returns: Each of `FIELDS` as [b, s/cp], or None on an inner stage.
     """
-    if not _is_edge_stage(vp_stage):
-        return dict.fromkeys(FIELDS)
-    group = parallel_state.get_tensor_model_parallel_group()
-    source = parallel_state.get_tensor_model_parallel_src_rank()
+    is_edge = _is_edge_stage(vp_stage)
+    masking = settings.document_masking
+    if not is_edge and masking is None:
+        return Batch(dict.fromkeys(FIELDS))
     sample = None
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         assert iterator is not None
         sample = next(iterator)
-    device = torch.cuda.current_device()
+    whole = {
+        name: _share(sample, name, dtype, size)
+        for name, dtype in (FIELDS if is_edge else {}).items()
+    }
     rank = parallel_state.get_context_parallel_rank()
     cp = parallel_state.get_context_parallel_world_size()
-    batch: dict[str, Tensor] = {}
-    for name, dtype in FIELDS.items():
-        if sample is not None:
-            whole = sample[name].to(device=device, dtype=dtype, non_blocking=True)
-        else:
-            whole = torch.empty(size, dtype=dtype, device=device)
-        torch.distributed.broadcast(whole, source, group=group)
-        batch[name] = zigzag_shard(whole, rank, cp, dim=1)
-    return batch
+    if masking is None:
+        return Batch(
+            {name: zigzag_shard(tensor, rank, cp, dim=1) for name, tensor in whole.items()}
+        )
+    starts = _share(sample, STARTS_FIELD, torch.uint8, size)
+    tensors, packed, num_padding = split_batch(
+        whole or {STARTS_FIELD: starts},
+        offsets_of(starts[0]),
+        masking,
+        rank=rank,
+        cp=cp,
+        tp=settings.sequence_parallel_size,
+    )
+    if not is_edge:
+        return Batch(dict.fromkeys(FIELDS), packed)
+    return Batch(tensors, packed, num_padding if masking == "thd" else None)
+
+
+def _share(
+    sample: dict[str, Tensor] | None, name: str, dtype: torch.dtype, size: tuple[int, int]
+) -> Tensor:
+    """A field of the sample that tensor-parallel rank 0 has read, on every rank of its group."""
+    device = torch.cuda.current_device()
+    if sample is not None:
+        whole = sample[name].to(device=device, dtype=dtype, non_blocking=True)
+    else:
+        whole = torch.empty(size, dtype=dtype, device=device)
+    source = parallel_state.get_tensor_model_parallel_src_rank()
+    group = parallel_state.get_tensor_model_parallel_group()
+    torch.distributed.broadcast(whole, source, group=group)
+    return whole
 
 
 def _is_edge_stage(vp_stage: int | None) -> bool:
@@ -76,11 +124,14 @@ def _is_edge_stage(vp_stage: int | None) -> bool:
     ) or parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
 
 
-def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_function(
+    loss_mask: Tensor, num_padding: int | None, losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum the token losses of a micro-batch, as Megatron's token-weighted reduction wants them.
 
     Args:
         loss_mask: Weight of each token [b, s/cp], float32.
+        num_padding: Of these tokens, for the log; None leaves it out.
         losses: Token losses [b, s/cp], nats, or their masked sum (a scalar).
     Returns: Loss sum, number of tokens, and both together for the log, each of this rank's shard.
     """
@@ -88,7 +139,10 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
     total = losses if losses.dim() == 0 else torch.sum(losses.reshape(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
     report = torch.stack([total.detach(), num_tokens.to(total.dtype)])
-    return total, num_tokens, {LOSS_KEY: report}
+    reports = {LOSS_KEY: report}
+    if num_padding is not None:
+        reports[PADDING_KEY] = report.new_tensor([num_padding, mask.numel()])
+    return total, num_tokens, reports
 
 
 def forward_step(
@@ -101,13 +155,17 @@ def forward_step(
     """
     rows = settings.micro_batch_size if model.training else settings.eval_micro_batch_size
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
-    batch = get_batch(iterator, (rows, settings.seq_length), vp_stage)
+    batch = get_batch(iterator, (rows, settings.seq_length), vp_stage, settings)
+    tensors = batch.tensors
     output = model(
-        batch["tokens"],
-        batch["position_ids"],
+        tensors["tokens"],
+        tensors["position_ids"],
         None,  # no dense mask: attention is causal
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
+        labels=tensors["labels"],
+        loss_mask=tensors["loss_mask"],
+        packed_seq_params=batch.packed_seq_params,
         output_processor=settings.output_processor,
     )
-    return output, partial(loss_function, batch["loss_mask"])
+    # A validation loss is the only figure that Megatron's evaluation expects.
+    num_padding = batch.num_padding if model.training else None
+    return output, partial(loss_function, tensors["loss_mask"], num_padding)

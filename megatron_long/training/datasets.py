@@ -47,7 +47,7 @@ def dataset_provider(arguments: LongContextArguments, args: Namespace) -> Callab
 
     def provide(num_samples: NumSamples, vp_stage: int | None = None) -> tuple:
         if arguments.dataset:
-            if not _reads_data():
+            if not (_is_reader() if arguments.document_masking else _reads_data()):
                 return None, None, None
             return _mixed_datasets(Path(arguments.dataset), arguments, args, num_samples)
         return _stock_datasets(args, num_samples)
@@ -58,7 +58,11 @@ def dataset_provider(arguments: LongContextArguments, args: Namespace) -> Callab
 
 def _reads_data() -> bool:
     is_edge = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
-    return is_edge and parallel_state.get_tensor_model_parallel_rank() == 0
+    return is_edge and _is_reader()
+
+
+def _is_reader() -> bool:
+    return parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def _mixed_datasets(
@@ -71,16 +75,28 @@ def _mixed_datasets(
         args.seq_length,
         num_samples=train_samples,
         eod_id=eod_id,
+        mask_documents=arguments.document_masking,
         allow_repeat=arguments.allow_repeat,
     )
     valid = None
     if args.eval_iters or args.full_validation:
-        valid = validation_dataset(folder, args.seq_length, eod_id, valid_samples)
+        valid = validation_dataset(
+            folder,
+            args.seq_length,
+            eod_id,
+            valid_samples,
+            mask_documents=arguments.document_masking,
+        )
     return train, valid, None
 
 
 def validation_dataset(
-    folder: Path, seq_length: int, eod_id: int | None, num_samples: int | None
+    folder: Path,
+    seq_length: int,
+    eod_id: int | None,
+    num_samples: int | None,
+    *,
+    mask_documents: bool = False,
 ) -> RoundRobinDataset:
     """Windows of the held-out documents of every source in turn.
 
@@ -89,7 +105,7 @@ def validation_dataset(
     valid = read_manifest(folder).valid
     prefixes = [folder / valid[source].prefix for source in sorted(valid)]
     datasets = [
-        PackedDataset(prefix, seq_length, eod_id=eod_id)
+        PackedDataset(prefix, seq_length, eod_id=eod_id, mask_documents=mask_documents)
         for prefix in prefixes
         if IndexedDatasetReader(prefix).num_tokens > seq_length
     ]

@@ -9,7 +9,8 @@ import torch
 from megatron_long.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_long.conversion.mapping import checkpoint_shape, rules_of
 from megatron_long.conversion.megatron_folder import extra_states
-from megatron_long.model.geometry import LLAMA3_SCALING, geometry_from_hf
+from megatron_long.model.geometry import geometry_from_hf
+from megatron_long.model.rope import LinearRope, Llama3Rope, YarnRope
 
 TOLERANCE = 1e-4
 PROGRAM = Path(__file__).with_name("megatron_logits.py")
@@ -17,7 +18,13 @@ LLAMAS = {
     "untied": {},
     "tied": {"tied": True},
     "llama3-scaling": {
-        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_SCALING}
+        "rope_parameters": Llama3Rope(factor=32.0, original_max_position_embeddings=48).to_hf()
+        | {"rope_theta": 5e5}
+    },
+    "linear-scaling": {"rope_parameters": LinearRope(factor=4).to_hf() | {"rope_theta": 5e5}},
+    "yarn": {
+        "rope_parameters": YarnRope(factor=8, original_max_position_embeddings=64).to_hf()
+        | {"rope_theta": 5e5}
     },
     "wide-heads": {"head_dim": 16, "num_key_value_heads": 8},
 }
@@ -154,3 +161,30 @@ def test_export_after_training_in_a_layout(
     print(f"trained: largest difference {difference:.1e}")
     assert difference <= TOLERANCE
     assert (exported - hf_logits(source, tokens)).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.slow
+def test_export_after_training_with_yarn(
+    make_llama, megatron_run, run_job, tiny_dataset, tokens, tmp_path
+):
+    """`--rope-method` reaches training, the sidecar, the checkpoint and the export; so does a resume."""
+    source = make_llama(max_position_embeddings=64)
+    hf_to_megatron(source, tmp_path / "start")
+    command = ["-m", "megatron_long.pretrain", "--recipe", "tiny_debug", "--rope-method", "yarn"]
+    command += ["--seq-length", "128", "--max-position-embeddings", "128", "--lr", "1e-2"]
+    command += ["--micro-batch-size", "1", "--global-batch-size", "2", "--train-iters", "1"]
+    command += ["--min-lr", "1e-2", "--dataset", tiny_dataset, "--save", tmp_path / "trained"]
+    command += ["--pretrained-checkpoint", tmp_path / "start", "--load", tmp_path / "trained"]
+    for iterations in (1, 2):  # the second goes on from the first
+        more = ["--override-opt-param-scheduler", "--train-iters", iterations]
+        run_job(1, [*command, *more])
+    expected = YarnRope(factor=2.0, original_max_position_embeddings=64)
+    assert geometry_from_hf(tmp_path / "trained/hf_config.json").rope == expected
+    megatron_to_hf(tmp_path / "trained", tmp_path / "hf", verify=True)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["rope_parameters"] == {**expected.to_hf(), "rope_theta": 500_000.0}
+    exported = hf_logits(tmp_path / "hf", tokens)
+    assert largest_difference(megatron_run(tmp_path / "trained"), exported) <= TOLERANCE
+    plain = config | {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}
+    (tmp_path / "hf/config.json").write_text(json.dumps(plain | {"rope_scaling": None}))
+    assert (exported - hf_logits(tmp_path / "hf", tokens)).abs().max() > 100 * TOLERANCE

@@ -1,0 +1,91 @@
+"""Peak memory of one GPU in a training step, in bytes, part by part.
+
+Weights in BF16 (or FP8 twice, for both directions of a product), gradients in FP32, the distributed
+optimizer's three FP32 values a parameter over data- and context-parallel ranks. Activations are counted
+tensor by tensor, as Transformer Engine's layers keep them. Legend: h hidden, f MLP's inner size, d head
+size; everything of a layer is cut by tensor parallelism, as sequence parallelism is on.
+"""
+
+from dataclasses import dataclass, fields
+
+from megatron_long.planning.hardware import GIB
+from megatron_long.planning.run_shape import RunShape
+
+BF16, FP32 = 2, 4
+CHUNKED_LOSS = 4.3 * GIB
+"""Buffers of the chunked loss, measured beyond its inputs; they do not grow with the sequence."""
+OTHER = 0.5 * GIB
+"""Workspaces and what the allocator cannot give away."""
+FP8_SAVED = 0.75
+"""Of a product's saved input, against BF16; fitted."""
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Bytes of one GPU at the peak of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Kept from forward to backward pass."""
+    transient: float
+    """The largest of what comes and goes: a layer's backward pass, or the loss."""
+    other: float = OTHER
+
+    @property
+    def total_gib(self) -> float:
+        """All parts, GiB."""
+        return sum(getattr(self, field.name) for field in fields(self)) / GIB
+
+
+def predict_memory(run: RunShape) -> MemoryParts:
+    """Bytes of the GPU that holds most."""
+    parameters = run.parameters_per_gpu
+    shards = run.data_parallel * run.layout.context
+    windows_kept = min(run.layout.pipeline, run.num_micro_batches)  # 1F1B: the first stage's
+    kept = saved_bytes_per_token(run) * run.tokens_per_gpu * run.layers_per_gpu
+    return MemoryParts(
+        weights=BF16 * parameters,
+        gradients=FP32 * parameters,
+        optimizer=3 * FP32 * parameters / shards,
+        activations=kept * windows_kept,
+        transient=max(_layer_bytes(run), _loss_bytes(run)),
+    )
+
+
+def saved_bytes_per_token(run: RunShape) -> float:
+    """What a layer keeps of each token of a context-parallel rank."""
+    model, tp = run.model, run.layout.tensor
+    hidden = BF16 * model.hidden_size
+    if run.recompute == "full":
+        return hidden / tp
+    product = FP8_SAVED if run.fp8 else 1.0
+    heads = BF16 * model.num_attention_heads * model.kv_channels
+    keys_and_values = 2 * BF16 * model.num_query_groups * model.kv_channels
+    # Input, its norm, queries, keys, values, attention's output twice (before and after it travels
+    # between ranks), and the sum that enters the MLP.
+    saved = hidden + product * hidden + heads + keys_and_values + heads + product * heads + hidden
+    if run.recompute == "none":
+        saved += product * hidden + BF16 * (2 + product) * model.ffn_hidden_size
+    return saved / tp
+
+
+def _layer_bytes(run: RunShape) -> float:
+    """A layer's backward pass: the MLP's values and their gradients, and what a full recompute makes again."""
+    model = run.model
+    # MLP: input, gate and up, their product; and the gradient of each, with the residual's.
+    mlp = BF16 * (3 * model.hidden_size + 6 * model.ffn_hidden_size)
+    again = 0.0
+    if run.recompute == "full":
+        heads = 3 * model.num_attention_heads + 2 * model.num_query_groups
+        again = BF16 * (2 * model.hidden_size + heads * model.kv_channels)
+    return (mlp + again) * run.tokens_per_gpu / run.layout.tensor
+
+
+def _loss_bytes(run: RunShape) -> float:
+    hidden = 2 * BF16 * run.tokens_per_gpu * run.model.hidden_size
+    if not run.full_logits:
+        return CHUNKED_LOSS + hidden
+    columns = run.model.padded_vocab_size / run.layout.tensor
+    return (BF16 + 2 * FP32) * run.tokens_per_gpu * columns  # logits, and twice in FP32

@@ -1,0 +1,103 @@
+"""What is planned: a model, a window, a layout, and how its activations are kept."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from megatron_long.model.geometry import LlamaGeometry
+from megatron_long.training.recipe import ParallelLayout
+
+Recompute = Literal["none", "mlp", "full"]
+RECOMPUTE_FLAGS: dict[Recompute, list[str]] = {
+    # Flags cannot be taken back from a recipe; Transformer Engine's fused norms have nothing to recompute.
+    "none": "--recompute-granularity selective --recompute-modules layernorm".split(),
+    "mlp": "--recompute-granularity selective --recompute-modules layernorm mlp".split(),
+    "full": (
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunShape:
+    """One step of a run. Sizes of the whole model and window; properties give those of one GPU."""
+
+    model: LlamaGeometry
+    seq_length: int
+    num_gpus: int
+    global_batch_size: int
+    """Windows of a step."""
+    layout: ParallelLayout
+    recompute: Recompute = "mlp"
+    fp8: bool = False
+    attention: str = "cudnn"
+    """Key of `ATTENTION_KERNELS`."""
+    full_logits: bool = False
+    """Megatron's own loss (`--megatron-loss`, or stock Megatron)."""
+
+    @property
+    def data_parallel(self) -> int:
+        """Replicas of the model."""
+        return self.num_gpus // self.layout.num_devices
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Windows that each replica takes in a step, one at a time."""
+        return self.global_batch_size // self.data_parallel
+
+    @property
+    def tokens_per_gpu(self) -> int:
+        """Tokens of a window on a context-parallel rank (tensor-parallel ones share these)."""
+        return self.seq_length // self.layout.context
+
+    @property
+    def layers_per_gpu(self) -> int:
+        return self.model.num_layers // self.layout.pipeline
+
+    @cached_property
+    def layer_parameters(self) -> int:
+        """Weights of the matrices of one layer."""
+        model = self.model
+        heads = model.num_attention_heads + 2 * model.num_query_groups
+        attention = model.hidden_size * model.kv_channels * (heads + model.num_attention_heads)
+        return attention + 3 * model.hidden_size * model.ffn_hidden_size
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Of the embedding; the output layer has as many."""
+        return self.model.padded_vocab_size * self.model.hidden_size
+
+    @property
+    def parameters_per_gpu(self) -> float:
+        """Of the fullest pipeline stage (norms are left out: they are 0.003%)."""
+        tables = 1 if self.model.tie_embeddings or self.layout.pipeline > 1 else 2
+        layers = self.layers_per_gpu * self.layer_parameters
+        return (layers + tables * self.embedding_parameters) / self.layout.tensor
+
+    def attention_flops(self) -> float:
+        """Forward pass of causal attention, one window, the whole model."""
+        width = self.model.num_attention_heads * self.model.kv_channels
+        return 2.0 * self.seq_length**2 * width * self.model.num_layers
+
+    def product_flops(self) -> float:
+        """Forward pass of the layers' matrix products, one window, the whole model."""
+        return 2.0 * self.layer_parameters * self.model.num_layers * self.seq_length
+
+    def output_flops(self) -> float:
+        """Forward pass of the output layer, one window."""
+        return 2.0 * self.embedding_parameters * self.seq_length
+
+    def megatron_flops(self) -> float:
+        """A window's training step as Megatron's `--log-throughput` counts it: nothing recomputed."""
+        return 3 * (self.attention_flops() + self.product_flops() + self.output_flops())
+
+    def to_argv(self) -> list[str]:
+        """Flags of megatron_long.pretrain, to be put after a recipe's."""
+        precision = "--fp8-format hybrid --fp8-recipe tensorwise --fp8-param-gather".split()
+        return [
+            *self.layout.to_argv(),
+            *("--seq-length", str(self.seq_length)),
+            *("--global-batch-size", str(self.global_batch_size)),
+            *RECOMPUTE_FLAGS[self.recompute],
+            *(precision if self.fp8 else []),
+        ]
