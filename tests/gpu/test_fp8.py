@@ -100,9 +100,9 @@ def train_on_text(run_job: Callable, text_dataset: Path, tmp_path_factory) -> Ca
         log = tmp_path_factory.mktemp(name) / "loss.jsonl"
         command = ["-m", "megatron_long.pretrain", "--recipe", "tiny_debug", "--allow-repeat"]
         command += ["--dataset", text_dataset, "--seq-length", "4096", "--global-batch-size", "8"]
-        command += ["--max-position-embeddings", "4096", "--num-layers", "8", "--lr", "1e-3"]
+        command += ["--max-position-embeddings", "4096", "--num-layers", "8", "--lr", "3e-4"]
         command += ["--hidden-size", "1024", "--ffn-hidden-size", "2816", "--kv-channels", "128"]
-        command += ["--num-attention-heads", "8", "--num-query-groups", "4", "--min-lr", "1e-3"]
+        command += ["--num-attention-heads", "8", "--num-query-groups", "4", "--min-lr", "3e-4"]
         command += ["--train-iters", "50", "--loss-log", str(log), *flags]
         run_job(1, command)
         return [json.loads(line)["lm loss"] for line in log.read_text().splitlines()]
