@@ -72,7 +72,7 @@ def saved_bytes_per_token(run: RunShape) -> float:
 
 
 def _layer_bytes(run: RunShape) -> float:
-    """A layer's backward pass: the MLP's values, their gradients, and what a full recompute makes again."""
+    """A layer's backward pass: the MLP's values, their gradients, what a full recompute makes again."""
     model = run.model
     # MLP: input, gate and up, their product; and the gradient of each, with the residual's.
     mlp = BF16 * (3 * model.hidden_size + 6 * model.ffn_hidden_size)

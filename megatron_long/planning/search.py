@@ -1,0 +1,166 @@
+"""Every layout that can be cut and fits, fastest first."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_long.errors import ConfigError
+from megatron_long.model.geometry import LlamaGeometry
+from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS_PER_NODE, Gpu
+from megatron_long.planning.memory import MemoryParts, predict_memory
+from megatron_long.planning.run_shape import RECOMPUTE_FLAGS, RunShape
+from megatron_long.planning.step_time import TimeParts, predict_time
+from megatron_long.training.recipe import ParallelLayout
+
+RESERVE_GIB = 4.0
+"""Of a GPU's memory, for CUDA's context, NCCL's buffers and what falls between allocations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is to be trained, and on what."""
+
+    model: LlamaGeometry
+    seq_length: int
+    num_gpus: int
+    gpu: Gpu
+    batch_tokens: int = 4 * 1024 * 1024
+    train_tokens: int = 5_000_000_000
+    precisions: Sequence[str] = ("bf16",)
+    """`bf16`, `fp8`."""
+    attention: str = "cudnn"
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--seq-length", self.seq_length),
+            ("--gpus", self.num_gpus),
+            ("--batch-tokens", self.batch_tokens),
+            ("--train-tokens", self.train_tokens),
+        ):
+            if value < 1:
+                raise ConfigError(f"{flag} {value} must be 1 or more")
+        if self.batch_tokens < self.seq_length:
+            raise ConfigError(
+                f"--batch-tokens {self.batch_tokens} holds no window of --seq-length "
+                f"{self.seq_length}; give at least that many"
+            )
+        if self.attention not in ATTENTION_KERNELS:
+            raise ConfigError(
+                f"--attention {self.attention} is unknown; choose one of {', '.join(ATTENTION_KERNELS)}"
+            )
+        if "fp8" in self.precisions and not self.gpu.fp8_flops:
+            raise ConfigError("--precision fp8: this GPU has none; give --precision bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One way to do a task, and what it takes."""
+
+    run: RunShape
+    memory: MemoryParts
+    time: TimeParts
+    train_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one GPU."""
+        tokens = self.run.global_batch_size * self.run.seq_length
+        return tokens / self.time.total_s / self.run.num_gpus
+
+    @property
+    def tflops(self) -> float:
+        """Of one GPU, by Megatron's count."""
+        return self.tokens_per_second * self.run.megatron_flops() / self.run.seq_length / 1e12
+
+    @property
+    def hours(self) -> float:
+        """For the token budget, without checkpoints and restarts."""
+        return self.train_tokens / (self.tokens_per_second * self.run.num_gpus) / 3600
+
+
+def find_plans(task: Task) -> list[Plan]:
+    """The plans that fit, fastest first; of equally fast ones the one with less memory.
+
+    Raises: ConfigError: none fits, or none can be cut.
+    """
+    plans = [
+        Plan(
+            run=run,
+            memory=predict_memory(run),
+            time=predict_time(run, task.gpu),
+            train_tokens=task.train_tokens,
+        )
+        for run in possible_runs(task)
+    ]
+    if not plans:
+        raise ConfigError(
+            f"no layout of {task.num_gpus} GPUs divides the model and --seq-length {task.seq_length}; give "
+            "a number of GPUs and a length that are multiples of powers of two"
+        )
+    limit = task.gpu.memory_gib - RESERVE_GIB
+    fitting = [plan for plan in plans if plan.memory.total_gib <= limit]
+    if not fitting:
+        least = min(plan.memory.total_gib for plan in plans)
+        raise ConfigError(
+            f"no layout fits: the smallest takes {least:.0f} GiB a GPU and {limit:.0f} are there; give "
+            "more --gpus, a --gpu with more memory, or a shorter --seq-length"
+        )
+    return sorted(fitting, key=lambda plan: (round(plan.hours, 2), plan.memory.total_gib))
+
+
+def possible_runs(task: Task) -> Iterator[RunShape]:
+    """Layouts of powers of two that the model and the window can be cut into, with each recompute."""
+    windows = task.batch_tokens // task.seq_length
+    for tp, cp, pp in itertools.product(_powers(GPUS_PER_NODE), *2 * [_powers(task.num_gpus)]):
+        layout = ParallelLayout(
+            tensor=tp,
+            context=cp,
+            pipeline=pp,
+            context_communication=_communication(task.model, tp, cp),
+        )
+        if not _can_be_cut(task, layout):
+            continue
+        replicas = task.num_gpus // layout.num_devices
+        if windows < replicas:
+            continue
+        for recompute, precision in itertools.product(RECOMPUTE_FLAGS, task.precisions):
+            yield RunShape(
+                model=task.model,
+                seq_length=task.seq_length,
+                num_gpus=task.num_gpus,
+                global_batch_size=windows - windows % replicas,
+                layout=layout,
+                recompute=recompute,
+                fp8=precision == "fp8",
+                attention=task.attention,
+            )
+
+
+def _communication(model: LlamaGeometry, tp: int, cp: int) -> Literal["a2a", "p2p"]:
+    """`a2a` deals out heads of keys and values, and is slow between nodes."""
+    deals = model.num_query_groups % (tp * cp) == 0 and tp * cp <= GPUS_PER_NODE
+    return "a2a" if cp > 1 and deals else "p2p"
+
+
+def _can_be_cut(task: Task, layout: ParallelLayout) -> bool:
+    model, tp, cp = task.model, layout.tensor, layout.context
+    groups = model.num_query_groups
+    rest = (
+        task.num_gpus % layout.num_devices,
+        model.num_attention_heads % tp,
+        model.padded_vocab_size % tp,
+        model.num_layers % layout.pipeline,
+        task.seq_length % ((2 * cp if cp > 1 else 1) * tp),
+        groups % tp and tp % groups,  # fewer groups than ranks are repeated
+    )
+    return not any(rest)
+
+
+def _powers(limit: int) -> list[int]:
+    """Powers of two up to a limit.
+
+    >>> _powers(6)
+    [1, 2, 4]
+    """
+    return [1 << exponent for exponent in range(limit.bit_length())]

@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""List the layouts in which a model can be trained on these GPUs: memory, speed, hours, flags.
+
+Nothing is started and no GPU is needed. How far the predictions were from measurements: docs/planner.md.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from megatron_long.cli import run_tool
+from megatron_long.data.shares import parse_token_count
+from megatron_long.errors import ConfigError
+from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
+from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS, find_gpu
+from megatron_long.planning.search import Plan, Task, find_plans
+from megatron_long.training.recipe import build_recipe
+
+PRECISIONS = {"bf16": ("bf16",), "fp8": ("fp8",), "both": ("bf16", "fp8")}
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
+    task = Task(
+        model=read_model(arguments),
+        seq_length=arguments.seq_length,
+        num_gpus=arguments.gpus,
+        gpu=find_gpu(arguments.gpu),
+        batch_tokens=parse_token_count(arguments.batch_tokens, "--batch-tokens"),
+        train_tokens=parse_token_count(arguments.train_tokens, "--train-tokens"),
+        precisions=PRECISIONS[arguments.precision],
+        attention=arguments.attention,
+    )
+    plans = find_plans(task)[: arguments.top]
+    if arguments.json:
+        print(json.dumps([as_record(plan) for plan in plans], indent=2))
+    else:
+        print(as_table(plans))
+        print("\nFlags of the first, after --recipe or --hf-config:")
+        print(shlex.join(plans[0].run.to_argv()))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--hf-config", type=Path, help="Hugging Face model folder or config.json")
+    add("--recipe", help="recipe whose model is planned, in the place of --hf-config")
+    add("--seq-length", type=int, default=131_072, help="tokens of a window (131072)")
+    add("--gpus", type=int, required=True, help="number of GPUs")
+    add("--gpu", required=True, help=f"kind of GPU: {', '.join(GPUS)}")
+    add("--train-tokens", default="5B", help="token budget (5B)")
+    add("--batch-tokens", default="4194304", help="tokens of an optimizer step (4194304)")
+    add("--precision", choices=PRECISIONS, default="bf16", help="of the linear layers (bf16)")
+    add("--attention", choices=ATTENTION_KERNELS, default="cudnn", help="kernel (cudnn)")
+    add("--top", type=int, default=10, help="layouts to list (10)")
+    add("--json", action="store_true", help="print JSON in the place of a table")
+    return parser
+
+
+def read_model(arguments: argparse.Namespace) -> LlamaGeometry:
+    """The model that is asked for.
+
+    Raises: ConfigError: none is, or two.
+    """
+    if bool(arguments.hf_config) == bool(arguments.recipe):
+        raise ConfigError("give the model by one of --hf-config and --recipe")
+    if arguments.recipe:
+        return build_recipe(arguments.recipe).model
+    return geometry_from_hf(arguments.hf_config)
+
+
+def as_table(plans: list[Plan]) -> str:
+    """One line a plan."""
+    lines = ["   tp  cp  pp  dp  cp by  recompute  precision    GiB  s/step  TFLOP/s/GPU  hours"]
+    for rank, plan in enumerate(plans, 1):
+        run, layout = plan.run, plan.run.layout
+        kind = layout.context_communication if layout.context > 1 else "-"
+        lines.append(
+            f"{rank:2}{layout.tensor:3}{layout.context:4}{layout.pipeline:4}{run.data_parallel:4}"
+            f"  {kind:5}  {run.recompute:9}  {'fp8' if run.fp8 else 'bf16':9}"
+            f"{plan.memory.total_gib:7.0f}{plan.time.total_s:8.1f}{plan.tflops:13.0f}{plan.hours:7.1f}"
+        )
+    return "\n".join(lines)
+
+
+def as_record(plan: Plan) -> dict:
+    """All that is predicted of a plan, with the parts of its sums."""
+    return {
+        "flags": plan.run.to_argv(),
+        "hours": plan.hours,
+        "tokens_per_second_per_gpu": plan.tokens_per_second,
+        "tflops_per_gpu": plan.tflops,
+        "step_seconds": {"total": plan.time.total_s, **vars(plan.time)},
+        "peak_gib": {
+            "total": plan.memory.total_gib,
+            **{name: size / 2**30 for name, size in vars(plan.memory).items()},
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
