@@ -98,8 +98,9 @@ def parse(
     if args.transformer_impl == "local" and not backend.apex:
         # Chosen by the user where Transformer Engine is: Megatron's own layers need Apex's kernel for it.
         args.gradient_accumulation_fusion = False
-    if args.deterministic_mode and "--attention-backend" not in user_argv:
-        # Transformer Engine knows which of its kernels are deterministic at this shape.
+    special = args.deterministic_mode or arguments.document_masking
+    if special and "--attention-backend" not in user_argv:
+        # Transformer Engine knows which of its kernels are deterministic, or take padded documents.
         args.attention_backend = type(args.attention_backend).auto
     check_files(arguments, args)
     check_layout(args, world_size)

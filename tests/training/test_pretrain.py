@@ -71,11 +71,12 @@ def test_weight_gradients_in_place_need_no_apex_with_our_loss(flags, expected, t
     [
         ([], "flash"),
         (["--deterministic-mode"], "auto"),
+        (["--document-masking"], "auto"),
         (["--deterministic-mode", "--attention-backend", "fused"], "fused"),
         (["--attention-backend", "fused"], "fused"),
     ],
 )
-def test_deterministic_runs_leave_the_attention_kernel_to_transformer_engine(
+def test_special_runs_leave_the_attention_kernel_to_transformer_engine(
     flags, expected, tiny_dataset
 ):
     backend = replace(GPU, flash_attention=True)
