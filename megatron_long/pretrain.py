@@ -160,11 +160,10 @@ def write_sidecars(
 ) -> None:
     """Put beside the checkpoints what evaluation and export need (see `checkpoint_folder`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_hf_config(
-        folder,
-        geometry_from_args(args, _vocab_size(arguments, args)),
-        _hf_config_path(arguments, args),
-    )
+    source = _hf_config_path(arguments, args)
+    model_type = geometry_from_hf(source).model_type if source else None
+    trained = geometry_from_args(args, _vocab_size(arguments, args), model_type)
+    write_hf_config(folder, trained, source)
     for start in (args.load, args.pretrained_checkpoint):
         if start:
             copy_generation_config(folder, Path(start))

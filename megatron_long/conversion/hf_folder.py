@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.model.geometry import LLAMA3_SCALING, LlamaGeometry
+from megatron_long.model.geometry import LlamaGeometry
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -196,17 +196,10 @@ def write_config(
         geometry: The trained model's.
         stored: The type of the tensors.
     """
-    scaling = {"rope_type": "llama3", **LLAMA3_SCALING} if geometry.use_rope_scaling else None
     dtype_name = str(stored).removeprefix("torch.")
     config = {
         **original,
-        "max_position_embeddings": geometry.max_position_embeddings,
-        "rope_theta": geometry.rotary_base,
-        "rope_scaling": scaling,
-        "rope_parameters": {
-            **(scaling or {"rope_type": "default"}),
-            "rope_theta": geometry.rotary_base,
-        },
+        **geometry.to_hf_context(),
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
     }

@@ -42,13 +42,12 @@ _FIXED_ARGUMENTS = {
     "rotary_interleaved": False,
     "rotary_seq_len_interpolation_factor": None,
     "add_bias_linear": False,
-    "add_qkv_bias": False,
     "swiglu": True,
     "normalization": "RMSNorm",
     "qk_layernorm": False,
     "num_experts": None,
 }
-"""Arguments that are the same for every Llama."""
+"""Arguments that are the same for every family."""
 
 
 def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
@@ -118,7 +117,9 @@ def make_arguments(geometry: LlamaGeometry, stored: dtype) -> Namespace:
         add_position_embedding=True,
         use_rotary_position_embeddings=False,
         rotary_base=int(base) if base.is_integer() else base,
+        add_qkv_bias=geometry.add_qkv_bias,
         use_rope_scaling=geometry.use_rope_scaling,
+        rope_scaling_factor=geometry.rope_scaling_factor,
         layernorm_epsilon=geometry.norm_epsilon,
         init_method_std=geometry.init_method_std,
         untie_embeddings_and_output_weights=not geometry.tie_embeddings,
@@ -219,6 +220,7 @@ def _expected_arguments(geometry: LlamaGeometry) -> dict[str, Any]:
         "kv_channels": geometry.kv_channels,
         "layernorm_epsilon": geometry.norm_epsilon,
         "untie_embeddings_and_output_weights": not geometry.tie_embeddings,
+        "add_qkv_bias": geometry.add_qkv_bias,
         "use_rope_scaling": geometry.use_rope_scaling,
     }
 

@@ -1,7 +1,6 @@
-"""Shape of a Llama: read from a Hugging Face `config.json`, given to Megatron as flags.
+"""Shape of a Llama-like model: read from a Hugging Face `config.json`, given to Megatron as flags.
 
-The one place that knows which Hugging Face configurations Megatron-Core's `GPTModel` can stand for.
-Needs neither torch nor Megatron.
+What the families differ in stands in `families`. Needs neither torch nor Megatron.
 """
 
 import json
@@ -13,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_long.errors import ConfigError
+from megatron_long.model.families import (
+    family_of_flags,
+    family_of_type,
+    find_family,
+    refuse_unsupported,
+)
 
 CONFIG_NAME = "config.json"
-KNOWN_ARCHITECTURES = ("LlamaForCausalLM",)
 VOCABULARY_MULTIPLE = 128
 """Megatron's default padding, taken without tensor parallelism: one shape for every layout."""
 
@@ -25,8 +29,7 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""The one Llama-3 RoPE scaling that Megatron-Core computes from its flags (1.0, 4.0 and 8192 are
-hard-coded there, and the factor given by flag does not reach it)."""
+"""Llama 3.1's RoPE scaling. Megatron-Core has all but the factor hard-coded; Llama 3.2's is 32."""
 
 
 _POSITIVE_FIELDS = (
@@ -40,6 +43,7 @@ _POSITIVE_FIELDS = (
     "padded_vocab_size",
     "norm_epsilon",
     "rotary_base",
+    "rope_scaling_factor",
     "max_position_embeddings",
 )
 
@@ -67,7 +71,11 @@ class LlamaGeometry:
     tie_embeddings: bool
     """Whether the output layer is the embedding."""
     use_rope_scaling: bool = False
-    """Llama-3.1's RoPE scaling (`LLAMA3_SCALING`)."""
+    """RoPE scaling of Llama 3.1 and 3.2 (`LLAMA3_SCALING`)."""
+    rope_scaling_factor: float = LLAMA3_SCALING["factor"]
+    """Its factor; means nothing without `use_rope_scaling`."""
+    model_type: str = "llama"
+    """Hugging Face's name of the family, see `families`."""
     init_method_std: float = 0.02
     attention_dropout: float = 0.0
 
@@ -88,6 +96,11 @@ class LlamaGeometry:
             raise ConfigError(
                 f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}"
             )
+
+    @property
+    def add_qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have a bias."""
+        return family_of_type(self.model_type).add_qkv_bias
 
     def to_argv(self) -> list[str]:
         """Give the Megatron flags of this shape.
@@ -122,18 +135,18 @@ class LlamaGeometry:
         argv += ["--group-query-attention", "--swiglu", "--disable-bias-linear"]
         if not self.tie_embeddings:
             argv.append("--untie-embeddings-and-output-weights")
+        if self.add_qkv_bias:
+            argv.append("--add-qkv-bias")
         if self.use_rope_scaling:
-            argv.append("--use-rope-scaling")
+            argv += ["--use-rope-scaling", "--rope-scaling-factor", str(self.rope_scaling_factor)]
         return argv
 
     def to_hf_config(self) -> dict[str, Any]:
         """Give the Hugging Face configuration of this shape, in the spellings of transformers 4 and 5."""
-        scaling: dict[str, Any] = {"rope_type": "default"}
-        if self.use_rope_scaling:
-            scaling = {"rope_type": "llama3", **LLAMA3_SCALING}
+        family = family_of_type(self.model_type)
         return {
-            "architectures": [KNOWN_ARCHITECTURES[0]],
-            "model_type": "llama",
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
             "num_hidden_layers": self.num_layers,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.ffn_hidden_size,
@@ -142,22 +155,44 @@ class LlamaGeometry:
             "head_dim": self.kv_channels,
             "vocab_size": self.vocab_size,
             "rms_norm_eps": self.norm_epsilon,
-            "rope_theta": self.rotary_base,
-            "rope_scaling": scaling if self.use_rope_scaling else None,
-            "rope_parameters": {**scaling, "rope_theta": self.rotary_base},
-            "max_position_embeddings": self.max_position_embeddings,
+            **self.to_hf_context(),
             "tie_word_embeddings": self.tie_embeddings,
             "initializer_range": self.init_method_std,
             "attention_dropout": self.attention_dropout,
         }
 
+    def to_hf_context(self) -> dict[str, Any]:
+        """Give the part of the Hugging Face configuration that a stretch changes: RoPE and context.
 
-def geometry_from_args(args: Namespace, vocab_size: int | None = None) -> LlamaGeometry:
+        Attention here reaches every token, so what comes back has no sliding window.
+        """
+        scaling: dict[str, Any] | None = None
+        if self.use_rope_scaling:
+            scaling = {
+                "rope_type": "llama3",
+                **LLAMA3_SCALING,
+                "factor": self.rope_scaling_factor,
+            }
+        rope = {**(scaling or {"rope_type": "default"}), "rope_theta": self.rotary_base}
+        window = {"sliding_window": None} if self.model_type == "mistral" else {}
+        return {
+            "max_position_embeddings": self.max_position_embeddings,
+            "rope_theta": self.rotary_base,
+            "rope_scaling": scaling,
+            "rope_parameters": rope,
+            **window,
+        }
+
+
+def geometry_from_args(
+    args: Namespace, vocab_size: int | None = None, model_type: str | None = None
+) -> LlamaGeometry:
     """Read the shape from Megatron's parsed flags, the opposite of `LlamaGeometry.to_argv`.
 
     Args:
         args: Megatron's flags.
         vocab_size: Real tokens of the vocabulary; None counts the padded rows as real.
+        model_type: The family, which flags do not tell; None takes the first that fits them.
     """
     heads = args.num_attention_heads
     return LlamaGeometry(
@@ -174,6 +209,8 @@ def geometry_from_args(args: Namespace, vocab_size: int | None = None) -> LlamaG
         max_position_embeddings=args.max_position_embeddings,
         tie_embeddings=not args.untie_embeddings_and_output_weights,
         use_rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        model_type=model_type or family_of_flags(add_qkv_bias=args.add_qkv_bias).model_type,
         init_method_std=args.init_method_std,
         attention_dropout=args.attention_dropout,
     )
@@ -225,10 +262,11 @@ def geometry_from_config(config: Mapping[str, Any], *, name: str = CONFIG_NAME) 
         config: What `config.json` holds, in the spelling of transformers 4 or 5.
         name: What to call the file in errors.
     Raises: ConfigError: see `geometry_from_hf`.
-    Source: `transformers` 5.23, `LlamaConfig`.
+    Source: `transformers` 5.23, `LlamaConfig`, `MistralConfig`, `Qwen2Config`.
     """
-    _refuse_unsupported(config, name)
-    rotary_base, use_rope_scaling = _read_rope(config, name)
+    family = find_family(config, name)
+    config = {**family.defaults, **config}
+    refuse_unsupported(config, family, name)
     hidden_size = _whole(config, "hidden_size", name)
     num_heads = _whole(config, "num_attention_heads", name)
     vocab_size = _whole(config, "vocab_size", name)
@@ -242,58 +280,31 @@ def geometry_from_config(config: Mapping[str, Any], *, name: str = CONFIG_NAME) 
         vocab_size=vocab_size,
         padded_vocab_size=pad_vocab_size(vocab_size),
         norm_epsilon=_number(config, "rms_norm_eps", name, default=1e-6),
-        rotary_base=rotary_base,
         max_position_embeddings=_whole(config, "max_position_embeddings", name, default=2048),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        use_rope_scaling=use_rope_scaling,
+        model_type=family.model_type,
         init_method_std=_number(config, "initializer_range", name, default=0.02),
         attention_dropout=_number(config, "attention_dropout", name, default=0.0),
+        **_read_rope(config, name),
     )
 
 
-def _refuse_unsupported(config: Mapping[str, Any], name: str) -> None:
-    architectures = config.get("architectures") or []
-    is_llama = config.get("model_type", "llama") == "llama"
-    if not (is_llama and (architectures or "model_type" in config)) or (
-        architectures and architectures[0] not in KNOWN_ARCHITECTURES
-    ):
-        seen = ", ".join(architectures) or config.get("model_type", "nothing")
-        raise ConfigError(
-            f"{name}: unknown architecture {seen}; known: {', '.join(KNOWN_ARCHITECTURES)}"
-        )
-    rules = {
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "hidden_act": ("silu", "swish", None),
-        "sliding_window": (None,),
-        "quantization_config": (None,),
-    }
-    for key, allowed in rules.items():
-        if config.get(key) not in allowed:
-            raise ConfigError(
-                f"{name}: {key} is {config[key]!r}; this project's Llama needs {allowed[0]!r}; "
-                "give a model without it"
-            )
-
-
-def _read_rope(config: Mapping[str, Any], name: str) -> tuple[float, bool]:
-    """Give the RoPE base, and whether Llama-3.1's scaling is on."""
+def _read_rope(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Give the fields of the geometry that RoPE decides."""
     parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = parameters.get("rope_theta", config.get("rope_theta"))
     base = _number({"rope_theta": theta}, "rope_theta", name, default=10000.0)
-    if (config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ConfigError(
-            f"{name}: partial_rotary_factor is {config['partial_rotary_factor']}; it must be 1.0"
-        )
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
-        return base, False
-    if kind == "llama3" and all(parameters.get(k) == v for k, v in LLAMA3_SCALING.items()):
-        return base, True
+        return {"rotary_base": base}
+    fixed = {key: value for key, value in LLAMA3_SCALING.items() if key != "factor"}
+    if kind == "llama3" and all(parameters.get(key) == value for key, value in fixed.items()):
+        factor = _number(parameters, "factor", name, default=0.0)
+        return {"rotary_base": base, "use_rope_scaling": True, "rope_scaling_factor": factor}
     shown = {key: value for key, value in parameters.items() if key != "rope_theta"}
     raise ConfigError(
         f"{name}: RoPE scaling {shown} is not supported; supported: none (rope_type default), or "
-        f"rope_type llama3 with {LLAMA3_SCALING}"
+        f"rope_type llama3 with any factor and {fixed}"
     )
 
 

@@ -121,6 +121,7 @@ def build_model_config(args: Namespace) -> Any:
     from megatron_long.model.layer_spec import portable_block_spec
 
     config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor  # 0.19.2 leaves this flag out
     if args.transformer_impl == "local" and args.spec is None:
         config.transformer_layer_spec = portable_block_spec
     return config

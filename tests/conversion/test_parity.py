@@ -1,4 +1,4 @@
-"""Logits of transformers and of Megatron are one model's, both ways and through training."""
+"""Logits of transformers and of Megatron are one model's, for each family and through training."""
 
 import json
 from pathlib import Path
@@ -13,59 +13,71 @@ from megatron_long.model.geometry import LLAMA3_SCALING, geometry_from_hf
 
 TOLERANCE = 1e-4
 PROGRAM = Path(__file__).with_name("megatron_logits.py")
-LLAMAS = {
-    "untied": {},
-    "tied": {"tied": True},
-    "llama3-scaling": {
-        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_SCALING}
-    },
-    "wide-heads": {"head_dim": 16, "num_key_value_heads": 8},
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_SCALING}
+MODELS = {
+    "llama2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "smollm2-tied": {"tied": True, "rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}},
+    "llama3.1": {"rope_parameters": LLAMA3},
+    "llama3.2-tied": {"tied": True, "rope_parameters": {**LLAMA3, "factor": 32.0}},
+    "mistral-wide-heads": {"family": "mistral", "head_dim": 16, "num_key_value_heads": 8},
+    "qwen2": {"family": "qwen2", "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
 }
+LENGTH = 2048
+GAP = torch.cat([torch.arange(64), 100_000 + torch.arange(64)])
+"""Positions between which only the slow frequencies still tell near from far."""
+Cases = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
-def tokens() -> torch.Tensor:
-    """[2, 96] token ids."""
-    return torch.randint(0, 1000, (2, 96), generator=torch.Generator().manual_seed(1))
+def cases() -> Cases:
+    """Tokens [1, s] and positions [s] of each test: a window from 0, and one with a gap in it."""
+    tokens = torch.randint(0, 1000, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    return {"window": (tokens, torch.arange(LENGTH)), "gap": (tokens[:, : GAP.numel()], GAP)}
 
 
 @pytest.fixture
-def megatron_run(run_job, tokens, tmp_path):
+def megatron_run(run_job, cases, tmp_path):
     """Load a checkpoint with Megatron's training code: `megatron_run(checkpoint, *flags)`."""
 
     def run(checkpoint: Path, *flags: str) -> dict:
-        torch.save(tokens, tmp_path / "tokens.pt")
-        files = (checkpoint, tmp_path / "tokens.pt", tmp_path / "output.pt")
+        torch.save(cases, tmp_path / "cases.pt")
+        files = (checkpoint, tmp_path / "cases.pt", tmp_path / "output.pt")
         run_job(1, [PROGRAM, *files, *flags])
         return torch.load(tmp_path / "output.pt")
 
     return run
 
 
-def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """[b, s, v] by transformers, float32."""
-    from transformers import LlamaForCausalLM
+def hf_logits(folder: Path, cases: Cases) -> dict[str, torch.Tensor]:
+    """[b, s, v] of each case by transformers, float32."""
+    from transformers import AutoModelForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        return model(tokens).logits
+        return {
+            name: model(tokens, position_ids=positions[None]).logits
+            for name, (tokens, positions) in cases.items()
+        }
 
 
-def largest_difference(megatron: dict, expected: torch.Tensor) -> float:
+def largest_difference(megatron: dict, expected: dict[str, torch.Tensor], name: str) -> float:
     """Over the real vocabulary."""
-    return float((megatron["logits"][..., : expected.size(-1)] - expected).abs().max())
+    logits = megatron["logits"][name][..., : expected[name].size(-1)]
+    return float((logits - expected[name]).abs().max())
 
 
-@pytest.mark.parametrize("name", LLAMAS)
-def test_megatron_computes_what_transformers_does(make_llama, megatron_run, tokens, tmp_path, name):
-    source = make_llama(**LLAMAS[name])
+@pytest.mark.parametrize("name", MODELS)
+def test_megatron_computes_what_transformers_does(make_llama, megatron_run, cases, tmp_path, name):
+    source = make_llama(**MODELS[name])
     hf_to_megatron(source, tmp_path / "ckpt")
     seen = megatron_run(tmp_path / "ckpt")
-    expected = hf_logits(source, tokens)
-    difference = largest_difference(seen, expected)
-    print(f"{name}: logits up to {expected.abs().max():.2f}, largest difference {difference:.1e}")
-    assert difference <= TOLERANCE
-    assert expected.abs().max() > 1.0
+    expected = hf_logits(source, cases)
+    for case in cases:
+        difference = largest_difference(seen, expected, case)
+        top = float(expected[case].abs().max())
+        print(f"{name}, {case}: logits up to {top:.2f}, largest difference {difference:.1e}")
+        assert difference <= TOLERANCE
+        assert top > 1.0
     geometry = geometry_from_hf(source)
     rules = rules_of(geometry)
     assert seen["shapes"] == {rule.megatron_key: checkpoint_shape(rule, geometry) for rule in rules}
@@ -75,11 +87,13 @@ def test_megatron_computes_what_transformers_does(make_llama, megatron_run, toke
         assert axes.get(rule.megatron_key) == rule.tensor_parallel_axis
 
 
-def test_a_wrong_rope_base_is_noticed(make_llama, megatron_run, tokens, tmp_path):
-    source = make_llama()
+@pytest.mark.parametrize("flags", ["--rotary-base 490000", "--rope-scaling-factor 32"])
+def test_a_wrong_rope_is_noticed(make_llama, megatron_run, cases, tmp_path, flags):
+    """2% off the base, or the factor of another Llama: the gap tells."""
+    source = make_llama(rope_parameters=LLAMA3)
     hf_to_megatron(source, tmp_path / "ckpt")
-    seen = megatron_run(tmp_path / "ckpt", "--rotary-base", "10000")
-    assert largest_difference(seen, hf_logits(source, tokens)) > 100 * TOLERANCE
+    seen = megatron_run(tmp_path / "ckpt", *flags.split())
+    assert largest_difference(seen, hf_logits(source, cases), "gap") > 100 * TOLERANCE
 
 
 def test_megatron_takes_its_arguments_from_the_checkpoint(make_llama, run_job, tmp_path):
@@ -131,7 +145,7 @@ print(json.dumps(wanted))
     ],
 )
 def test_export_after_training_in_a_layout(
-    make_llama, megatron_run, run_job, tiny_dataset, tokens, tmp_path, dtype, layout
+    make_llama, megatron_run, run_job, tiny_dataset, cases, tmp_path, dtype, layout
 ):
     """Converted, trained by two processes at another RoPE base, exported: still one model."""
     source = make_llama(tied=dtype == "bfloat16", dtype=dtype)
@@ -149,8 +163,8 @@ def test_export_after_training_in_a_layout(
     assert report.dtype == dtype
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert (config["rope_theta"], config["max_position_embeddings"]) == (2000000.0, 128)
-    exported = hf_logits(tmp_path / "hf", tokens)
-    difference = largest_difference(megatron_run(tmp_path / "trained"), exported)
+    exported, original = hf_logits(tmp_path / "hf", cases), hf_logits(source, cases)
+    difference = largest_difference(megatron_run(tmp_path / "trained"), exported, "gap")
     print(f"trained: largest difference {difference:.1e}")
     assert difference <= TOLERANCE
-    assert (exported - hf_logits(source, tokens)).abs().max() > 100 * TOLERANCE
+    assert (exported["gap"] - original["gap"]).abs().max() > 100 * TOLERANCE
