@@ -1,4 +1,4 @@
-"""Where each Hugging Face tensor of a Llama-like model lies in a Megatron checkpoint: one table, read both ways.
+"""Where each Hugging Face tensor lies in a Megatron checkpoint: one table, read both ways.
 
 Megatron stacks the layers of a tensor on axis 0 of its checkpoint; the table speaks of one layer.
 RoPE needs no permutation: Hugging Face's `rotate_half` is Megatron's non-interleaved layout.
