@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 PROGRAM_START = time.time()
 
@@ -26,6 +27,7 @@ from megatron_long.training.arguments import (
     check_files,
     check_layout,
     check_paths,
+    check_rope,
 )
 from megatron_long.training.backend import Backend, detect_backend, join_or_start_job
 from megatron_long.training.checkpoint_folder import (
@@ -38,6 +40,7 @@ from megatron_long.training.checkpoint_folder import (
     write_run,
 )
 from megatron_long.training.recipe import build_recipe
+from megatron_long.training.rope import stretch_rope
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +86,7 @@ def parse(
 
     arguments, early = _parse_early(user_argv)
     check_paths(arguments)
-    model = _model_geometry(arguments, early)
+    model = _stretched(arguments, early, _model_geometry(arguments, early))
     argv = [*_recipe_argv(arguments, model, backend), *_dataset_argv(arguments)]
     args = megatron_adapter.parse_flags(
         [*argv, *user_argv],
@@ -96,6 +99,7 @@ def parse(
         args.gradient_accumulation_fusion = False
     check_files(arguments, args)
     check_layout(args, world_size)
+    check_rope(args)
     if arguments.dataset:
         check_dataset(read_manifest(Path(arguments.dataset)), args)
     return arguments, args
@@ -213,16 +217,20 @@ class _LossLog:
 
 def _parse_early(argv: Sequence[str]) -> tuple[LongContextArguments, argparse.Namespace]:
     """Our flags, and those of Megatron's that decide which other flags are put before the user's."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for field in fields(LongContextArguments):
         flag = "--" + field.name.replace("_", "-")
         if field.default is False:
             parser.add_argument(flag, action="store_true")
         else:
-            parser.add_argument(flag)
+            parser.add_argument(flag, type=get_args(field.type)[0])  # of `float | None`
     for flag in ("--load", "--pretrained-checkpoint"):
         parser.add_argument(flag)
-    early, _ = parser.parse_known_args(argv)
+    parser.add_argument("--seq-length", type=int)
+    try:
+        early, _ = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; `--help` lists the flags, ours and Megatron's") from None
     ours = {field.name: getattr(early, field.name) for field in fields(LongContextArguments)}
     return LongContextArguments(**ours), early
 
@@ -250,6 +258,29 @@ def _model_geometry(
     check_checkpoint(early.pretrained_checkpoint, "--pretrained-checkpoint")
     path = _hf_config_path(arguments, early)
     return geometry_from_hf(path) if path is not None else None
+
+
+def _stretched(
+    arguments: LongContextArguments, early: argparse.Namespace, model: LlamaGeometry | None
+) -> LlamaGeometry | None:
+    """The model with the RoPE of `--rope-method`."""
+    method, factor = arguments.rope_method, arguments.rope_factor
+    if method is None:
+        if factor is not None or arguments.rope_original_length is not None:
+            raise ConfigError(
+                "--rope-factor and --rope-original-length belong to --rope-method linear, yarn or "
+                "llama3; give that too"
+            )
+        return model
+    recipe = build_recipe(arguments.recipe, model) if arguments.recipe else None
+    model = recipe.model if recipe else model
+    if model is None:
+        raise ConfigError(
+            f"--rope-method {method} needs to know the model; give --recipe, --hf-config or --load"
+        )
+    default = recipe.seq_length if recipe else model.max_position_embeddings
+    length = early.seq_length or default
+    return stretch_rope(model, length, method, factor, arguments.rope_original_length)
 
 
 def _recipe_argv(

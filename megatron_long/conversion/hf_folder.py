@@ -199,7 +199,7 @@ def write_config(
     dtype_name = str(stored).removeprefix("torch.")
     config = {
         **original,
-        **geometry.to_hf_context(),
+        **geometry.to_hf_rope(),
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
     }

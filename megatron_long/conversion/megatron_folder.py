@@ -4,7 +4,7 @@
     DIR/release/ or DIR/iter_0000010/       `torch_dist`
     DIR/hf_generation_config.json           if the model came with one
 
-What else lies there is said in `megatron_long.training.checkpoint_folder`. On export the RoPE base and
+What else lies there is said in `megatron_long.training.checkpoint_folder`. On export RoPE and
 the longest context are those of the checkpoint's own arguments, which no copy of a file can outdate.
 """
 
@@ -23,6 +23,7 @@ from megatron_long.conversion.mapping import (
 )
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_config, read_hf_config
+from megatron_long.model.rope import PLAIN_ROPE_ARGUMENTS, rope_from_arguments
 from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TRACKER_NAME
 
 if TYPE_CHECKING:
@@ -37,10 +38,8 @@ _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.")
 """What the keys of a model's tensors begin with; the optimizer's and others are left alone."""
 
 _FIXED_ARGUMENTS = {
-    "position_embedding_type": "rope",
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
-    "rotary_seq_len_interpolation_factor": None,
     "add_bias_linear": False,
     "swiglu": True,
     "normalization": "RMSNorm",
@@ -118,8 +117,7 @@ def make_arguments(geometry: LlamaGeometry, stored: dtype) -> Namespace:
         use_rotary_position_embeddings=False,
         rotary_base=int(base) if base.is_integer() else base,
         add_qkv_bias=geometry.add_qkv_bias,
-        use_rope_scaling=geometry.use_rope_scaling,
-        rope_scaling_factor=geometry.rope_scaling_factor,
+        **(PLAIN_ROPE_ARGUMENTS | geometry.rope.to_arguments()),
         layernorm_epsilon=geometry.norm_epsilon,
         init_method_std=geometry.init_method_std,
         untie_embeddings_and_output_weights=not geometry.tie_embeddings,
@@ -205,6 +203,7 @@ def merge_geometry(hf: LlamaGeometry, state: Mapping[str, Any], folder: Path) ->
     return replace(
         hf,
         rotary_base=float(args.rotary_base),
+        rope=rope_from_arguments(args),
         max_position_embeddings=args.max_position_embeddings,
         padded_vocab_size=args.padded_vocab_size,
     )
@@ -221,7 +220,6 @@ def _expected_arguments(geometry: LlamaGeometry) -> dict[str, Any]:
         "layernorm_epsilon": geometry.norm_epsilon,
         "untie_embeddings_and_output_weights": not geometry.tie_embeddings,
         "add_qkv_bias": geometry.add_qkv_bias,
-        "use_rope_scaling": geometry.use_rope_scaling,
     }
 
 

@@ -89,10 +89,6 @@ def refuse_unsupported(config: Mapping[str, Any], family: Family, name: str) -> 
                 f"{name}: {key} is {config[key]!r}; {family.architecture} is taken with "
                 f"{allowed[0]!r} only; give a model without it"
             )
-    if (config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ConfigError(
-            f"{name}: partial_rotary_factor is {config['partial_rotary_factor']}; it must be 1.0"
-        )
     _refuse_binding_window(config, name)
 
 

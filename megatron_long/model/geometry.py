@@ -18,19 +18,11 @@ from megatron_long.model.families import (
     find_family,
     refuse_unsupported,
 )
+from megatron_long.model.rope import PLAIN_ROPE, BaseRope, rope_from_arguments, rope_from_hf
 
 CONFIG_NAME = "config.json"
 VOCABULARY_MULTIPLE = 128
 """Megatron's default padding, taken without tensor parallelism: one shape for every layout."""
-
-LLAMA3_SCALING = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-"""Llama 3.1's RoPE scaling. Megatron-Core has all but the factor hard-coded; Llama 3.2's is 32."""
-
 
 _POSITIVE_FIELDS = (
     "num_layers",
@@ -43,7 +35,6 @@ _POSITIVE_FIELDS = (
     "padded_vocab_size",
     "norm_epsilon",
     "rotary_base",
-    "rope_scaling_factor",
     "max_position_embeddings",
 )
 
@@ -70,10 +61,8 @@ class LlamaGeometry:
     """Longest context, in tokens."""
     tie_embeddings: bool
     """Whether the output layer is the embedding."""
-    use_rope_scaling: bool = False
-    """RoPE scaling of Llama 3.1 and 3.2 (`LLAMA3_SCALING`)."""
-    rope_scaling_factor: float = LLAMA3_SCALING["factor"]
-    """Its factor; means nothing without `use_rope_scaling`."""
+    rope: BaseRope = PLAIN_ROPE
+    """How RoPE is scaled beside its base."""
     model_type: str = "llama"
     """Hugging Face's name of the family, see `families`."""
     init_method_std: float = 0.02
@@ -123,7 +112,6 @@ class LlamaGeometry:
             "--kv-channels": self.kv_channels,
             "--padded-vocab-size": self.padded_vocab_size,
             "--max-position-embeddings": self.max_position_embeddings,
-            "--position-embedding-type": "rope",
             "--rotary-base": int(self.rotary_base),
             "--normalization": "RMSNorm",
             "--norm-epsilon": self.norm_epsilon,
@@ -132,13 +120,12 @@ class LlamaGeometry:
             "--hidden-dropout": 0.0,
         }
         argv = [word for flag, value in values.items() for word in (flag, str(value))]
+        argv += self.rope.to_argv()
         argv += ["--group-query-attention", "--swiglu", "--disable-bias-linear"]
         if not self.tie_embeddings:
             argv.append("--untie-embeddings-and-output-weights")
         if self.add_qkv_bias:
             argv.append("--add-qkv-bias")
-        if self.use_rope_scaling:
-            argv += ["--use-rope-scaling", "--rope-scaling-factor", str(self.rope_scaling_factor)]
         return argv
 
     def to_hf_config(self) -> dict[str, Any]:
@@ -155,31 +142,24 @@ class LlamaGeometry:
             "head_dim": self.kv_channels,
             "vocab_size": self.vocab_size,
             "rms_norm_eps": self.norm_epsilon,
-            **self.to_hf_context(),
+            **self.to_hf_rope(),
             "tie_word_embeddings": self.tie_embeddings,
             "initializer_range": self.init_method_std,
             "attention_dropout": self.attention_dropout,
         }
 
-    def to_hf_context(self) -> dict[str, Any]:
-        """Give the part of the Hugging Face configuration that a stretch changes: RoPE and context.
+    def to_hf_rope(self) -> dict[str, Any]:
+        """Give the entries of `to_hf_config` that a stretch changes.
 
         Attention here reaches every token, so what comes back has no sliding window.
         """
-        scaling: dict[str, Any] | None = None
-        if self.use_rope_scaling:
-            scaling = {
-                "rope_type": "llama3",
-                **LLAMA3_SCALING,
-                "factor": self.rope_scaling_factor,
-            }
-        rope = {**(scaling or {"rope_type": "default"}), "rope_theta": self.rotary_base}
+        scaling = self.rope.to_hf()
         window = {"sliding_window": None} if self.model_type == "mistral" else {}
         return {
             "max_position_embeddings": self.max_position_embeddings,
             "rope_theta": self.rotary_base,
-            "rope_scaling": scaling,
-            "rope_parameters": rope,
+            "rope_scaling": None if type(self.rope) is BaseRope else scaling,
+            "rope_parameters": {**scaling, "rope_theta": self.rotary_base},
             **window,
         }
 
@@ -195,6 +175,7 @@ def geometry_from_args(
         model_type: The family, which flags do not tell; None takes the first that fits them.
     """
     heads = args.num_attention_heads
+    has_rope = args.position_embedding_type in ("rope", "yarn")
     return LlamaGeometry(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -208,9 +189,8 @@ def geometry_from_args(
         rotary_base=float(args.rotary_base),
         max_position_embeddings=args.max_position_embeddings,
         tie_embeddings=not args.untie_embeddings_and_output_weights,
-        use_rope_scaling=args.use_rope_scaling,
-        rope_scaling_factor=args.rope_scaling_factor,
         model_type=model_type or family_of_flags(add_qkv_bias=args.add_qkv_bias).model_type,
+        rope=rope_from_arguments(args) if has_rope else PLAIN_ROPE,
         init_method_std=args.init_method_std,
         attention_dropout=args.attention_dropout,
     )
@@ -267,6 +247,8 @@ def geometry_from_config(config: Mapping[str, Any], *, name: str = CONFIG_NAME) 
     family = find_family(config, name)
     config = {**family.defaults, **config}
     refuse_unsupported(config, family, name)
+    max_position_embeddings = _whole(config, "max_position_embeddings", name, default=2048)
+    rotary_base, rope = _read_rope(config, max_position_embeddings, name)
     hidden_size = _whole(config, "hidden_size", name)
     num_heads = _whole(config, "num_attention_heads", name)
     vocab_size = _whole(config, "vocab_size", name)
@@ -280,32 +262,27 @@ def geometry_from_config(config: Mapping[str, Any], *, name: str = CONFIG_NAME) 
         vocab_size=vocab_size,
         padded_vocab_size=pad_vocab_size(vocab_size),
         norm_epsilon=_number(config, "rms_norm_eps", name, default=1e-6),
-        max_position_embeddings=_whole(config, "max_position_embeddings", name, default=2048),
+        rotary_base=rotary_base,
+        max_position_embeddings=max_position_embeddings,
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         model_type=family.model_type,
+        rope=rope,
         init_method_std=_number(config, "initializer_range", name, default=0.02),
         attention_dropout=_number(config, "attention_dropout", name, default=0.0),
-        **_read_rope(config, name),
     )
 
 
-def _read_rope(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Give the fields of the geometry that RoPE decides."""
+def _read_rope(
+    config: Mapping[str, Any], max_position_embeddings: int, name: str
+) -> tuple[float, BaseRope]:
+    """Give the RoPE base, and how RoPE is scaled."""
     parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = parameters.get("rope_theta", config.get("rope_theta"))
     base = _number({"rope_theta": theta}, "rope_theta", name, default=10000.0)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return {"rotary_base": base}
-    fixed = {key: value for key, value in LLAMA3_SCALING.items() if key != "factor"}
-    if kind == "llama3" and all(parameters.get(key) == value for key, value in fixed.items()):
-        factor = _number(parameters, "factor", name, default=0.0)
-        return {"rotary_base": base, "use_rope_scaling": True, "rope_scaling_factor": factor}
-    shown = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    raise ConfigError(
-        f"{name}: RoPE scaling {shown} is not supported; supported: none (rope_type default), or "
-        f"rope_type llama3 with any factor and {fixed}"
-    )
+    for share in (config.get("partial_rotary_factor"), parameters.get("partial_rotary_factor")):
+        if (share or 1.0) != 1.0:
+            raise ConfigError(f"{name}: partial_rotary_factor is {share}; it must be 1.0")
+    return base, rope_from_hf(parameters, max_position_embeddings, name)
 
 
 def _number(config: Mapping[str, Any], key: str, name: str, *, default: float) -> float:

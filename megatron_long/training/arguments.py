@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_long.errors import ConfigError
+from megatron_long.model.rope import rope_from_arguments
 from megatron_long.training.checkpoint_folder import TRACKER_NAME
 
 
@@ -22,6 +23,17 @@ class LongContextArguments:
     dataset: str | None = None
     """Folder that tools/preprocess_mix.py wrote; windows of --seq-length tokens are read in file
     order. Instead of --data-path."""
+
+    rope_method: str | None = None
+    """How RoPE reaches the longer context: base (the recipe's or --rotary-base), linear, yarn or llama3,
+    these three over the model's own base; by default base, or what the model's configuration has."""
+
+    rope_factor: float | None = None
+    """Stretch of --rope-method linear, yarn or llama3; by default --seq-length over
+    --rope-original-length, rounded up."""
+
+    rope_original_length: int | None = None
+    """Tokens that the model was trained on before the stretch; by default what its configuration says."""
 
     allow_repeat: bool = False
     """Read the dataset again from its start when the run asks for more tokens than it holds."""
@@ -150,6 +162,15 @@ def check_files(arguments: LongContextArguments, args: Namespace) -> None:
             "--reset-attention-mask and --reset-position-ids build a dense mask, 64 GiB at 131072 "
             "tokens; drop them (the recipe does not mask between documents)"
         )
+
+
+def check_rope(args: Namespace) -> None:
+    """Refuse RoPE flags that contradict each other, or that no Hugging Face Llama can carry.
+
+    Raises: ConfigError: see `rope_from_arguments`.
+    """
+    if args.position_embedding_type in ("rope", "yarn"):
+        rope_from_arguments(args).to_arguments()
 
 
 def check_checkpoint(folder: str | None, flag: str) -> None:

@@ -13,11 +13,13 @@ import inspect
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 
 from megatron_long.errors import ConfigError
+from megatron_long.model.rope import BaseRope, Llama3Rope, rope_from_arguments
 from megatron_long.training import host_backend
 
 SUPPORTED_VERSIONS = ("0.19.",)
@@ -28,6 +30,9 @@ PATCHED_SYMBOLS = {
         "set_jit_fusion_options",
         "training_log",
     ),
+    "megatron.core.models.common.embeddings.rotary_pos_embedding": (
+        "RotaryEmbedding._apply_scaling",
+    ),
     "megatron.core.tensor_parallel.layers": ("_grad_accum_fusion_available",),
     "megatron.core.optimizer.distrib_optimizer": (
         "DistributedOptimizer.sharded_state_dict",
@@ -36,7 +41,23 @@ PATCHED_SYMBOLS = {
     ),
 }
 """What is replaced, by module: `compile_helpers` always, `training_log` where step losses are asked for,
-`_grad_accum_fusion_available` where the output layer is not called, the others on the host backend only."""
+`_apply_scaling` where RoPE is Llama-3.1's, `_grad_accum_fusion_available` where the output layer is not
+called, the others on the host backend only."""
+
+
+@dataclass(kw_only=True)
+class Llama3RopeArguments:
+    """What Megatron has no flags for beside `--use-rope-scaling` and `--rope-scaling-factor`."""
+
+    rope_scaling_low_freq_factor: float = 1.0
+    """low_freq_factor of --use-rope-scaling."""
+
+    rope_scaling_high_freq_factor: float = 4.0
+    """high_freq_factor of --use-rope-scaling."""
+
+    rope_scaling_original_length: int = 8192
+    """original_max_position_embeddings of --use-rope-scaling."""
+
 
 StepListener = Callable[[int, dict[str, torch.Tensor], float | None], None]
 """Called after each step with the iteration, the reduced losses and the gradient norm."""
@@ -67,6 +88,7 @@ def parse_flags(
 
     def add_and_mend(parser: ArgumentParser) -> ArgumentParser:
         parser = add_arguments(parser) if add_arguments else parser
+        parser = add_dataclass_flags(parser, Llama3RopeArguments, "megatron_long RoPE")
         parser.error = functools.partial(_refuse_flags, parser)  # type: ignore[method-assign]
         for action in parser._actions:  # a bare "%" in a help text breaks `--help`
             if action.help and "%" in action.help.replace("%%", "").replace("%(", ""):
@@ -121,10 +143,19 @@ def build_model_config(args: Namespace) -> Any:
     from megatron_long.model.layer_spec import portable_block_spec
 
     config = gpt_config_from_args(args)
-    config.rope_scaling_factor = args.rope_scaling_factor  # 0.19.2 leaves this flag out
+    if args.use_rope_scaling:
+        _take_llama3_rope(rope_from_arguments(args))
     if args.transformer_impl == "local" and args.spec is None:
         config.transformer_layer_spec = portable_block_spec
     return config
+
+
+def _take_llama3_rope(rope: BaseRope) -> None:
+    """Let Megatron-Core scale RoPE as the flags say: 0.19.2 takes 8, 1, 4 and 8192 whatever they are."""
+    assert isinstance(rope, Llama3Rope)
+    name = "megatron.core.models.common.embeddings.rotary_pos_embedding"
+    embedding = importlib.import_module(name).RotaryEmbedding
+    embedding._apply_scaling = lambda self, freqs, factor=None: rope.scale(freqs)
 
 
 def install_patches(

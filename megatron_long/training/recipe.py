@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import LlamaGeometry, pad_vocab_size
+from megatron_long.model.rope import BaseRope
 from megatron_long.training.backend import (
     GPU_TRAINING_ARGV,
     PRECISION_ARGV,
@@ -58,7 +59,7 @@ class Recipe:
     seq_length: int
     """Tokens of a training window."""
     rotary_base: int
-    """RoPE base trained with; replaces the model's own."""
+    """RoPE base trained with; replaces the model's own, unless its RoPE is scaled in another way."""
     tokens_per_batch: int = 4 * K * K
     """Tokens of one optimizer step, rounded down to whole windows."""
     train_tokens: int = 5_000_000_000
@@ -104,9 +105,9 @@ class Recipe:
         Args:
             own_loss: See `Backend.to_argv`; without it the flags suit stock Megatron.
         """
-        model = replace(
-            self.model, rotary_base=self.rotary_base, max_position_embeddings=self.seq_length
-        )
+        model = replace(self.model, max_position_embeddings=self.seq_length)
+        if type(model.rope) is BaseRope:
+            model = replace(model, rotary_base=self.rotary_base)
         argv = [*backend.to_argv(own_loss=own_loss), *model.to_argv(), *self.layout.to_argv()]
         argv += self._schedule_argv()
         if backend.cuda:

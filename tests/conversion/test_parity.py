@@ -9,18 +9,30 @@ import torch
 from megatron_long.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_long.conversion.mapping import checkpoint_shape, rules_of
 from megatron_long.conversion.megatron_folder import extra_states
-from megatron_long.model.geometry import LLAMA3_SCALING, geometry_from_hf
+from megatron_long.model.geometry import geometry_from_hf
+from megatron_long.model.rope import BaseRope, LinearRope, Llama3Rope, YarnRope
 
 TOLERANCE = 1e-4
 PROGRAM = Path(__file__).with_name("megatron_logits.py")
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_SCALING}
+
+
+def rope(method: BaseRope, theta: float) -> dict:
+    """Hugging Face's entry for a RoPE."""
+    return {"rope_parameters": {**method.to_hf(), "rope_theta": theta}}
+
+
 MODELS = {
-    "llama2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "smollm2-tied": {"tied": True, "rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}},
-    "llama3.1": {"rope_parameters": LLAMA3},
-    "llama3.2-tied": {"tied": True, "rope_parameters": {**LLAMA3, "factor": 32.0}},
+    "llama2": rope(BaseRope(), 1e4),
+    "smollm2-tied": {"tied": True, **rope(BaseRope(), 1e5)},
+    "llama3.1": rope(Llama3Rope(), 5e5),
+    "llama3.2-tied": {"tied": True, **rope(Llama3Rope(factor=32.0), 5e5)},
     "mistral-wide-heads": {"family": "mistral", "head_dim": 16, "num_key_value_heads": 8},
-    "qwen2": {"family": "qwen2", "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+    "mistral-linear": {"family": "mistral", **rope(LinearRope(factor=4), 5e5)},
+    "qwen2": {"family": "qwen2", **rope(BaseRope(), 1e6)},
+    "qwen2-yarn": {
+        "family": "qwen2",
+        **rope(YarnRope(factor=8, original_max_position_embeddings=64), 1e6),
+    },
 }
 LENGTH = 2048
 GAP = torch.cat([torch.arange(64), 100_000 + torch.arange(64)])
@@ -90,7 +102,7 @@ def test_megatron_computes_what_transformers_does(make_llama, megatron_run, case
 @pytest.mark.parametrize("flags", ["--rotary-base 490000", "--rope-scaling-factor 32"])
 def test_a_wrong_rope_is_noticed(make_llama, megatron_run, cases, tmp_path, flags):
     """2% off the base, or the factor of another Llama: the gap tells."""
-    source = make_llama(rope_parameters=LLAMA3)
+    source = make_llama(**rope(Llama3Rope(), 5e5))
     hf_to_megatron(source, tmp_path / "ckpt")
     seen = megatron_run(tmp_path / "ckpt", *flags.split())
     assert largest_difference(seen, hf_logits(source, cases), "gap") > 100 * TOLERANCE
@@ -168,3 +180,32 @@ def test_export_after_training_in_a_layout(
     print(f"trained: largest difference {difference:.1e}")
     assert difference <= TOLERANCE
     assert (exported["gap"] - original["gap"]).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.slow
+def test_export_after_training_with_yarn(
+    make_llama, megatron_run, run_job, tiny_dataset, cases, tmp_path
+):
+    """`--rope-method` reaches training, the sidecar, the checkpoint and the export; so does a resume."""
+    source = make_llama(max_position_embeddings=64)
+    hf_to_megatron(source, tmp_path / "start")
+    command = ["-m", "megatron_long.pretrain", "--recipe", "tiny_debug", "--rope-method", "yarn"]
+    command += ["--seq-length", "128", "--max-position-embeddings", "128", "--lr", "1e-2"]
+    command += ["--micro-batch-size", "1", "--global-batch-size", "2", "--train-iters", "1"]
+    command += ["--min-lr", "1e-2", "--dataset", tiny_dataset, "--save", tmp_path / "trained"]
+    command += ["--pretrained-checkpoint", tmp_path / "start", "--load", tmp_path / "trained"]
+    for iterations in (1, 2):  # the second goes on from the first
+        more = ["--override-opt-param-scheduler", "--train-iters", iterations]
+        run_job(1, [*command, *more])
+    expected = YarnRope(factor=2.0, original_max_position_embeddings=64)
+    assert geometry_from_hf(tmp_path / "trained/hf_config.json").rope == expected
+    megatron_to_hf(tmp_path / "trained", tmp_path / "hf", verify=True)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["rope_parameters"] == {**expected.to_hf(), "rope_theta": 500_000.0}
+    exported = hf_logits(tmp_path / "hf", cases)
+    seen = megatron_run(tmp_path / "trained")
+    assert largest_difference(seen, exported, "window") <= TOLERANCE
+    plain = config | {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}
+    (tmp_path / "hf/config.json").write_text(json.dumps(plain | {"rope_scaling": None}))
+    changed = hf_logits(tmp_path / "hf", cases)
+    assert (exported["window"] - changed["window"]).abs().max() > 100 * TOLERANCE

@@ -8,11 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.model.geometry import (
-    LLAMA3_SCALING,
-    geometry_from_config,
-    geometry_from_hf,
-)
+from megatron_long.model.geometry import geometry_from_config, geometry_from_hf
+from megatron_long.model.rope import Llama3Rope
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -71,14 +68,14 @@ def test_key_value_heads_default_to_attention_heads() -> None:
     assert geometry_from_config(config).num_query_groups == 4
 
 
-def test_the_llama3_scaling_that_megatron_computes_is_taken() -> None:
-    rope = {"rope_type": "llama3", **LLAMA3_SCALING}
+def test_llama3_scaling_is_taken() -> None:
+    rope = Llama3Rope().to_hf()
     geometry = geometry_from_config({**CONFIG, "rope_theta": 5e5, "rope_scaling": rope})
-    assert geometry.use_rope_scaling
-    assert geometry.rope_scaling_factor == 8.0
+    assert geometry.rope == Llama3Rope()
     assert "--use-rope-scaling" in geometry.to_argv()
     wider = geometry_from_config({**CONFIG, "rope_scaling": {**rope, "factor": 32.0}})
-    assert wider.to_argv()[-2:] == ["--rope-scaling-factor", "32.0"]
+    argv = wider.to_argv()
+    assert argv[argv.index("--rope-scaling-factor") + 1] == "32.0"
     assert wider.to_hf_config()["rope_scaling"]["factor"] == 32.0
 
 
@@ -92,12 +89,20 @@ def test_the_llama3_scaling_that_megatron_computes_is_taken() -> None:
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE scaling .*linear"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling .*yarn"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "supported rope_type: default, lin"),
+        ({"rope_scaling": {"type": "linear"}}, "RoPE scaling .*linear.* lacks factor"),
         (
-            {"rope_scaling": {"rope_type": "llama3", **LLAMA3_SCALING, "low_freq_factor": 2.0}},
-            "'low_freq_factor': 2.0",
+            {"rope_scaling": {"type": "linear", "factor": 0.5}},
+            "factor is 0.5; it must be 1 or more",
         ),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "is '2'; it must be a number"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor of YaRN is None"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.5}},
+            "only 1 and above",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
