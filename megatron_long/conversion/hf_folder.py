@@ -29,8 +29,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""safetensors' names of the types that are taken, and torch's."""
 
 
 class HfWeights:
@@ -42,11 +40,11 @@ class HfWeights:
         Raises: ConfigError: there are no safetensors in it.
             DataError: a file is missing, truncated, or disagrees with the index.
         """
-        self.folder = folder
+        self.location = folder
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         try:
-            for path, names in _weight_files(folder).items():
+            for path, names in weight_files(folder).items():
                 self._open(path, names)
         except BaseException:
             self._stack.close()
@@ -98,22 +96,32 @@ class HfWeights:
         """Give a tensor, backed by the file's pages."""
         return self._files[name].get_tensor(name)
 
+    def read_slice(self, name: str, rows: slice, columns: slice | None) -> Tensor:
+        """Give a part of a tensor; `columns` is None for a vector."""
+        held = self._files[name].get_slice(name)
+        return held[rows] if columns is None else held[rows, columns]
 
-def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """Give the files of a folder's weights, each with the names that the index puts there."""
-    index = folder / INDEX_FILE
+
+def weight_files(
+    folder: Path, single: str = SINGLE_FILE, index_name: str = INDEX_FILE
+) -> dict[Path, list[str] | None]:
+    """Give the files of a folder's weights, each with the names that the index puts there.
+
+    Args:
+        folder: The model's folder.
+        single: Name of the file of a model that lies in one.
+        index_name: Name of the index of a model that lies in several.
+    Raises: ConfigError: neither is there.
+        DataError: the index is damaged, or names a file that is not there.
+    """
+    index = folder / index_name
     if index.is_file():
         return _indexed_files(index)
-    if (folder / SINGLE_FILE).is_file():
-        return {folder / SINGLE_FILE: None}
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    hint = (
-        f"; it holds pickled weights ({', '.join(pickles[:3])}), which are not read: save the model "
-        "with transformers' save_pretrained, which writes safetensors"
-        if pickles
-        else "; download the model's safetensors files"
+    if (folder / single).is_file():
+        return {folder / single: None}
+    raise ConfigError(
+        f"{folder} holds neither {single} nor {index_name}; download the model's safetensors files"
     )
-    raise ConfigError(f"--input {folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
 
 def _indexed_files(index: Path) -> dict[Path, list[str] | None]:
@@ -122,7 +130,7 @@ def _indexed_files(index: Path) -> dict[Path, list[str] | None]:
         entries = sorted((str(file), str(name)) for name, file in weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{index} is not an index of safetensors ({type(error).__name__}: {error}); "
+            f"{index} is not an index of weights ({type(error).__name__}: {error}); "
             "download it again"
         ) from error
     files: dict[Path, list[str] | None] = {}

@@ -209,6 +209,26 @@ def merge_geometry(hf: LlamaGeometry, state: Mapping[str, Any], folder: Path) ->
     )
 
 
+def check_same_rope(trained: LlamaGeometry, other: LlamaGeometry, folder: Path, name: str) -> None:
+    """Refuse to export a RoPE or context that training did not use.
+
+    Args:
+        trained: The shape by the checkpoint's arguments.
+        other: The shape by something else.
+        folder: The checkpoint, for the message.
+        name: What says otherwise.
+    Raises: ConfigError: the two differ.
+    """
+    for field in ("rotary_base", "rope", "max_position_embeddings"):
+        seen, said = getattr(trained, field), getattr(other, field)
+        if seen != said:
+            raise ConfigError(
+                f"{folder} was trained with {field} {seen!r}, and {name} says {said!r}; the export "
+                "carries what was trained: leave the flags out, or, if a file says so, give --hf-config "
+                "with the model's own folder"
+            )
+
+
 def _expected_arguments(geometry: LlamaGeometry) -> dict[str, Any]:
     return {
         **_FIXED_ARGUMENTS,

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.conversion.convert import hf_to_megatron, megatron_to_hf
+from megatron_long.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_long.conversion.mapping import checkpoint_shape, rules_of
 from megatron_long.conversion.megatron_folder import extra_states
+from megatron_long.conversion.stretch import Stretch
 from megatron_long.model.geometry import geometry_from_hf
 from megatron_long.model.rope import BaseRope, LinearRope, Llama3Rope, YarnRope
 
@@ -110,7 +111,12 @@ def test_a_wrong_rope_is_noticed(make_llama, megatron_run, cases, tmp_path, flag
 
 def test_megatron_takes_its_arguments_from_the_checkpoint(make_llama, run_job, tmp_path):
     source = make_llama()
-    hf_to_megatron(source, tmp_path / "ckpt", rotary_base=2_000_000, dtype="bfloat16")
+    hf_to_megatron(
+        source,
+        tmp_path / "ckpt",
+        stretch=Stretch(rope_theta=2_000_000),
+        options=Options(dtype="bfloat16"),
+    )
     program = """
 import json, sys
 from megatron_long.training import host_backend
@@ -171,7 +177,7 @@ def test_export_after_training_in_a_layout(
     folders = ("--load", tmp_path / "start", "--save", tmp_path / "trained")
     command = ["-m", "megatron_long.pretrain", *flags, *folders, "--dataset", tiny_dataset]
     run_job(2, command)
-    report = megatron_to_hf(tmp_path / "trained", tmp_path / "hf", verify=True)
+    report = megatron_to_hf(tmp_path / "trained", tmp_path / "hf", options=Options(verify=True))
     assert report.dtype == dtype
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert (config["rope_theta"], config["max_position_embeddings"]) == (2000000.0, 128)
@@ -199,7 +205,7 @@ def test_export_after_training_with_yarn(
         run_job(1, [*command, *more])
     expected = YarnRope(factor=2.0, original_max_position_embeddings=64)
     assert geometry_from_hf(tmp_path / "trained/hf_config.json").rope == expected
-    megatron_to_hf(tmp_path / "trained", tmp_path / "hf", verify=True)
+    megatron_to_hf(tmp_path / "trained", tmp_path / "hf", options=Options(verify=True))
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert config["rope_parameters"] == {**expected.to_hf(), "rope_theta": 500_000.0}
     exported = hf_logits(tmp_path / "hf", cases)
