@@ -10,7 +10,9 @@ removed at the end.
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,12 +20,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_long.conversion.convert import MAX_SHARD_BYTES
-from megatron_long.conversion.hf_folder import plan_shards, write_weights
-from megatron_long.conversion.mapping import Unit, units_of
+from megatron_long.conversion.hf_folder import PlannedTensor, plan_shards, write_weights
+from megatron_long.conversion.mapping import units_of
 from megatron_long.files import refuse_overwrite
 from megatron_long.model.geometry import LlamaGeometry
 from megatron_long.training.recipe import LLAMA3_8B
@@ -52,23 +55,26 @@ def make_model(folder: Path, geometry: LlamaGeometry, max_shard_bytes: int) -> i
 
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2**24, generator=generator).mul_(0.02).bfloat16()
-
-    def tensors_of(unit: Unit) -> Iterator[tuple[str, Any]]:
-        for name, shape in zip(unit.hf_names, unit.rule.layout.hf_shapes(geometry), strict=True):
-            count = torch.Size(shape).numel()
-            yield name, noise.repeat(-(-count // noise.numel()))[:count].reshape(shape)
-
-    units = list(units_of(geometry))
-    sizes = [
-        2 * sum(torch.Size(shape).numel() for shape in unit.rule.layout.hf_shapes(geometry))
-        for unit in units
+    units = [
+        [
+            PlannedTensor(name=name, shape=shape, dtype=torch.bfloat16)
+            for name, shape in zip(unit.hf_names, unit.rule.layout.hf_shapes(geometry), strict=True)
+        ]
+        for unit in units_of(geometry)
     ]
+    sizes = [sum(tensor.size_bytes for tensor in unit) for unit in units]
+
+    def tensors() -> Iterator[tuple[str, Any]]:
+        for tensor in itertools.chain(*units):
+            count = math.prod(tensor.shape)
+            yield tensor.name, noise.repeat(-(-count // 2**24))[:count].reshape(tensor.shape)
+
     folder.mkdir(parents=True)
     shards = [
-        (pair for number in numbers for pair in tensors_of(units[number]))
+        [tensor for number in numbers for tensor in units[number]]
         for numbers in plan_shards(sizes, max_shard_bytes)
     ]
-    write_weights(folder, shards, sum(sizes))
+    write_weights(folder, shards, tensors())
     (folder / "config.json").write_text(json.dumps(geometry.to_hf_config()), encoding="utf-8")
     return sum(sizes)
 
@@ -91,7 +97,9 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def measure(step: str, source: Path, size_bytes: int, work: Callable[[], float | None]) -> Measurement:
+def measure(
+    step: str, source: Path, size_bytes: int, work: Callable[[], float | None]
+) -> Measurement:
     """Time a step that reads `source`, from a cold cache."""
     forget(source)
     start = time.monotonic()
@@ -149,10 +157,10 @@ def run(work_dir: Path, layers: int, max_shard_bytes: int) -> dict[str, Any]:
         ("hf-to-megatron", source, checkpoint),
         ("megatron-to-hf", checkpoint, back),
     ):
-        copies.append(measure("cp", start, size_bytes, lambda s=start: copy(s, copied)))
+        copies.append(measure("cp", start, size_bytes, partial(copy, start, copied)))
         shutil.rmtree(copied)
         conversions.append(
-            measure(command, start, size_bytes, lambda c=command, s=start, e=end: convert(c, s, e))
+            measure(command, start, size_bytes, partial(convert, command, start, end))
         )
         shutil.rmtree(start)
     return {
@@ -171,7 +179,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work-dir", type=Path, required=True, help="scratch folder, removed after")
+    parser.add_argument(
+        "--work-dir", type=Path, required=True, help="scratch folder, removed after"
+    )
     parser.add_argument("--layers", type=int, default=32, help="default: %(default)s (16 GB)")
     args = parser.parse_args()
     refuse_overwrite(args.work_dir, force=False, flag="--work-dir")

@@ -10,6 +10,7 @@ loads in, and is read from, any.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -139,6 +140,8 @@ def describe(report: ConversionReport, *, is_dry_run: bool) -> str:
 
 def main() -> None:
     """Parse, convert, print."""
+    # Large pages for torch's tensors: a quarter of the time goes into making small ones.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     args = make_parser().parse_args()
     print(describe(convert(args), is_dry_run=args.dry_run))
 

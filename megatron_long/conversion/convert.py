@@ -23,6 +23,7 @@ from megatron_long.conversion.checks import (
     choose_hf_dtype,
     choose_megatron_dtype,
 )
+from megatron_long.conversion.mapped import ReadAhead
 from megatron_long.conversion.mapping import (
     Unit,
     checkpoint_shape,
@@ -171,14 +172,23 @@ def megatron_to_hf(
     options = options or Options()
     source = find_iteration(input_dir, iteration)
     check_folders(input_dir, output_dir, force=options.force)
-    reader = TorchDistReader(source)
+    reader = TorchDistReader(source, check_bytes=options.verify)
     config, geometry = _trained_model(input_dir, source, hf_config, stretch or Stretch())
     check_tensors(reader, geometry)
     stored = choose_megatron_dtype(reader, geometry, options.dtype)
     report = _report(output_dir, geometry, stored)
     if options.dry_run:
         return report
-    read = partial(_make_hf, reader=reader, geometry=geometry, stored=stored)
+    ahead = ReadAhead(
+        list(units_of(geometry)),
+        lambda unit: reader.will_need(unit.rule.megatron_key, unit.layer),
+        lambda unit: _size_bytes(unit, geometry, stored),
+    )
+
+    def read(unit: Unit) -> list[tuple[str, Tensor]]:
+        ahead.reach(unit)
+        return _make_hf(unit, reader, geometry, stored)
+
     with atomic_path(output_dir, directory=True) as folder:
         _write_hf(folder, read, geometry, stored, options)
         hf_folder.write_config(folder / CONFIG_NAME, config, geometry, stored)
@@ -292,7 +302,14 @@ def _write_megatron(
 ) -> None:
     from megatron_long.conversion.torch_dist import COMMON_STATE, write_torch_dist
 
+    ahead = ReadAhead(
+        list(units_of(geometry)),
+        lambda unit: list(map(weights.will_need, unit.hf_names)),
+        lambda unit: _size_bytes(unit, geometry, stored),
+    )
+
     def make(unit: Unit, shape: tuple[int, ...]) -> Tensor:
+        ahead.reach(unit)
         tensor = _make_megatron(unit, weights, geometry, stored)
         progress(tensor.nbytes)
         return tensor.reshape(shape)
@@ -356,13 +373,24 @@ def _write_hf(
     units = list(units_of(geometry))
     sizes_bytes = [_size_bytes(unit, geometry, stored) for unit in units]
 
-    def tensors_of(numbers: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-        for number in numbers:
-            yield from read(units[number])
-            options.progress(sizes_bytes[number])
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for unit, size_bytes in zip(units, sizes_bytes, strict=True):
+            yield from read(unit)
+            options.progress(size_bytes)
 
-    shards = hf_folder.plan_shards(sizes_bytes, options.max_shard_bytes)
-    hf_folder.write_weights(folder, [tensors_of(shard) for shard in shards], sum(sizes_bytes))
+    shards = [
+        [
+            hf_folder.PlannedTensor(name=name, shape=shape, dtype=stored)
+            for number in numbers
+            for name, shape in _hf_shapes(units[number], geometry)
+        ]
+        for numbers in hf_folder.plan_shards(sizes_bytes, options.max_shard_bytes)
+    ]
+    hf_folder.write_weights(folder, shards, tensors())
+
+
+def _hf_shapes(unit: Unit, geometry: LlamaGeometry) -> list[tuple[str, tuple[int, ...]]]:
+    return list(zip(unit.hf_names, unit.rule.layout.hf_shapes(geometry), strict=True))
 
 
 def _size_bytes(unit: Unit, geometry: LlamaGeometry, stored: dtype) -> int:

@@ -224,6 +224,9 @@ class GgufWeights:
         """Give the type that `read` gives: every stored type has its values in float32."""
         return "F32"
 
+    def will_need(self, name: str) -> None:
+        """Nothing: the system's own reading ahead serves here."""
+
     def read(self, name: str) -> Tensor:
         """Give a tensor, dequantized."""
         return self.read_slice(name, slice(None), None)

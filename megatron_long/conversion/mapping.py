@@ -107,6 +107,8 @@ def _pad_vocabulary(tensors: Sequence[Tensor], geometry: LlamaGeometry) -> Tenso
     import torch
 
     missing_rows = geometry.padded_vocab_size - geometry.vocab_size
+    if not missing_rows:
+        return tensors[0]
     return torch.nn.functional.pad(tensors[0], (0, 0, 0, missing_rows))
 
 

@@ -80,6 +80,9 @@ class PickleWeights:
         stored = str(self._tensors[name].dtype)
         return names.get(stored, stored)
 
+    def will_need(self, name: str) -> None:
+        """Nothing: the system's own reading ahead serves here."""
+
     def read(self, name: str) -> Tensor:
         """Give a tensor, backed by the file's pages."""
         return self._tensors[name].contiguous()

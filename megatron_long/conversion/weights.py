@@ -29,6 +29,9 @@ class Weights(Protocol):
     def stored_dtype(self, name: str) -> str:
         """Give safetensors' name of the type in which `read` gives a tensor, such as `BF16`."""
 
+    def will_need(self, name: str) -> None:
+        """Say that a tensor is read soon."""
+
     def read(self, name: str) -> Tensor:
         """Give a whole tensor."""
 

@@ -210,7 +210,7 @@ def test_a_tied_model_with_its_output_layer_twice(make_llama, edit_weights, tmp_
 
 def test_fractional_rope_base_is_refused(make_llama, tmp_path):
     with pytest.raises(ConfigError, match=r"10000\.5 is not a whole number"):
-        hf_to_megatron(make_llama(), tmp_path / "out", rotary_base=10000.5)
+        hf_to_megatron(make_llama(), tmp_path / "out", stretch=Stretch(rope_theta=10000.5))
 
 
 def test_which_iteration(checkpoint_copy):
