@@ -25,6 +25,7 @@ from megatron_long.conversion.convert import (
     hf_to_megatron,
     megatron_to_hf,
 )
+from megatron_long.conversion.megatron_folder import WEIGHTS
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.model.rope import PLAIN_ROPE
 
@@ -50,6 +51,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--hf-config",
         type=Path,
         help="model folder whose config.json to take instead of the checkpoint's hf_config.json",
+    )
+    exporter.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default=WEIGHTS[0],
+        help="the model's, the optimizer's main copy, or the latter where FP8 rounded the former "
+        "(default: %(default)s)",
     )
     for command in (exporter, unpacker):
         command.add_argument(
@@ -115,6 +123,7 @@ def convert(args: argparse.Namespace) -> ConversionReport:
             args.output,
             iteration=args.iteration,
             hf_config=args.hf_config,
+            weights=args.weights,
             stretch=stretch,
             options=options,
         )

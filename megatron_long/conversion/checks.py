@@ -110,6 +110,13 @@ def choose_megatron_dtype(reader: TorchDistReader, geometry: LlamaGeometry, want
     for unit in units_of(geometry):
         key = unit.rule.megatron_key
         found.setdefault(str(reader.dtype(key)).removeprefix("torch."), key)
+    for seen, key in found.items():
+        if seen not in STORED_DTYPES.values():
+            raise DataError(
+                f"{reader.folder}: tensor {key} is stored as {seen}; known: "
+                f"{', '.join(STORED_DTYPES.values())}: save the checkpoint with Megatron's own "
+                "torch_dist, which stores FP8 parameters in BF16"
+            )
     return _one_dtype(found, wanted, reader.folder)
 
 

@@ -23,7 +23,6 @@ from megatron_long.conversion.checks import (
     choose_hf_dtype,
     choose_megatron_dtype,
 )
-from megatron_long.conversion.mapped import ReadAhead
 from megatron_long.conversion.mapping import (
     Unit,
     checkpoint_shape,
@@ -37,8 +36,10 @@ from megatron_long.conversion.megatron_folder import (
     common_state,
     extra_states,
     find_iteration,
+    find_weights,
     merge_geometry,
 )
+from megatron_long.conversion.stored import ReadAhead
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.conversion.verify import compare_logits, compare_tensors, write_verification
 from megatron_long.conversion.weights import Weights
@@ -150,12 +151,14 @@ def megatron_to_hf(
     *,
     iteration: int | None = None,
     hf_config: Path | None = None,
+    weights: str = "auto",
     stretch: Stretch | None = None,
     options: Options | None = None,
 ) -> ConversionReport:
     """Write a Hugging Face model from a Megatron checkpoint saved in any layout.
 
-    The optimizer's state is skipped. RoPE and longest context are those of training.
+    The optimizer's state is skipped, but for its main copy of FP8 parameters. RoPE and the longest
+    context are those of training.
 
     Args:
         input_dir: The checkpoint folder (Megatron's `--save`).
@@ -163,19 +166,27 @@ def megatron_to_hf(
         iteration: Which iteration; the latest if None.
         hf_config: Model folder whose `config.json`, and tokenizer if the checkpoint has none, to
             take instead of the checkpoint's own.
+        weights: One of `WEIGHTS`.
         stretch: RoPE and context that the user takes for trained; refused where training had others.
         options: See `Options`.
     Raises: ConfigError, DataError: the message says what is wrong; nothing is left behind.
     """
-    from megatron_long.conversion.torch_dist import TorchDistReader
+    from megatron_long.conversion.torch_dist import TorchDistReader, read_common_state
 
     options = options or Options()
     source = find_iteration(input_dir, iteration)
     check_folders(input_dir, output_dir, force=options.force)
-    reader = TorchDistReader(source, check_bytes=options.verify)
-    config, geometry = _trained_model(input_dir, source, hf_config, stretch or Stretch())
+    TorchDistReader(source)  # its files are all there, before anything else is said of it
+    state = read_common_state(source)
+    config, geometry = _trained_model(input_dir, source, state, hf_config, stretch or Stretch())
+    prefix = find_weights(state, weights, source)
+    reader = TorchDistReader(source, prefix=prefix, check_bytes=options.verify)
     check_tensors(reader, geometry)
-    stored = choose_megatron_dtype(reader, geometry, options.dtype)
+    is_main = (
+        prefix and options.dtype == KEEP
+    )  # float32, for a model that was trained in another type
+    dtype = str(state["args"].params_dtype).removeprefix("torch.") if is_main else options.dtype
+    stored = choose_megatron_dtype(reader, geometry, dtype)
     report = _report(output_dir, geometry, stored)
     if options.dry_run:
         return report
@@ -195,9 +206,9 @@ def megatron_to_hf(
         _restore_sidecars(folder, input_dir, hf_config)
         if not (options.verify or options.check_logits):
             return report
-        with hf_folder.HfWeights(folder) as weights:
-            check_hf_tensors(weights, geometry)
-            return _verify(report, folder, reader, weights, stored, options, is_import=False)
+        with hf_folder.HfWeights(folder) as written:
+            check_hf_tensors(written, geometry)
+            return _verify(report, folder, reader, written, stored, options, is_import=False)
 
 
 def gguf_to_hf(
@@ -237,17 +248,15 @@ def gguf_to_hf(
 
 
 def _trained_model(
-    input_dir: Path, source: Path, hf_config: Path | None, stretch: Stretch
+    input_dir: Path, source: Path, state: dict[str, Any], hf_config: Path | None, stretch: Stretch
 ) -> tuple[dict[str, Any], LlamaGeometry]:
     """Give the model's configuration as it came, and its shape with the RoPE of training."""
-    from megatron_long.conversion.torch_dist import read_common_state
-
     config_path = hf_config / CONFIG_NAME if hf_config else input_dir / HF_CONFIG_NAME
     if not config_path.is_file():
         raise ConfigError(f"{config_path} does not exist; give --hf-config with the model's folder")
     config = read_hf_config(config_path)
     described = geometry_from_config(config, name=str(config_path))
-    geometry = merge_geometry(described, read_common_state(source), source)
+    geometry = merge_geometry(described, state, source)
     if hf_config is None:
         check_same_rope(geometry, described, source, str(config_path))
     asked = stretch.apply(geometry)
@@ -277,7 +286,7 @@ def _verify(
     if options.check_logits:
         config = folder / (HF_CONFIG_NAME if is_import else CONFIG_NAME)
         logits = compare_logits(
-            reader.folder, weights.location, config, allow_pickle=options.allow_pickle
+            reader, weights.location, config, stored, allow_pickle=options.allow_pickle
         )
     write_verification(folder, hashes, logits)
     return replace(report, is_verified=True, logits_difference=logits)

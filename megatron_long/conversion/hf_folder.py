@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from megatron_long.conversion.mapped import MappedTensor, map_safetensors
+from megatron_long.conversion.stored import StoredTensor, find_tensors
 from megatron_long.conversion.weights import STORED_DTYPES
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.geometry import LlamaGeometry
@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
 
 
 class HfWeights:
-    """The tensors of a folder, memory-mapped; each is read when asked for."""
+    """The tensors of a folder; each is read when asked for."""
 
     def __init__(self, folder: Path) -> None:
         """Open every file and read its header.
@@ -47,7 +47,7 @@ class HfWeights:
         self.location = folder
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
-        self._mapped: dict[str, MappedTensor] = {}
+        self._stored: dict[str, StoredTensor] = {}
         try:
             for path, names in weight_files(folder).items():
                 self._open(path, names)
@@ -72,7 +72,7 @@ class HfWeights:
                     "download the model again"
                 )
         self._files.update(dict.fromkeys(names or held, opened))
-        self._mapped.update(map_safetensors(path, names or held))
+        self._stored.update(find_tensors(path, names or held))
 
     def __enter__(self) -> Self:
         return self
@@ -99,12 +99,12 @@ class HfWeights:
         return str(self._files[name].get_slice(name).get_dtype())
 
     def read(self, name: str) -> Tensor:
-        """Give a tensor, backed by the file's pages."""
-        return self._mapped[name].tensor()
+        """Give a whole tensor."""
+        return self._stored[name].tensor()
 
     def will_need(self, name: str) -> None:
         """Let the system begin to read a tensor."""
-        self._mapped[name].will_need()
+        self._stored[name].will_need()
 
     def read_slice(self, name: str, rows: slice, columns: slice | None) -> Tensor:
         """Give a part of a tensor; `columns` is None for a vector."""

@@ -1,6 +1,6 @@
 """Run as a program: the logits of a Megatron checkpoint against those of transformers, layer by layer.
 
-    python -m megatron_long.conversion.logits_check ITERATION SOURCE CONFIG [--allow-pickle]
+    python -m megatron_long.conversion.logits_check --iteration DIR --source HF --config FILE --dtype TYPE
 
 Both sides are the real thing, transformers' model and Megatron's `GPTModel`, each built with one layer
 that is filled again for every layer of the model, so that memory holds a layer, never the model. All
@@ -10,6 +10,7 @@ Prints one line of JSON. Legend: s sequence, h hidden, v vocabulary.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
@@ -42,24 +43,29 @@ _CHUNK_ROWS = 8192
 
 def main() -> None:
     """Compute both, print the difference."""
-    words = [word for word in sys.argv[1:] if word != "--allow-pickle"]
-    iteration, source, config_path = map(Path, words)
-    config = read_hf_config(config_path)
-    geometry = merge_geometry(
-        geometry_from_config(config, name=str(config_path)), read_common_state(iteration), iteration
-    )
-    reader = TorchDistReader(iteration)
-    stored = reader.dtype(RULES[0].megatron_key)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, geometry.vocab_size, (2 * NUM_TOKENS,), generator=generator)
+    args = _parse()
+    config, stored = read_hf_config(args.config), getattr(torch, args.dtype)
+    described = geometry_from_config(config, name=str(args.config))
+    geometry = merge_geometry(described, read_common_state(args.iteration), args.iteration)
+    reader = TorchDistReader(args.iteration, prefix=args.prefix)
     positions = end_positions(geometry.max_position_embeddings)
-    tokens = tokens[: positions.numel()]
-    allow_pickle = "--allow-pickle" in sys.argv
-    with torch.no_grad(), open_weights(source, allow_pickle=allow_pickle) as weights:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, geometry.vocab_size, positions.shape, generator=generator)
+    with torch.no_grad(), open_weights(args.source, allow_pickle=args.allow_pickle) as weights:
         expected = transformers_logits(config, weights, geometry, stored, tokens, positions)
-        seen = megatron_logits(reader, geometry, tokens, positions)
+        seen = megatron_logits(reader, geometry, stored, tokens, positions)
     difference = float((seen - expected).abs().max() / expected.abs().max())
     print(json.dumps({"relative_difference": difference, "tolerance": TOLERANCE}))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for flag in ("--iteration", "--source", "--config"):
+        parser.add_argument(flag, type=Path, required=True)
+    parser.add_argument("--prefix", default="", help="of the checkpoint's keys")
+    parser.add_argument("--dtype", required=True, help="in which both sides hold weights")
+    parser.add_argument("--allow-pickle", action="store_true")
+    return parser.parse_args()
 
 
 def end_positions(context_length: int) -> Tensor:
@@ -109,9 +115,13 @@ def transformers_logits(
 
 
 def megatron_logits(
-    reader: TorchDistReader, geometry: LlamaGeometry, tokens: Tensor, positions: Tensor
+    reader: TorchDistReader,
+    geometry: LlamaGeometry,
+    stored: torch.dtype,
+    tokens: Tensor,
+    positions: Tensor,
 ) -> Tensor:
-    """Logits [s, v] by Megatron's `GPTModel`, from a checkpoint."""
+    """Logits [s, v] by Megatron's `GPTModel`, from a checkpoint's weights in the stored type."""
     from megatron_long.training import host_backend
 
     host_backend.install()
@@ -120,20 +130,20 @@ def megatron_logits(
     decoder: Any = model.decoder
     norm, decoder.final_layernorm = decoder.final_layernorm, torch.nn.Identity()
     embedding = reader.read(RULES[0].megatron_key, None)
-    hidden = embedding[tokens].float()[:, None]  # [s, 1, h]
+    hidden = embedding[tokens].to(stored).float()[:, None]  # [s, 1, h]
     per_layer = [rule.megatron_key for rule in RULES if rule.is_per_layer]
     for layer in range(geometry.num_layers):
         for key in per_layer:
             if key in filled:
-                filled[key].copy_(reader.read(key, layer))
+                filled[key].copy_(reader.read(key, layer).to(stored))
         with rotated_at(model.rotary_pos_emb, positions):
             hidden = model(
                 None, None, None, decoder_input=hidden, output_processor=_give_hidden_states
             )
-    norm.weight.copy_(reader.read("decoder.final_layernorm.weight", None))
+    norm.weight.copy_(reader.read("decoder.final_layernorm.weight", None).to(stored))
     if not geometry.tie_embeddings:
         embedding = reader.read(OUTPUT_LAYER.megatron_key, None)
-    return _multiply(norm(hidden)[:, 0], geometry, lambda rows: embedding[rows].float())
+    return _multiply(norm(hidden)[:, 0], geometry, lambda rows: embedding[rows].to(stored).float())
 
 
 def _multiply(hidden: Tensor, geometry: LlamaGeometry, rows: Callable[[slice], Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_long.conversion.mapping import (
     EXTRA_STATE_MODULES,
+    RULES,
     checkpoint_shape,
     rules_of,
 )
@@ -36,6 +37,13 @@ CHECKPOINT_VERSION = 3.0
 
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.")
 """What the keys of a model's tensors begin with; the optimizer's and others are left alone."""
+
+WEIGHTS = ("auto", "model", "main")
+"""Which weights to export: the optimizer's main copy, the model's, or the former where FP8 rounded the
+latter."""
+
+_MAIN_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
+"""Of the fully reshardable format, and of the others."""
 
 _FIXED_ARGUMENTS = {
     "rotary_percent": 1.0,
@@ -206,6 +214,36 @@ def merge_geometry(hf: LlamaGeometry, state: Mapping[str, Any], folder: Path) ->
         rope=rope_from_arguments(args),
         max_position_embeddings=args.max_position_embeddings,
         padded_vocab_size=args.padded_vocab_size,
+    )
+
+
+def find_weights(state: Mapping[str, Any], wanted: str, iteration: Path) -> str:
+    """Give the prefix of the keys of the weights to export.
+
+    A run with FP8 parameters (`--fp8-param-gather`) saves them rounded to eight bits, in BF16; what the
+    optimizer works on, and what should be exported, is its float32 main copy.
+
+    Args:
+        state: The checkpoint's common state.
+        wanted: One of `WEIGHTS`.
+        iteration: Folder of the iteration.
+    Raises: ConfigError: an unknown word, or there is no main copy.
+    """
+    from megatron_long.conversion.torch_dist import TorchDistReader
+
+    if wanted not in WEIGHTS:
+        raise ConfigError(f"--weights {wanted} is unknown; choose one of {', '.join(WEIGHTS)}")
+    is_rounded = bool(getattr(state.get("args"), "fp8_param_gather", False))
+    if wanted == "model" or (wanted == "auto" and not is_rounded):
+        return ""
+    for prefix in _MAIN_PREFIXES:
+        if RULES[0].megatron_key in TorchDistReader(iteration, prefix=prefix).shapes():
+            return prefix
+    reason = "its weights are rounded to FP8, and " if is_rounded else ""
+    raise ConfigError(
+        f"{iteration}: {reason}the optimizer's main copy in float32 is not in the checkpoint (train with "
+        "--bf16 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable and without "
+        "--no-save-optim); --weights model exports what is there"
     )
 
 

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_long.conversion.mapped import map_saved_tensor, read_soon
+from megatron_long.conversion.stored import read_saved_tensor, read_soon
 from megatron_long.errors import DataError
 
 FORMAT_FILE = "metadata.json"
@@ -132,11 +132,12 @@ def _raise_cause(error: CheckpointException, folder: Path) -> NoReturn:
 class TorchDistReader:
     """The tensors of a `torch_dist` folder, whatever layout they were saved from."""
 
-    def __init__(self, folder: Path, *, check_bytes: bool = False) -> None:
+    def __init__(self, folder: Path, *, prefix: str = "", check_bytes: bool = False) -> None:
         """Read the index.
 
         Args:
             folder: Folder of one iteration.
+            prefix: What the keys begin with; it is left out of them here.
             check_bytes: Whether to compare the checksum of every piece that is read.
         Raises: DataError: not such a folder, or a file that the index names is missing or short.
         """
@@ -149,8 +150,8 @@ class TorchDistReader:
                 f"{folder}/.metadata cannot be read ({type(error).__name__}: {error}); "
                 "the checkpoint is incomplete or damaged: use another iteration"
             ) from error
+        self.prefix = prefix
         self._check_bytes = check_bytes
-        self._pieces: dict[MetadataIndex, Tensor] = {}
         self._check_files()
 
     def _check_files(self) -> None:
@@ -177,16 +178,14 @@ class TorchDistReader:
         return dict(self._tensors())[key].properties.dtype
 
     def _tensors(self) -> list[tuple[str, TensorStorageMetadata]]:
-        entries = self._metadata.state_dict_metadata.items()
         return [
-            (key, stored) for key, stored in entries if isinstance(stored, TensorStorageMetadata)
+            (key.removeprefix(self.prefix), stored)
+            for key, stored in self._metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata) and key.startswith(self.prefix)
         ]
 
     def read(self, key: str, layer: int | None) -> Tensor:
-        """Read a tensor, or one layer (an index of axis 0) of it.
-
-        What lies in one piece is not copied: the tensor is the file's pages.
-        """
+        """Read a tensor, or one layer (an index of axis 0) of it."""
         wanted, items, dtype = self._plan(key, layer)
         try:
             found = self._assemble(items, wanted, dtype)
@@ -206,6 +205,7 @@ class TorchDistReader:
     def _plan(
         self, key: str, layer: int | None
     ) -> tuple[ChunkStorageMetadata, list[ReadItem], torch.dtype]:
+        key = self.prefix + key
         stored = self._metadata.state_dict_metadata[key]
         assert isinstance(stored, TensorStorageMetadata)
         offset, shape = [0] * len(stored.size), list(stored.size)
@@ -234,13 +234,9 @@ class TorchDistReader:
         return whole
 
     def _part(self, item: ReadItem) -> Tensor:
-        piece = self._pieces.get(item.storage_index)
-        if piece is None:
-            stored = (self._metadata.storage_data or {})[item.storage_index]
-            path = self.folder / stored.relative_path
-            piece = self._pieces[item.storage_index] = map_saved_tensor(
-                path, stored.offset, stored.length, check_bytes=self._check_bytes
-            )
+        stored = (self._metadata.storage_data or {})[item.storage_index]
+        path = self.folder / stored.relative_path
+        piece = read_saved_tensor(path, stored.offset, stored.length, check_bytes=self._check_bytes)
         for axis, start in enumerate(item.storage_offsets):
             piece = piece.narrow(axis, start, item.lengths[axis])
         return piece

@@ -16,7 +16,9 @@ from megatron_long.conversion.mapping import Unit
 from megatron_long.errors import DataError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
+
+    from megatron_long.conversion.torch_dist import TorchDistReader
 
 VERIFICATION_NAME = "verification.json"
 UnitTensors = Callable[[Unit], Iterable[tuple[str, "Tensor"]]]
@@ -57,22 +59,27 @@ def compare_tensors(
     return hashes
 
 
-def compare_logits(iteration: Path, source: Path, config: Path, *, allow_pickle: bool) -> float:
+def compare_logits(
+    reader: TorchDistReader, source: Path, config: Path, stored: dtype, *, allow_pickle: bool
+) -> float:
     """Compare the logits of a checkpoint, by Megatron, with those of transformers.
 
     In a process of its own, which computes in float32 on the host, a layer at a time: see
     `logits_check`.
 
     Args:
-        iteration: Folder of one iteration of a Megatron checkpoint.
+        reader: The checkpoint.
         source: Model folder or GGUF file with the Hugging Face weights.
         config: The `config.json` that describes them with the checkpoint's RoPE.
+        stored: The type in which both hold their weights, or would after conversion.
         allow_pickle: See `sources.open_weights`.
     Returns: The largest difference over the largest logit.
     Raises: DataError: the two disagree, or the check could not be made.
     """
     command = [sys.executable, "-m", "megatron_long.conversion.logits_check"]
-    command += [str(iteration), str(source), str(config)]
+    command += ["--iteration", str(reader.folder), "--prefix", reader.prefix]
+    command += ["--source", str(source), "--config", str(config)]
+    command += ["--dtype", str(stored).removeprefix("torch.")]
     command += ["--allow-pickle"] if allow_pickle else []
     environment = {
         **{name: value for name, value in os.environ.items() if name not in _JOB_VARIABLES},
