@@ -35,11 +35,13 @@ def write_tokenizer(path: Path, folder: Path) -> list[str]:
     Args:
         path: The GGUF file.
         folder: Where to; made if missing.
-    Returns: Names of the files.
+    Returns: Names of the files; none if the file holds no tokenizer.
     Raises: ConfigError: a kind of tokenizer, or a rule for words, that is not known.
     """
     values = metadata(open_gguf(path))
     kind = values.get("tokenizer.ggml.model")
+    if kind is None:
+        return []
     if kind not in ("gpt2", "llama"):
         raise ConfigError(
             f"{path}: tokenizer {kind!r} is not known; known: gpt2 (byte-level BPE), llama "
@@ -120,7 +122,11 @@ def _sentencepiece(values: Mapping[str, Any]) -> bytes:
     prefix = values.get("tokenizer.ggml.add_space_prefix", True)
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = bool(prefix)
-    model.normalizer_spec.remove_extra_whitespaces = False
+    removes = values.get("tokenizer.ggml.remove_extra_whitespaces", False)
+    model.normalizer_spec.remove_extra_whitespaces = bool(removes)
+    charsmap = values.get("tokenizer.ggml.precompiled_charsmap")
+    if charsmap:
+        model.normalizer_spec.precompiled_charsmap = bytes(charsmap)
     columns = (tokens, values["tokenizer.ggml.scores"], values["tokenizer.ggml.token_type"])
     for token, score, kind in zip(*columns, strict=True):
         model.pieces.add(piece=token, score=score, type=kind)

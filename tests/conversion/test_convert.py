@@ -137,6 +137,13 @@ def test_missing_folder_and_files(llama_copy, tmp_path):
     expect_refusal(llama_copy, ConfigError, "config.json does not exist")
 
 
+def test_a_missing_shard_is_named(make_llama, tmp_path):
+    folder = shutil.copytree(make_llama(max_shard_size="300KB"), tmp_path / "damaged")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    expect_refusal(folder, DataError, f"names {shard.name}, which is not there; download that file")
+
+
 def test_damaged_index(make_llama, tmp_path):
     folder = shutil.copytree(make_llama(max_shard_size="300KB"), tmp_path / "damaged")
     index = folder / "model.safetensors.index.json"

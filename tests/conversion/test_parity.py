@@ -10,6 +10,7 @@ from megatron_long.conversion.convert import Options, hf_to_megatron, megatron_t
 from megatron_long.conversion.mapping import checkpoint_shape, rules_of
 from megatron_long.conversion.megatron_folder import extra_states
 from megatron_long.conversion.stretch import Stretch
+from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import geometry_from_hf
 from megatron_long.model.rope import BaseRope, LinearRope, Llama3Rope, YarnRope
 
@@ -163,7 +164,7 @@ print(json.dumps(wanted))
     ],
 )
 def test_export_after_training_in_a_layout(
-    make_llama, megatron_run, run_job, tiny_dataset, cases, tmp_path, dtype, layout
+    make_llama, read_weights, megatron_run, run_job, tiny_dataset, cases, tmp_path, dtype, layout
 ):
     """Converted, trained by two processes at another RoPE base, exported: still one model."""
     source = make_llama(tied=dtype == "bfloat16", dtype=dtype)
@@ -186,6 +187,14 @@ def test_export_after_training_in_a_layout(
     print(f"trained: largest difference {difference:.1e}")
     assert difference <= TOLERANCE
     assert (exported["gap"] - original["gap"]).abs().max() > 100 * TOLERANCE
+    if dtype == "bfloat16":  # the optimizer's float32 main copy, rounded, is the model
+        megatron_to_hf(tmp_path / "trained", tmp_path / "main", weights="main")
+        main, model = read_weights(tmp_path / "main"), read_weights(tmp_path / "hf")
+        assert main.keys() == model.keys()
+        assert all(torch.equal(main[name], model[name]) for name in model)
+        return
+    with pytest.raises(ConfigError, match="main copy in float32 is not in the checkpoint"):
+        megatron_to_hf(tmp_path / "trained", tmp_path / "main", weights="main")
 
 
 @pytest.mark.slow
