@@ -39,9 +39,10 @@ setup(
         ],
         "cluster": ["datatrove>=0.10,<0.11", "ray", "fsspec"],
         "parquet": ["pyarrow"],
+        "gguf": ["gguf>=0.17"],
         "eval": ["rouge-score", "lm-eval"],
         "dev": [
-            *("pytest", "hypothesis", "tiktoken", "datatrove>=0.10,<0.11", "pyarrow"),
+            *("pytest", "hypothesis", "tiktoken", "datatrove>=0.10,<0.11", "pyarrow", "gguf"),
             *("ruff", "mypy", "types-tqdm", "types-PyYAML"),
         ],
     },

@@ -18,17 +18,21 @@ PROGRAM_START = time.time()
 
 # ruff: noqa: E402
 from megatron_long.cli import run_tool
+from megatron_long.conversion.sources import is_gguf, read_config, read_source_geometry
 from megatron_long.data.manifest import Manifest, read_manifest
 from megatron_long.errors import ConfigError
-from megatron_long.model.geometry import LlamaGeometry, geometry_from_args, geometry_from_hf
+from megatron_long.model.geometry import CONFIG_NAME, LlamaGeometry, geometry_from_args
+from megatron_long.training import hugging_face
 from megatron_long.training.arguments import (
     LongContextArguments,
     check_checkpoint,
     check_documents,
+    check_export,
     check_files,
     check_layout,
     check_paths,
     check_rope,
+    check_start_and_end,
 )
 from megatron_long.training.backend import Backend, detect_backend, join_or_start_job
 from megatron_long.training.checkpoint_folder import (
@@ -60,15 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_finished(args):
         if args.rank == 0:
             print(
-                f"--load {args.load} is at --train-iters {args.train_iters} already: nothing to do"
+                f"--load {args.load} is at --train-iters {args.train_iters} already: nothing to train"
             )
+        if arguments.export_hf and not Path(arguments.export_hf).exists():
+            _export(arguments, args)
         return 0
+    check_export(arguments.export_hf)
     listener = _LossLog(Path(arguments.loss_log)) if arguments.loss_log else None
     megatron_adapter.install_patches(listener, output_layer_is_called=arguments.megatron_loss)
     megatron_adapter.validate_flags(args)
     if args.save and args.rank == 0:
         write_sidecars(Path(args.save), arguments, args, user_argv)
     _train(arguments, args)
+    _export(arguments, args)
     return 0
 
 
@@ -103,9 +111,12 @@ def parse(
         # Transformer Engine knows which of its kernels are deterministic, or take padded documents.
         args.attention_backend = type(args.attention_backend).auto
     check_files(arguments, args)
+    check_start_and_end(arguments, args)
     check_layout(args, world_size)
     check_rope(args)
     check_documents(arguments, args)
+    if arguments.hf_checkpoint:
+        hugging_face.check_weights(Path(arguments.hf_checkpoint))
     if arguments.dataset:
         check_dataset(read_manifest(Path(arguments.dataset)), args)
     return arguments, args
@@ -127,17 +138,20 @@ def check_dataset(manifest: Manifest, args: argparse.Namespace) -> None:
         )
     from megatron_long.data.tokenizers import load_tokenizer
 
-    for flag in ("tokenizer_model", "load", "pretrained_checkpoint"):
+    for flag in ("tokenizer_model", "load", "pretrained_checkpoint", "hf_checkpoint"):
         path = Path(getattr(args, flag) or "")
-        if flag != "tokenizer_model":
+        if flag in ("load", "pretrained_checkpoint"):
             path /= TOKENIZER_DIR_NAME
         if getattr(args, flag) is None or not (path.exists() or flag == "tokenizer_model"):
             continue
-        seen = load_tokenizer(path, "reference").vocabulary_sha256
-        if seen != manifest.tokenizer.vocabulary_sha256:
+        if flag == "hf_checkpoint":
+            seen = hugging_face.vocabulary_of(path)
+        else:
+            seen = load_tokenizer(path, "reference").vocabulary_sha256
+        if seen not in (None, manifest.tokenizer.vocabulary_sha256):
             raise ConfigError(
                 f"the tokenizer of --{flag.replace('_', '-')} {getattr(args, flag)} (vocabulary "
-                f"{seen[:12]}) is not the one that --dataset {args.dataset} was made with "
+                f"{str(seen)[:12]}) is not the one that --dataset {args.dataset} was made with "
                 f"({manifest.tokenizer.vocabulary_sha256[:12]}, a copy is in its tokenizer folder); "
                 "prepare the dataset with the tokenizer of this model"
             )
@@ -170,11 +184,12 @@ def write_sidecars(
 ) -> None:
     """Put beside the checkpoints what evaluation and export need (see `checkpoint_folder`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_hf_config(
-        folder,
-        geometry_from_args(args, _vocab_size(arguments, args)),
-        _hf_config_path(arguments, args),
-    )
+    source = _hf_config_path(arguments, args)
+    model_type = read_source_geometry(source).model_type if source else None
+    trained = geometry_from_args(args, _vocab_size(arguments, args), model_type)
+    write_hf_config(folder, trained, read_config(source) if source else None)
+    if arguments.hf_checkpoint:
+        hugging_face.write_start_sidecars(folder, Path(arguments.hf_checkpoint))
     for start in (args.load, args.pretrained_checkpoint):
         if start:
             copy_generation_config(folder, Path(start))
@@ -204,11 +219,22 @@ def _train(arguments: LongContextArguments, args: argparse.Namespace) -> None:
         args.tensor_model_parallel_size if args.sequence_parallel else 1,
     )
     provider = dataset_provider(arguments, args)
+    fill = None
+    if arguments.hf_checkpoint and hugging_face.starts_from_hf(arguments.hf_checkpoint, args.load):
+        start = Path(arguments.hf_checkpoint)
+        fill = hugging_face.filler(start, lambda: args.padded_vocab_size)
     step = partial(forward_step, settings)
     # Padded documents make micro-batches of different lengths, and pipeline stages must tell each other.
     megatron_adapter.run_pretrain(
-        args, provider, step, PROGRAM_START, lengths_vary=masking == "thd"
+        args, provider, step, PROGRAM_START, fill, lengths_vary=masking == "thd"
     )
+
+
+def _export(arguments: LongContextArguments, args: argparse.Namespace) -> None:
+    """Leave the trained model behind as a Hugging Face folder; one rank writes, none waits."""
+    if arguments.export_hf and args.rank == 0:
+        report = hugging_face.export(Path(args.save), Path(arguments.export_hf))
+        print(f"wrote {report.output}: {report.num_tensors} tensors of {report.dtype}")
 
 
 def attention_format(args: argparse.Namespace) -> Literal["sbhd", "thd"]:
@@ -258,17 +284,20 @@ def _hf_config_path(arguments: LongContextArguments, args: argparse.Namespace) -
     """The config.json that describes the model, if one is known."""
     if arguments.hf_config:
         path = Path(arguments.hf_config)
-        return path / "config.json" if path.is_dir() else path
+        return path / CONFIG_NAME if path.is_dir() else path
     for folder in (args.load, args.pretrained_checkpoint):
         if folder and (Path(folder) / HF_CONFIG_NAME).is_file():
             return Path(folder) / HF_CONFIG_NAME
+    if arguments.hf_checkpoint:
+        path = Path(arguments.hf_checkpoint)
+        return path if is_gguf(path) else path / CONFIG_NAME
     return None
 
 
 def _vocab_size(arguments: LongContextArguments, args: argparse.Namespace) -> int:
     """Real tokens of the model, without the padding rows of its embedding."""
     config = _hf_config_path(arguments, args)
-    return geometry_from_hf(config).vocab_size if config else args.padded_vocab_size
+    return read_source_geometry(config).vocab_size if config else args.padded_vocab_size
 
 
 def _model_geometry(
@@ -276,7 +305,7 @@ def _model_geometry(
 ) -> LlamaGeometry | None:
     check_checkpoint(early.pretrained_checkpoint, "--pretrained-checkpoint")
     path = _hf_config_path(arguments, early)
-    return geometry_from_hf(path) if path is not None else None
+    return read_source_geometry(path) if path is not None else None
 
 
 def _stretched(

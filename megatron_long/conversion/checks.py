@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_long.conversion.hf_folder import STORED_DTYPES, HfWeights
 from megatron_long.conversion.mapping import OUTPUT_LAYER, units_of
+from megatron_long.conversion.weights import STORED_DTYPES, Weights
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.files import refuse_overwrite
 from megatron_long.model.geometry import CONFIG_NAME, LlamaGeometry
@@ -26,8 +26,8 @@ def check_folders(input_dir: Path, output_dir: Path, *, force: bool) -> None:
 
     Raises: ConfigError: any of these.
     """
-    if not input_dir.is_dir():
-        raise ConfigError(f"--input {input_dir} is not a folder; give the folder of the model")
+    if not input_dir.exists():
+        raise ConfigError(f"--input {input_dir} does not exist; give the folder of the model")
     refuse_overwrite(output_dir, force=force)
     source, target = input_dir.resolve(), output_dir.resolve()
     if source == target or target in source.parents:
@@ -36,7 +36,7 @@ def check_folders(input_dir: Path, output_dir: Path, *, force: bool) -> None:
         )
 
 
-def check_hf_tensors(weights: HfWeights, geometry: LlamaGeometry) -> None:
+def check_hf_tensors(weights: Weights, geometry: LlamaGeometry) -> None:
     """Check names and shapes before anything is converted.
 
     Raises: DataError: a tensor is missing, has another shape, or is one too many.
@@ -48,16 +48,18 @@ def check_hf_tensors(weights: HfWeights, geometry: LlamaGeometry) -> None:
     names = set(weights.names)
     missing = [name for name in expected if name not in names]
     if missing:
-        raise DataError(f"{weights.folder} lacks {_list(missing)}, which its {CONFIG_NAME} needs")
+        raise DataError(f"{weights.location} lacks {_list(missing)}, which its {CONFIG_NAME} needs")
     for name, shape in expected.items():
         if weights.shape(name) != shape:
             raise DataError(
-                f"{weights.folder}: tensor {name} has shape {list(weights.shape(name))}; "
+                f"{weights.location}: tensor {name} has shape {list(weights.shape(name))}; "
                 f"{CONFIG_NAME} makes it {list(shape)}"
             )
     left_over = sorted(name for name in names - set(expected) if not _is_harmless(name, geometry))
     if left_over:
-        raise DataError(f"{weights.folder} holds {_list(left_over)}, which no Llama has")
+        raise DataError(
+            f"{weights.location} holds {_list(left_over)}, which no {geometry.model_type} model has"
+        )
     _check_tied_output(weights, geometry)
 
 
@@ -67,18 +69,18 @@ def _is_harmless(name: str, geometry: LlamaGeometry) -> bool:
     return is_tied_output or name.endswith(".rotary_emb.inv_freq")
 
 
-def _check_tied_output(weights: HfWeights, geometry: LlamaGeometry) -> None:
+def _check_tied_output(weights: Weights, geometry: LlamaGeometry) -> None:
     output, embedding = OUTPUT_LAYER.hf_names[0], next(units_of(geometry)).hf_names[0]
     if not geometry.tie_embeddings or output not in weights.names:
         return
     if not _same_bits(weights.read(output), weights.read(embedding)):
         raise DataError(
-            f"{weights.folder}: {output} differs from {embedding}, though {CONFIG_NAME} says "
+            f"{weights.location}: {output} differs from {embedding}, though {CONFIG_NAME} says "
             "tie_word_embeddings; set it to false, or remove the tensor"
         )
 
 
-def choose_hf_dtype(weights: HfWeights, geometry: LlamaGeometry, wanted: str) -> dtype:
+def choose_hf_dtype(weights: Weights, geometry: LlamaGeometry, wanted: str) -> dtype:
     """Give the type to store a Hugging Face model in.
 
     Args:
@@ -96,10 +98,10 @@ def choose_hf_dtype(weights: HfWeights, geometry: LlamaGeometry, wanted: str) ->
     for seen, name in found.items():
         if seen not in known:
             raise DataError(
-                f"{weights.folder}: tensor {name} is stored as {seen}; known: {', '.join(known)}: "
+                f"{weights.location}: tensor {name} is stored as {seen}; known: {', '.join(known)}: "
                 "give the unquantized model"
             )
-    return _one_dtype({known[seen]: name for seen, name in found.items()}, wanted, weights.folder)
+    return _one_dtype({known[seen]: name for seen, name in found.items()}, wanted, weights.location)
 
 
 def choose_megatron_dtype(reader: TorchDistReader, geometry: LlamaGeometry, wanted: str) -> dtype:
@@ -108,6 +110,13 @@ def choose_megatron_dtype(reader: TorchDistReader, geometry: LlamaGeometry, want
     for unit in units_of(geometry):
         key = unit.rule.megatron_key
         found.setdefault(str(reader.dtype(key)).removeprefix("torch."), key)
+    for seen, key in found.items():
+        if seen not in STORED_DTYPES.values():
+            raise DataError(
+                f"{reader.folder}: tensor {key} is stored as {seen}; known: "
+                f"{', '.join(STORED_DTYPES.values())}: save the checkpoint with Megatron's own "
+                "torch_dist, which stores FP8 parameters in BF16"
+            )
     return _one_dtype(found, wanted, reader.folder)
 
 

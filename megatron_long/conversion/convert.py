@@ -14,17 +14,15 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_long.conversion import hf_folder
+from megatron_long.conversion import hf_folder, sources
 from megatron_long.conversion.checks import (
     KEEP,
     check_finite,
     check_folders,
     check_hf_tensors,
-    check_same,
     choose_hf_dtype,
     choose_megatron_dtype,
 )
-from megatron_long.conversion.hf_folder import HfWeights
 from megatron_long.conversion.mapping import (
     Unit,
     checkpoint_shape,
@@ -33,12 +31,18 @@ from megatron_long.conversion.mapping import (
 )
 from megatron_long.conversion.megatron_folder import (
     RELEASE,
+    check_same_rope,
     check_tensors,
     common_state,
     extra_states,
     find_iteration,
+    find_weights,
     merge_geometry,
 )
+from megatron_long.conversion.stored import ReadAhead
+from megatron_long.conversion.stretch import Stretch
+from megatron_long.conversion.verify import compare_logits, compare_tensors, write_verification
+from megatron_long.conversion.weights import Weights
 from megatron_long.errors import ConfigError
 from megatron_long.files import atomic_path
 from megatron_long.model.geometry import (
@@ -66,6 +70,27 @@ Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every conversion may be asked for."""
+
+    dtype: str = KEEP
+    """One of `DTYPES`, the type to store."""
+    verify: bool = False
+    """Whether to read the output back, compare it bit by bit and write the tensors' hashes."""
+    check_logits: bool = False
+    """Whether to compare the logits of both models too."""
+    force: bool = False
+    """Whether to replace an existing output."""
+    dry_run: bool = False
+    """Whether to check the input and write nothing."""
+    allow_pickle: bool = False
+    """Whether pickled weights may be read where there are no safetensors."""
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    """Largest safetensors file."""
+    progress: Progress = lambda size_bytes: None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConversionReport:
     """What a conversion did, or would do."""
 
@@ -76,52 +101,48 @@ class ConversionReport:
     size_bytes: int
     dtype: str
     geometry: LlamaGeometry
-    is_verified: bool
+    is_verified: bool = False
+    logits_difference: float | None = None
+    """Of the largest logit; None where logits were not compared."""
+    losses: tuple[str, ...] = ()
+    """What the input does not give back of the original model, in sentences."""
 
 
 def hf_to_megatron(
-    input_dir: Path,
+    input_path: Path,
     output_dir: Path,
     *,
-    dtype: str = KEEP,
-    rotary_base: float | None = None,
-    verify: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    progress: Progress = lambda size_bytes: None,
+    stretch: Stretch | None = None,
+    options: Options | None = None,
 ) -> ConversionReport:
-    """Write a Megatron checkpoint from a Hugging Face Llama.
+    """Write a Megatron checkpoint from a Hugging Face model.
 
     Args:
-        input_dir: Folder with `config.json`, safetensors and, usually, a tokenizer.
+        input_path: Folder with `config.json`, weights and, usually, a tokenizer; or a GGUF file.
         output_dir: The checkpoint folder, for Megatron's `--load`.
-        dtype: One of `DTYPES`, the type to store.
-        rotary_base: RoPE base to train with instead of the model's own.
-        verify: Whether to read the checkpoint back and compare it with the input, bit by bit.
-        force: Whether to replace an existing output.
-        dry_run: Whether to check the input and write nothing.
-        progress: See `Progress`.
+        stretch: RoPE and context to train with instead of the model's own.
+        options: See `Options`.
     Raises: ConfigError, DataError: the message says what is wrong; nothing is left behind.
     """
-    check_folders(input_dir, output_dir, force=force)
-    config = read_hf_config(input_dir / CONFIG_NAME)
-    geometry = geometry_from_config(config, name=str(input_dir / CONFIG_NAME))
-    if rotary_base is not None:
-        geometry = replace(geometry, rotary_base=rotary_base)
+    options = options or Options()
+    check_folders(input_path, output_dir, force=options.force)
+    config = sources.read_config(input_path)
+    geometry = (stretch or Stretch()).apply(sources.read_source_geometry(input_path))
     geometry.to_argv()  # refuses a base that no Megatron flag can carry
-    with HfWeights(input_dir) as weights:
+    with sources.open_weights(input_path, allow_pickle=options.allow_pickle) as weights:
         check_hf_tensors(weights, geometry)
-        stored = choose_hf_dtype(weights, geometry, dtype)
-        report = _report(output_dir, geometry, stored, is_verified=verify and not dry_run)
-        if dry_run:
+        stored = choose_hf_dtype(weights, geometry, options.dtype)
+        report = _report(output_dir, geometry, stored, sources.losses(input_path))
+        if options.dry_run:
             return report
         with atomic_path(output_dir, directory=True) as folder:
-            _write_megatron(folder, weights, geometry, stored, progress)
+            _write_megatron(folder, weights, geometry, stored, options.progress)
             hf_folder.write_config(folder / HF_CONFIG_NAME, config, geometry, stored)
-            _write_sidecars(folder, input_dir)
-            if verify:
-                _verify_megatron(folder, weights, geometry, stored, progress)
-    return report
+            sources.copy_generation_config(input_path, folder / GENERATION_CONFIG_NAME)
+            sources.copy_tokenizer(input_path, folder / TOKENIZER_DIR_NAME)
+            return _verify(
+                report, folder, _reader_of(folder), weights, stored, options, is_import=True
+            )
 
 
 def megatron_to_hf(
@@ -129,63 +150,175 @@ def megatron_to_hf(
     output_dir: Path,
     *,
     iteration: int | None = None,
-    dtype: str = KEEP,
     hf_config: Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    verify: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    progress: Progress = lambda size_bytes: None,
+    weights: str = "auto",
+    stretch: Stretch | None = None,
+    options: Options | None = None,
 ) -> ConversionReport:
-    """Write a Hugging Face Llama from a Megatron checkpoint saved in any layout.
+    """Write a Hugging Face model from a Megatron checkpoint saved in any layout.
 
-    The optimizer's state is skipped. RoPE base and longest context are those of training.
+    The optimizer's state is skipped, but for its main copy of FP8 parameters. RoPE and the longest
+    context are those of training.
 
     Args:
         input_dir: The checkpoint folder (Megatron's `--save`).
         output_dir: The model folder to write.
         iteration: Which iteration; the latest if None.
-        dtype: One of `DTYPES`, the type to store.
         hf_config: Model folder whose `config.json`, and tokenizer if the checkpoint has none, to
             take instead of the checkpoint's own.
-        max_shard_bytes: Largest safetensors file.
-        verify: Whether to read the files back and compare them with the checkpoint, bit by bit.
-        force: Whether to replace an existing output.
-        dry_run: Whether to check the input and write nothing.
-        progress: See `Progress`.
+        weights: One of `WEIGHTS`.
+        stretch: RoPE and context that the user takes for trained; refused where training had others.
+        options: See `Options`.
     Raises: ConfigError, DataError: the message says what is wrong; nothing is left behind.
     """
     from megatron_long.conversion.torch_dist import TorchDistReader, read_common_state
 
+    options = options or Options()
     source = find_iteration(input_dir, iteration)
-    check_folders(input_dir, output_dir, force=force)
+    check_folders(input_dir, output_dir, force=options.force)
+    TorchDistReader(source)  # its files are all there, before anything else is said of it
+    state = read_common_state(source)
+    config, geometry = _trained_model(input_dir, source, state, hf_config, stretch or Stretch())
+    prefix = find_weights(state, weights, source)
+    reader = TorchDistReader(source, prefix=prefix, check_bytes=options.verify)
+    check_tensors(reader, geometry)
+    is_main = (
+        prefix and options.dtype == KEEP
+    )  # float32, for a model that was trained in another type
+    dtype = str(state["args"].params_dtype).removeprefix("torch.") if is_main else options.dtype
+    stored = choose_megatron_dtype(reader, geometry, dtype)
+    report = _report(output_dir, geometry, stored)
+    if options.dry_run:
+        return report
+    ahead = ReadAhead(
+        list(units_of(geometry)),
+        lambda unit: reader.will_need(unit.rule.megatron_key, unit.layer),
+        lambda unit: _size_bytes(unit, geometry, stored),
+    )
+
+    def read(unit: Unit) -> list[tuple[str, Tensor]]:
+        ahead.reach(unit)
+        return _make_hf(unit, reader, geometry, stored)
+
+    with atomic_path(output_dir, directory=True) as folder:
+        _write_hf(folder, read, geometry, stored, options)
+        hf_folder.write_config(folder / CONFIG_NAME, config, geometry, stored)
+        _restore_sidecars(folder, input_dir, hf_config)
+        if not (options.verify or options.check_logits):
+            return report
+        with hf_folder.HfWeights(folder) as written:
+            check_hf_tensors(written, geometry)
+            return _verify(report, folder, reader, written, stored, options, is_import=False)
+
+
+def gguf_to_hf(
+    input_path: Path, output_dir: Path, *, options: Options | None = None
+) -> ConversionReport:
+    """Write a Hugging Face folder from a GGUF file, weights dequantized.
+
+    Args:
+        input_path: The file.
+        output_dir: The model folder to write.
+        options: See `Options`; logits are not compared, as there is one model only.
+    Raises: ConfigError, DataError: the message says what is wrong; nothing is left behind.
+    """
+    options = options or Options()
+    check_folders(input_path, output_dir, force=options.force)
+    if not sources.is_gguf(input_path):
+        raise ConfigError(f"--input {input_path} is no GGUF file (its name must end in .gguf)")
+    config, geometry = sources.read_config(input_path), sources.read_source_geometry(input_path)
+    with sources.open_weights(input_path) as weights:
+        check_hf_tensors(weights, geometry)
+        stored = choose_hf_dtype(weights, geometry, options.dtype)
+        report = _report(output_dir, geometry, stored, sources.losses(input_path))
+        if options.dry_run:
+            return report
+        read = partial(_read_source, weights=weights, stored=stored)
+        with atomic_path(output_dir, directory=True) as folder:
+            _write_hf(folder, read, geometry, stored, options)
+            hf_folder.write_config(folder / CONFIG_NAME, config, geometry, stored)
+            sources.copy_tokenizer(input_path, folder)
+            if not options.verify:
+                return report
+            with hf_folder.HfWeights(folder) as written:
+                back = partial(_read_source, weights=written, stored=stored)
+                hashes = compare_tensors(units_of(geometry), back, read, options.progress)
+            write_verification(folder, hashes, None)
+    return replace(report, is_verified=True)
+
+
+def _trained_model(
+    input_dir: Path, source: Path, state: dict[str, Any], hf_config: Path | None, stretch: Stretch
+) -> tuple[dict[str, Any], LlamaGeometry]:
+    """Give the model's configuration as it came, and its shape with the RoPE of training."""
     config_path = hf_config / CONFIG_NAME if hf_config else input_dir / HF_CONFIG_NAME
     if not config_path.is_file():
         raise ConfigError(f"{config_path} does not exist; give --hf-config with the model's folder")
     config = read_hf_config(config_path)
-    reader = TorchDistReader(source)
-    hf_geometry = geometry_from_config(config, name=str(config_path))
-    geometry = merge_geometry(hf_geometry, read_common_state(source), source)
-    check_tensors(reader, geometry)
-    stored = choose_megatron_dtype(reader, geometry, dtype)
-    report = _report(output_dir, geometry, stored, is_verified=verify and not dry_run)
-    if dry_run:
+    described = geometry_from_config(config, name=str(config_path))
+    geometry = merge_geometry(described, state, source)
+    if hf_config is None:
+        check_same_rope(geometry, described, source, str(config_path))
+    asked = stretch.apply(geometry)
+    check_same_rope(geometry, asked, source, "the flags of this command")
+    return config, geometry
+
+
+def _verify(
+    report: ConversionReport,
+    folder: Path,
+    reader: TorchDistReader,
+    weights: Weights,
+    stored: dtype,
+    options: Options,
+    *,
+    is_import: bool,
+) -> ConversionReport:
+    """Compare what lies in `folder` with what it was made from, and write that down."""
+    geometry, logits = report.geometry, None
+    if not (options.verify or options.check_logits):
         return report
-    with atomic_path(output_dir, directory=True) as folder:
-        _write_hf(folder, reader, geometry, stored, max_shard_bytes, progress)
-        hf_folder.write_config(folder / CONFIG_NAME, config, geometry, stored)
-        _restore_sidecars(folder, input_dir, hf_config)
-        if verify:
-            _verify_hf(folder, reader, geometry, stored, progress)
-    return report
+    check_tensors(reader, geometry)
+    megatron = partial(_make_hf, reader=reader, geometry=geometry, stored=stored)
+    hugging_face = partial(_read_source, weights=weights, stored=stored)
+    both = (megatron, hugging_face) if is_import else (hugging_face, megatron)
+    hashes = compare_tensors(units_of(geometry), *both, options.progress)
+    if options.check_logits:
+        config = folder / (HF_CONFIG_NAME if is_import else CONFIG_NAME)
+        logits = compare_logits(
+            reader, weights.location, config, stored, allow_pickle=options.allow_pickle
+        )
+    write_verification(folder, hashes, logits)
+    return replace(report, is_verified=True, logits_difference=logits)
+
+
+def _reader_of(folder: Path) -> TorchDistReader:
+    from megatron_long.conversion.torch_dist import TorchDistReader
+
+    return TorchDistReader(folder / RELEASE)
+
+
+def _read_source(unit: Unit, weights: Weights, stored: dtype) -> list[tuple[str, Tensor]]:
+    """Read the Hugging Face tensors of a unit in the type that is stored."""
+    tensors = [weights.read(name) for name in unit.hf_names]
+    for name, tensor in zip(unit.hf_names, tensors, strict=True):
+        check_finite(tensor, f"{weights.location}: tensor {name}")
+    return [(name, t.to(stored)) for name, t in zip(unit.hf_names, tensors, strict=True)]
 
 
 def _write_megatron(
-    folder: Path, weights: HfWeights, geometry: LlamaGeometry, stored: dtype, progress: Progress
+    folder: Path, weights: Weights, geometry: LlamaGeometry, stored: dtype, progress: Progress
 ) -> None:
     from megatron_long.conversion.torch_dist import COMMON_STATE, write_torch_dist
 
+    ahead = ReadAhead(
+        list(units_of(geometry)),
+        lambda unit: list(map(weights.will_need, unit.hf_names)),
+        lambda unit: _size_bytes(unit, geometry, stored),
+    )
+
     def make(unit: Unit, shape: tuple[int, ...]) -> Tensor:
+        ahead.reach(unit)
         tensor = _make_megatron(unit, weights, geometry, stored)
         progress(tensor.nbytes)
         return tensor.reshape(shape)
@@ -223,13 +356,9 @@ def _plan_piece(
     )
 
 
-def _make_megatron(
-    unit: Unit, weights: HfWeights, geometry: LlamaGeometry, stored: dtype
-) -> Tensor:
-    tensors = [weights.read(name) for name in unit.hf_names]
-    for name, tensor in zip(unit.hf_names, tensors, strict=True):
-        check_finite(tensor, f"{weights.folder}: tensor {name}")
-    return unit.rule.layout.to_megatron([tensor.to(stored) for tensor in tensors], geometry)
+def _make_megatron(unit: Unit, weights: Weights, geometry: LlamaGeometry, stored: dtype) -> Tensor:
+    tensors = [tensor for _, tensor in _read_source(unit, weights, stored)]
+    return unit.rule.layout.to_megatron(tensors, geometry)
 
 
 def _make_hf(
@@ -245,51 +374,32 @@ def _make_hf(
 
 def _write_hf(
     folder: Path,
-    reader: TorchDistReader,
+    read: Callable[[Unit], list[tuple[str, Tensor]]],
     geometry: LlamaGeometry,
     stored: dtype,
-    max_shard_bytes: int,
-    progress: Progress,
+    options: Options,
 ) -> None:
     units = list(units_of(geometry))
     sizes_bytes = [_size_bytes(unit, geometry, stored) for unit in units]
 
-    def tensors_of(numbers: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-        for number in numbers:
-            yield from _make_hf(units[number], reader, geometry, stored)
-            progress(sizes_bytes[number])
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for unit, size_bytes in zip(units, sizes_bytes, strict=True):
+            yield from read(unit)
+            options.progress(size_bytes)
 
-    shards = hf_folder.plan_shards(sizes_bytes, max_shard_bytes)
-    hf_folder.write_weights(folder, [tensors_of(shard) for shard in shards], sum(sizes_bytes))
-
-
-def _verify_megatron(
-    folder: Path, weights: HfWeights, geometry: LlamaGeometry, stored: dtype, progress: Progress
-) -> None:
-    from megatron_long.conversion.torch_dist import TorchDistReader
-
-    reader = TorchDistReader(folder / RELEASE)
-    check_tensors(reader, geometry)
-    for unit in units_of(geometry):
-        written = dict(_make_hf(unit, reader, geometry, stored))
-        for name, tensor in written.items():
-            check_same(tensor, weights.read(name).to(stored), name)
-        progress(_size_bytes(unit, geometry, stored))
+    shards = [
+        [
+            hf_folder.PlannedTensor(name=name, shape=shape, dtype=stored)
+            for number in numbers
+            for name, shape in _hf_shapes(units[number], geometry)
+        ]
+        for numbers in hf_folder.plan_shards(sizes_bytes, options.max_shard_bytes)
+    ]
+    hf_folder.write_weights(folder, shards, tensors())
 
 
-def _verify_hf(
-    folder: Path,
-    reader: TorchDistReader,
-    geometry: LlamaGeometry,
-    stored: dtype,
-    progress: Progress,
-) -> None:
-    with HfWeights(folder) as weights:
-        check_hf_tensors(weights, geometry)
-        for unit in units_of(geometry):
-            for name, tensor in _make_hf(unit, reader, geometry, stored):
-                check_same(weights.read(name), tensor, name)
-            progress(_size_bytes(unit, geometry, stored))
+def _hf_shapes(unit: Unit, geometry: LlamaGeometry) -> list[tuple[str, tuple[int, ...]]]:
+    return list(zip(unit.hf_names, unit.rule.layout.hf_shapes(geometry), strict=True))
 
 
 def _size_bytes(unit: Unit, geometry: LlamaGeometry, stored: dtype) -> int:
@@ -298,7 +408,7 @@ def _size_bytes(unit: Unit, geometry: LlamaGeometry, stored: dtype) -> int:
 
 
 def _report(
-    output: Path, geometry: LlamaGeometry, stored: dtype, *, is_verified: bool
+    output: Path, geometry: LlamaGeometry, stored: dtype, losses: Sequence[str] = ()
 ) -> ConversionReport:
     units = list(units_of(geometry))
     size_bytes = sum(_size_bytes(unit, geometry, stored) for unit in units)
@@ -309,15 +419,8 @@ def _report(
         size_bytes=size_bytes,
         dtype=str(stored).removeprefix("torch."),
         geometry=geometry,
-        is_verified=is_verified,
+        losses=tuple(losses),
     )
-
-
-def _write_sidecars(folder: Path, model_dir: Path) -> None:
-    generation = model_dir / hf_folder.GENERATION_CONFIG
-    if generation.is_file():
-        shutil.copyfile(generation, folder / GENERATION_CONFIG_NAME)
-    hf_folder.copy_tokenizer(model_dir, folder / TOKENIZER_DIR_NAME)
 
 
 def _restore_sidecars(folder: Path, checkpoint_dir: Path, hf_config: Path | None) -> None:

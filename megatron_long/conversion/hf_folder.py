@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from megatron_long.conversion.stored import StoredTensor, find_tensors
+from megatron_long.conversion.weights import STORED_DTYPES
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.geometry import LlamaGeometry
 
@@ -29,12 +33,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""safetensors' names of the types that are taken, and torch's."""
 
 
 class HfWeights:
-    """The tensors of a folder, memory-mapped; each is read when asked for."""
+    """The tensors of a folder; each is read when asked for."""
 
     def __init__(self, folder: Path) -> None:
         """Open every file and read its header.
@@ -42,11 +44,12 @@ class HfWeights:
         Raises: ConfigError: there are no safetensors in it.
             DataError: a file is missing, truncated, or disagrees with the index.
         """
-        self.folder = folder
+        self.location = folder
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
+        self._stored: dict[str, StoredTensor] = {}
         try:
-            for path, names in _weight_files(folder).items():
+            for path, names in weight_files(folder).items():
                 self._open(path, names)
         except BaseException:
             self._stack.close()
@@ -69,6 +72,7 @@ class HfWeights:
                     "download the model again"
                 )
         self._files.update(dict.fromkeys(names or held, opened))
+        self._stored.update(find_tensors(path, names or held))
 
     def __enter__(self) -> Self:
         return self
@@ -95,25 +99,39 @@ class HfWeights:
         return str(self._files[name].get_slice(name).get_dtype())
 
     def read(self, name: str) -> Tensor:
-        """Give a tensor, backed by the file's pages."""
-        return self._files[name].get_tensor(name)
+        """Give a whole tensor."""
+        return self._stored[name].tensor()
+
+    def will_need(self, name: str) -> None:
+        """Let the system begin to read a tensor."""
+        self._stored[name].will_need()
+
+    def read_slice(self, name: str, rows: slice, columns: slice | None) -> Tensor:
+        """Give a part of a tensor; `columns` is None for a vector."""
+        held = self._files[name].get_slice(name)
+        return held[rows] if columns is None else held[rows, columns]
 
 
-def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """Give the files of a folder's weights, each with the names that the index puts there."""
-    index = folder / INDEX_FILE
+def weight_files(
+    folder: Path, single: str = SINGLE_FILE, index_name: str = INDEX_FILE
+) -> dict[Path, list[str] | None]:
+    """Give the files of a folder's weights, each with the names that the index puts there.
+
+    Args:
+        folder: The model's folder.
+        single: Name of the file of a model that lies in one.
+        index_name: Name of the index of a model that lies in several.
+    Raises: ConfigError: neither is there.
+        DataError: the index is damaged, or names a file that is not there.
+    """
+    index = folder / index_name
     if index.is_file():
         return _indexed_files(index)
-    if (folder / SINGLE_FILE).is_file():
-        return {folder / SINGLE_FILE: None}
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    hint = (
-        f"; it holds pickled weights ({', '.join(pickles[:3])}), which are not read: save the model "
-        "with transformers' save_pretrained, which writes safetensors"
-        if pickles
-        else "; download the model's safetensors files"
+    if (folder / single).is_file():
+        return {folder / single: None}
+    raise ConfigError(
+        f"{folder} holds neither {single} nor {index_name}; download the model's safetensors files"
     )
-    raise ConfigError(f"--input {folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
 
 def _indexed_files(index: Path) -> dict[Path, list[str] | None]:
@@ -122,7 +140,7 @@ def _indexed_files(index: Path) -> dict[Path, list[str] | None]:
         entries = sorted((str(file), str(name)) for name, file in weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{index} is not an index of safetensors ({type(error).__name__}: {error}); "
+            f"{index} is not an index of weights ({type(error).__name__}: {error}); "
             "download it again"
         ) from error
     files: dict[Path, list[str] | None] = {}
@@ -155,34 +173,83 @@ def plan_shards(sizes_bytes: Sequence[int], max_shard_bytes: int) -> list[list[i
     return shards
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlannedTensor:
+    """A tensor that is to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: dtype
+
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
 def write_weights(
-    folder: Path, shards: Sequence[Iterable[tuple[str, Tensor]]], total_size_bytes: int
+    folder: Path,
+    shards: Sequence[Sequence[PlannedTensor]],
+    tensors: Iterator[tuple[str, Tensor]],
 ) -> None:
-    """Write safetensors, holding one shard at a time, and the index when there are several.
+    """Write safetensors, holding one tensor at a time, and the index when there are several files.
 
     Args:
         folder: An existing folder.
-        shards: Named tensors of each file, consumed in order.
-        total_size_bytes: Size of all tensors, for the index.
+        shards: What each file holds.
+        tensors: All of it, by name, in that order; consumed as it is written.
     Raises: DataError: the disk refuses.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     weight_map: dict[str, str] = {}
-    for number, named_tensors in enumerate(shards, start=1):
+    for number, planned in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = SINGLE_FILE if len(shards) == 1 else name
-        tensors = {name: tensor.contiguous() for name, tensor in named_tensors}
         try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        except (SafetensorError, OSError) as error:
+            _write_file(folder / file, planned, tensors)
+        except OSError as error:
             raise DataError(f"{file} cannot be written: {error}; free some space") from error
-        weight_map.update(dict.fromkeys(tensors, file))
+        weight_map.update({tensor.name: file for tensor in planned})
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total_size_bytes}, "weight_map": weight_map}
+        size_bytes = sum(tensor.size_bytes for planned in shards for tensor in planned)
+        index = {"metadata": {"total_size": size_bytes}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+def _write_file(
+    path: Path, planned: Sequence[PlannedTensor], tensors: Iterator[tuple[str, Tensor]]
+) -> None:
+    """Write one file: length of the header, header, bytes. The library can only write a dictionary."""
+    import torch
+
+    names = {torch_name: stored for stored, torch_name in STORED_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in planned:
+        start, end = end, end + tensor.size_bytes
+        stored = names[str(tensor.dtype).removeprefix("torch.")]
+        entry = {"dtype": stored, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[tensor.name] = entry
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    with path.open("wb", buffering=0) as file:
+        _write_all(file, len(text).to_bytes(8, "little") + text)
+        for expected in planned:
+            name, value = next(tensors)
+            same = (name, tuple(value.shape), value.dtype) == (
+                expected.name,
+                expected.shape,
+                expected.dtype,
+            )
+            assert same, (name, value.shape, value.dtype, expected)
+            flat = value.contiguous().reshape(-1).view(torch.uint8)
+            _write_all(file, memoryview(flat.numpy()))
+
+
+def _write_all(file: Any, data: bytes | memoryview) -> None:
+    """Write every byte: the system takes at most 2 GiB at once."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view[: 2**30]) :]
 
 
 def write_config(

@@ -1,4 +1,4 @@
-"""Where each Hugging Face tensor of a Llama lies in a Megatron checkpoint: one table, read both ways.
+"""Where each Hugging Face tensor lies in a Megatron checkpoint: one table, read both ways.
 
 Megatron stacks the layers of a tensor on axis 0 of its checkpoint; the table speaks of one layer.
 RoPE needs no permutation: Hugging Face's `rotate_half` is Megatron's non-interleaved layout.
@@ -40,6 +40,8 @@ class TensorRule:
     layout: Layout
     tensor_parallel_axis: int | None
     """Axis that Megatron cuts under tensor parallelism, layers not counted; None: replicated."""
+    applies_to: Callable[[LlamaGeometry], bool] = lambda geometry: True
+    """Whether a model has this tensor."""
 
     @property
     def is_per_layer(self) -> bool:
@@ -69,8 +71,8 @@ def units_of(geometry: LlamaGeometry) -> Iterator[Unit]:
 
 
 def rules_of(geometry: LlamaGeometry) -> list[TensorRule]:
-    """Give the rows that apply: tied embeddings have no output layer of their own."""
-    return [rule for rule in RULES if not (geometry.tie_embeddings and rule is OUTPUT_LAYER)]
+    """Give the rows that apply to a model."""
+    return [rule for rule in RULES if rule.applies_to(geometry)]
 
 
 def megatron_shape(rule: TensorRule, geometry: LlamaGeometry) -> Shape:
@@ -105,6 +107,8 @@ def _pad_vocabulary(tensors: Sequence[Tensor], geometry: LlamaGeometry) -> Tenso
     import torch
 
     missing_rows = geometry.padded_vocab_size - geometry.vocab_size
+    if not missing_rows:
+        return tensors[0]
     return torch.nn.functional.pad(tensors[0], (0, 0, 0, missing_rows))
 
 
@@ -118,18 +122,26 @@ def _qkv_shapes(geometry: LlamaGeometry) -> list[Shape]:
     return [(rows, geometry.hidden_size) for rows in (query_rows, key_rows, key_rows)]
 
 
+def _qkv_bias_shapes(geometry: LlamaGeometry) -> list[Shape]:
+    return [shape[:1] for shape in _qkv_shapes(geometry)]
+
+
 def _merge_qkv(tensors: Sequence[Tensor], geometry: LlamaGeometry) -> Tensor:
-    """q [n*d, h], k and v [g*d, h] -> [g * (n/g + 2) * d, h]: the queries, key, value of each group."""
+    """q [n*d, h], k and v [g*d, h] -> [g * (n/g + 2) * d, h]: the queries, key, value of each group.
+
+    A bias is the same without h.
+    """
     import torch
 
-    groups = [tensor.reshape(geometry.num_query_groups, -1, tensor.shape[1]) for tensor in tensors]
+    rows_by_group = (geometry.num_query_groups, -1)
+    groups = [tensor.reshape(*rows_by_group, *tensor.shape[1:]) for tensor in tensors]
     return torch.cat(groups, dim=1).flatten(0, 1)
 
 
 def _split_qkv(tensor: Tensor, geometry: LlamaGeometry) -> list[Tensor]:
     heads_per_group = geometry.num_attention_heads // geometry.num_query_groups
     rows = [count * geometry.kv_channels for count in (heads_per_group, 1, 1)]
-    groups = tensor.reshape(geometry.num_query_groups, sum(rows), tensor.shape[1])
+    groups = tensor.reshape(geometry.num_query_groups, sum(rows), *tensor.shape[1:])
     return [part.flatten(0, 1) for part in groups.split(rows, dim=1)]
 
 
@@ -152,6 +164,7 @@ VOCABULARY = Layout(
     hf_shapes=_vocabulary_shapes, to_megatron=_pad_vocabulary, to_hf=_strip_vocabulary
 )
 QKV = Layout(hf_shapes=_qkv_shapes, to_megatron=_merge_qkv, to_hf=_split_qkv)
+QKV_BIAS = Layout(hf_shapes=_qkv_bias_shapes, to_megatron=_merge_qkv, to_hf=_split_qkv)
 GATE_UP = Layout(hf_shapes=_gate_up_shapes, to_megatron=_merge_gate_up, to_hf=_split_gate_up)
 NORM = _copy(lambda geometry: (geometry.hidden_size,))
 ATTENTION_OUTPUT = _copy(
@@ -167,6 +180,7 @@ OUTPUT_LAYER = TensorRule(
     hf_names=("lm_head.weight",),
     layout=VOCABULARY,
     tensor_parallel_axis=0,
+    applies_to=lambda geometry: not geometry.tie_embeddings,
 )
 
 RULES: tuple[TensorRule, ...] = (
@@ -187,6 +201,13 @@ RULES: tuple[TensorRule, ...] = (
         hf_names=tuple(_HF_LAYER + f"self_attn.{part}_proj.weight" for part in "qkv"),
         layout=QKV,
         tensor_parallel_axis=0,
+    ),
+    TensorRule(
+        megatron_key=_MEGATRON_LAYER + "self_attention.linear_qkv.bias",
+        hf_names=tuple(_HF_LAYER + f"self_attn.{part}_proj.bias" for part in "qkv"),
+        layout=QKV_BIAS,
+        tensor_parallel_axis=0,
+        applies_to=lambda geometry: geometry.add_qkv_bias,
     ),
     TensorRule(
         megatron_key=_MEGATRON_LAYER + "self_attention.linear_proj.weight",

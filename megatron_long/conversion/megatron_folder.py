@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_long.conversion.mapping import (
     EXTRA_STATE_MODULES,
+    RULES,
     checkpoint_shape,
     rules_of,
 )
@@ -37,17 +38,23 @@ CHECKPOINT_VERSION = 3.0
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.")
 """What the keys of a model's tensors begin with; the optimizer's and others are left alone."""
 
+WEIGHTS = ("auto", "model", "main")
+"""Which weights to export: the optimizer's main copy, the model's, or the former where FP8 rounded the
+latter."""
+
+_MAIN_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
+"""Of the fully reshardable format, and of the others."""
+
 _FIXED_ARGUMENTS = {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "add_bias_linear": False,
-    "add_qkv_bias": False,
     "swiglu": True,
     "normalization": "RMSNorm",
     "qk_layernorm": False,
     "num_experts": None,
 }
-"""Arguments that are the same for every Llama."""
+"""Arguments that are the same for every family."""
 
 
 def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
@@ -117,6 +124,7 @@ def make_arguments(geometry: LlamaGeometry, stored: dtype) -> Namespace:
         add_position_embedding=True,
         use_rotary_position_embeddings=False,
         rotary_base=int(base) if base.is_integer() else base,
+        add_qkv_bias=geometry.add_qkv_bias,
         **(PLAIN_ROPE_ARGUMENTS | geometry.rope.to_arguments()),
         layernorm_epsilon=geometry.norm_epsilon,
         init_method_std=geometry.init_method_std,
@@ -209,6 +217,56 @@ def merge_geometry(hf: LlamaGeometry, state: Mapping[str, Any], folder: Path) ->
     )
 
 
+def find_weights(state: Mapping[str, Any], wanted: str, iteration: Path) -> str:
+    """Give the prefix of the keys of the weights to export.
+
+    A run with FP8 parameters (`--fp8-param-gather`) saves them rounded to eight bits, in BF16; what the
+    optimizer works on, and what should be exported, is its float32 main copy.
+
+    Args:
+        state: The checkpoint's common state.
+        wanted: One of `WEIGHTS`.
+        iteration: Folder of the iteration.
+    Raises: ConfigError: an unknown word, or there is no main copy.
+    """
+    from megatron_long.conversion.torch_dist import TorchDistReader
+
+    if wanted not in WEIGHTS:
+        raise ConfigError(f"--weights {wanted} is unknown; choose one of {', '.join(WEIGHTS)}")
+    is_rounded = bool(getattr(state.get("args"), "fp8_param_gather", False))
+    if wanted == "model" or (wanted == "auto" and not is_rounded):
+        return ""
+    for prefix in _MAIN_PREFIXES:
+        if RULES[0].megatron_key in TorchDistReader(iteration, prefix=prefix).shapes():
+            return prefix
+    reason = "its weights are rounded to FP8, and " if is_rounded else ""
+    raise ConfigError(
+        f"{iteration}: {reason}the optimizer's main copy in float32 is not in the checkpoint (train with "
+        "--bf16 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable and without "
+        "--no-save-optim); --weights model exports what is there"
+    )
+
+
+def check_same_rope(trained: LlamaGeometry, other: LlamaGeometry, folder: Path, name: str) -> None:
+    """Refuse to export a RoPE or context that training did not use.
+
+    Args:
+        trained: The shape by the checkpoint's arguments.
+        other: The shape by something else.
+        folder: The checkpoint, for the message.
+        name: What says otherwise.
+    Raises: ConfigError: the two differ.
+    """
+    for field in ("rotary_base", "rope", "max_position_embeddings"):
+        seen, said = getattr(trained, field), getattr(other, field)
+        if seen != said:
+            raise ConfigError(
+                f"{folder} was trained with {field} {seen!r}, and {name} says {said!r}; the export "
+                "carries what was trained: leave the flags out, or, if a file says so, give --hf-config "
+                "with the model's own folder"
+            )
+
+
 def _expected_arguments(geometry: LlamaGeometry) -> dict[str, Any]:
     return {
         **_FIXED_ARGUMENTS,
@@ -219,6 +277,7 @@ def _expected_arguments(geometry: LlamaGeometry) -> dict[str, Any]:
         "kv_channels": geometry.kv_channels,
         "layernorm_epsilon": geometry.norm_epsilon,
         "untie_embeddings_and_output_weights": not geometry.tie_embeddings,
+        "add_qkv_bias": geometry.add_qkv_bias,
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -29,7 +30,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
     ReadItem,
     SavePlan,
     TensorWriteData,
@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_long.conversion.stored import read_saved_tensor, read_soon
 from megatron_long.errors import DataError
 
 FORMAT_FILE = "metadata.json"
@@ -128,42 +129,29 @@ def _raise_cause(error: CheckpointException, folder: Path) -> NoReturn:
     raise cause
 
 
-class _SlicePlanner(DefaultLoadPlanner):
-    """Receives one slice."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        target = self._target
-        for axis, start in enumerate(read_item.dest_offsets):
-            target = target.narrow(axis, start, read_item.lengths[axis])
-        return target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
-
-
 class TorchDistReader:
     """The tensors of a `torch_dist` folder, whatever layout they were saved from."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, prefix: str = "", check_bytes: bool = False) -> None:
         """Read the index.
 
+        Args:
+            folder: Folder of one iteration.
+            prefix: What the keys begin with; it is left out of them here.
+            check_bytes: Whether to compare the checksum of every piece that is read.
         Raises: DataError: not such a folder, or a file that the index names is missing or short.
         """
         _check_format(folder)
         self.folder = folder
-        self._reader = dcp.FileSystemReader(folder)
         try:
-            self._metadata: Metadata = self._reader.read_metadata()
+            self._metadata: Metadata = dcp.FileSystemReader(folder).read_metadata()
         except Exception as error:  # a damaged pickle raises nearly anything
             raise DataError(
                 f"{folder}/.metadata cannot be read ({type(error).__name__}: {error}); "
                 "the checkpoint is incomplete or damaged: use another iteration"
             ) from error
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self.prefix = prefix
+        self._check_bytes = check_bytes
         self._check_files()
 
     def _check_files(self) -> None:
@@ -190,52 +178,145 @@ class TorchDistReader:
         return dict(self._tensors())[key].properties.dtype
 
     def _tensors(self) -> list[tuple[str, TensorStorageMetadata]]:
-        entries = self._metadata.state_dict_metadata.items()
         return [
-            (key, stored) for key, stored in entries if isinstance(stored, TensorStorageMetadata)
+            (key.removeprefix(self.prefix), stored)
+            for key, stored in self._metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata) and key.startswith(self.prefix)
         ]
 
     def read(self, key: str, layer: int | None) -> Tensor:
         """Read a tensor, or one layer (an index of axis 0) of it."""
+        wanted, items, dtype = self._plan(key, layer)
+        try:
+            found = self._assemble(items, wanted, dtype)
+        except Exception as error:  # damaged bytes raise nearly anything
+            raise DataError(
+                f"{self.folder}: tensor {key} cannot be read ({type(error).__name__}: {error}); "
+                "the checkpoint is damaged: copy it again or use another iteration"
+            ) from error
+        return found if layer is None else found[0]
+
+    def will_need(self, key: str, layer: int | None) -> None:
+        """Let the system begin to read what `read` will be asked for."""
+        for item in self._plan(key, layer)[1]:
+            stored = (self._metadata.storage_data or {})[item.storage_index]
+            read_soon(self.folder / stored.relative_path, stored.offset, stored.length)
+
+    def _plan(
+        self, key: str, layer: int | None
+    ) -> tuple[ChunkStorageMetadata, list[ReadItem], torch.dtype]:
+        key = self.prefix + key
         stored = self._metadata.state_dict_metadata[key]
         assert isinstance(stored, TensorStorageMetadata)
         offset, shape = [0] * len(stored.size), list(stored.size)
         if layer is not None:
             offset[0], shape[0] = layer, 1
-        chunk = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(shape))
-        target = torch.empty(shape, dtype=stored.properties.dtype)
-        items = create_read_items_for_chunk_list(key, stored, [chunk])
-        try:
-            self._reader.read_data(LoadPlan(items), _SlicePlanner(target)).wait()
-        except Exception as error:  # torch.load on damaged bytes raises nearly anything
-            raise DataError(
-                f"{self.folder}: tensor {key} cannot be read ({type(error).__name__}: {error}); "
-                "the checkpoint is damaged: copy it again or use another iteration"
-            ) from error
-        return target if layer is None else target[0]
+        wanted = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(shape))
+        items = create_read_items_for_chunk_list(key, stored, [wanted])
+        return wanted, items, stored.properties.dtype
+
+    def _assemble(
+        self, items: Sequence[ReadItem], wanted: ChunkStorageMetadata, dtype: torch.dtype
+    ) -> Tensor:
+        parts = [(item, self._part(item)) for item in items]
+        if len(parts) == 1 and parts[0][1].shape == wanted.sizes:
+            return parts[0][1]
+        whole = torch.empty(wanted.sizes, dtype=dtype)
+        filled = 0
+        for item, part in parts:
+            target = whole
+            for axis, start in enumerate(item.dest_offsets):
+                target = target.narrow(axis, start, item.lengths[axis])
+            target.copy_(part)
+            filled += part.numel()
+        if filled != whole.numel():
+            raise ValueError(f"{filled} of {whole.numel()} values are there")
+        return whole
+
+    def _part(self, item: ReadItem) -> Tensor:
+        stored = (self._metadata.storage_data or {})[item.storage_index]
+        path = self.folder / stored.relative_path
+        piece = read_saved_tensor(path, stored.offset, stored.length, check_bytes=self._check_bytes)
+        for axis, start in enumerate(item.storage_offsets):
+            piece = piece.narrow(axis, start, item.lengths[axis])
+        return piece
 
 
 def read_common_state(folder: Path) -> dict[str, Any]:
     """Read what a checkpoint holds beside tensors: `args`, `iteration` and so on.
 
+    No class of Megatron is imported, which would take ten seconds: an object that is none of the few that
+    are needed comes as a `_Stub`, and nothing of it is run.
+
     Raises: DataError: it cannot be read.
     """
     _check_format(folder)
-    with (
-        warnings.catch_warnings()
-    ):  # of the process group, and of packages that reading does not need
-        warnings.simplefilter("ignore", UserWarning)
-        from megatron.core.dist_checkpointing import load_common_state_dict
-        from megatron.core.safe_globals import register_safe_globals
+    try:
+        reader = dcp.FileSystemReader(folder)
+        stored = reader.read_metadata().storage_data[MetadataIndex(COMMON_STATE)]
+        with (folder / stored.relative_path).open("rb") as file:
+            file.seek(stored.offset)
+            stream = io.BytesIO(file.read(stored.length))
+        (state,) = torch.load(
+            stream, map_location="cpu", pickle_module=_StubPickle, weights_only=False
+        )
+        assert isinstance(state, dict)
+    except (Exception, CheckpointException) as error:  # a damaged pickle raises anything
+        raise DataError(
+            f"{folder}: the common state cannot be read ({type(error).__name__}); "
+            "the checkpoint is damaged: copy it again or use another iteration"
+        ) from error
+    return state
 
-        register_safe_globals()
-        try:
-            return load_common_state_dict(str(folder))
-        except (Exception, CheckpointException) as error:  # a damaged pickle raises anything
-            raise DataError(
-                f"{folder}: the common state cannot be read ({type(error).__name__}); "
-                "the checkpoint is damaged: copy it again or use another iteration"
-            ) from error
+
+class _Stub:
+    """Stands for an object of a class that is not imported; it keeps nothing and does nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Stub:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def append(self, item: object) -> None:
+        """Take what a list's pickle appends."""
+
+    def extend(self, items: object) -> None:
+        """Take what a list's pickle appends."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+
+class _StubUnpickler(pickle.Unpickler):
+    """Finds the plain containers, the arguments and torch's tensors, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_type or (module, name) in _KNOWN_CLASSES:
+            return super().find_class(module, name)
+        return _Stub
+
+
+_KNOWN_CLASSES = {
+    ("argparse", "Namespace"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch", "Size"),
+    *(("torch", f"{kind}Storage") for kind in ("Float", "BFloat16", "Long", "Byte", "Int")),
+}
+
+
+class _StubPickle:
+    """What `torch.load` takes for a pickle module."""
+
+    Unpickler = _StubUnpickler
+    load = staticmethod(pickle.load)
+    __name__ = "megatron_long"
 
 
 def _check_format(folder: Path) -> None:

@@ -1,7 +1,6 @@
-"""Shape of a Llama: read from a Hugging Face `config.json`, given to Megatron as flags.
+"""Shape of a Llama-like model: read from a Hugging Face `config.json`, given to Megatron as flags.
 
-The one place that knows which Hugging Face configurations Megatron-Core's `GPTModel` can stand for.
-Needs neither torch nor Megatron.
+What the families differ in stands in `families`. Needs neither torch nor Megatron.
 """
 
 import json
@@ -13,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_long.errors import ConfigError
+from megatron_long.model.families import (
+    family_of_flags,
+    family_of_type,
+    find_family,
+    refuse_unsupported,
+)
 from megatron_long.model.rope import PLAIN_ROPE, BaseRope, rope_from_arguments, rope_from_hf
 
 CONFIG_NAME = "config.json"
-KNOWN_ARCHITECTURES = ("LlamaForCausalLM",)
 VOCABULARY_MULTIPLE = 128
 """Megatron's default padding, taken without tensor parallelism: one shape for every layout."""
 
@@ -59,6 +63,8 @@ class LlamaGeometry:
     """Whether the output layer is the embedding."""
     rope: BaseRope = PLAIN_ROPE
     """How RoPE is scaled beside its base."""
+    model_type: str = "llama"
+    """Hugging Face's name of the family, see `families`."""
     init_method_std: float = 0.02
     attention_dropout: float = 0.0
 
@@ -79,6 +85,11 @@ class LlamaGeometry:
             raise ConfigError(
                 f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}"
             )
+
+    @property
+    def add_qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have a bias."""
+        return family_of_type(self.model_type).add_qkv_bias
 
     def to_argv(self) -> list[str]:
         """Give the Megatron flags of this shape.
@@ -113,13 +124,16 @@ class LlamaGeometry:
         argv += ["--group-query-attention", "--swiglu", "--disable-bias-linear"]
         if not self.tie_embeddings:
             argv.append("--untie-embeddings-and-output-weights")
+        if self.add_qkv_bias:
+            argv.append("--add-qkv-bias")
         return argv
 
     def to_hf_config(self) -> dict[str, Any]:
         """Give the Hugging Face configuration of this shape, in the spellings of transformers 4 and 5."""
+        family = family_of_type(self.model_type)
         return {
-            "architectures": [KNOWN_ARCHITECTURES[0]],
-            "model_type": "llama",
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
             "num_hidden_layers": self.num_layers,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.ffn_hidden_size,
@@ -135,22 +149,30 @@ class LlamaGeometry:
         }
 
     def to_hf_rope(self) -> dict[str, Any]:
-        """Give the entries of `to_hf_config` that a stretch changes."""
+        """Give the entries of `to_hf_config` that a stretch changes.
+
+        Attention here reaches every token, so what comes back has no sliding window.
+        """
         scaling = self.rope.to_hf()
+        window = {"sliding_window": None} if self.model_type == "mistral" else {}
         return {
             "max_position_embeddings": self.max_position_embeddings,
             "rope_theta": self.rotary_base,
             "rope_scaling": None if type(self.rope) is BaseRope else scaling,
             "rope_parameters": {**scaling, "rope_theta": self.rotary_base},
+            **window,
         }
 
 
-def geometry_from_args(args: Namespace, vocab_size: int | None = None) -> LlamaGeometry:
+def geometry_from_args(
+    args: Namespace, vocab_size: int | None = None, model_type: str | None = None
+) -> LlamaGeometry:
     """Read the shape from Megatron's parsed flags, the opposite of `LlamaGeometry.to_argv`.
 
     Args:
         args: Megatron's flags.
         vocab_size: Real tokens of the vocabulary; None counts the padded rows as real.
+        model_type: The family, which flags do not tell; None takes the first that fits them.
     """
     heads = args.num_attention_heads
     has_rope = args.position_embedding_type in ("rope", "yarn")
@@ -167,6 +189,7 @@ def geometry_from_args(args: Namespace, vocab_size: int | None = None) -> LlamaG
         rotary_base=float(args.rotary_base),
         max_position_embeddings=args.max_position_embeddings,
         tie_embeddings=not args.untie_embeddings_and_output_weights,
+        model_type=model_type or family_of_flags(add_qkv_bias=args.add_qkv_bias).model_type,
         rope=rope_from_arguments(args) if has_rope else PLAIN_ROPE,
         init_method_std=args.init_method_std,
         attention_dropout=args.attention_dropout,
@@ -219,9 +242,11 @@ def geometry_from_config(config: Mapping[str, Any], *, name: str = CONFIG_NAME) 
         config: What `config.json` holds, in the spelling of transformers 4 or 5.
         name: What to call the file in errors.
     Raises: ConfigError: see `geometry_from_hf`.
-    Source: `transformers` 5.23, `LlamaConfig`.
+    Source: `transformers` 5.23, `LlamaConfig`, `MistralConfig`, `Qwen2Config`.
     """
-    _refuse_unsupported(config, name)
+    family = find_family(config, name)
+    config = {**family.defaults, **config}
+    refuse_unsupported(config, family, name)
     max_position_embeddings = _whole(config, "max_position_embeddings", name, default=2048)
     rotary_base, rope = _read_rope(config, max_position_embeddings, name)
     hidden_size = _whole(config, "hidden_size", name)
@@ -240,35 +265,11 @@ def geometry_from_config(config: Mapping[str, Any], *, name: str = CONFIG_NAME) 
         rotary_base=rotary_base,
         max_position_embeddings=max_position_embeddings,
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        model_type=family.model_type,
         rope=rope,
         init_method_std=_number(config, "initializer_range", name, default=0.02),
         attention_dropout=_number(config, "attention_dropout", name, default=0.0),
     )
-
-
-def _refuse_unsupported(config: Mapping[str, Any], name: str) -> None:
-    architectures = config.get("architectures") or []
-    is_llama = config.get("model_type", "llama") == "llama"
-    if not (is_llama and (architectures or "model_type" in config)) or (
-        architectures and architectures[0] not in KNOWN_ARCHITECTURES
-    ):
-        seen = ", ".join(architectures) or config.get("model_type", "nothing")
-        raise ConfigError(
-            f"{name}: unknown architecture {seen}; known: {', '.join(KNOWN_ARCHITECTURES)}"
-        )
-    rules = {
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "hidden_act": ("silu", "swish", None),
-        "sliding_window": (None,),
-        "quantization_config": (None,),
-    }
-    for key, allowed in rules.items():
-        if config.get(key) not in allowed:
-            raise ConfigError(
-                f"{name}: {key} is {config[key]!r}; this project's Llama needs {allowed[0]!r}; "
-                "give a model without it"
-            )
 
 
 def _read_rope(

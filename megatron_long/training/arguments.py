@@ -20,6 +20,13 @@ class LongContextArguments:
     """Hugging Face model folder or config.json that gives the model's shape; by default the
     hf_config.json beside the checkpoint of --load."""
 
+    hf_checkpoint: str | None = None
+    """Start from this Hugging Face model folder (or GGUF file): each rank reads its slices of the weights.
+    A checkpoint in --load goes on instead."""
+
+    export_hf: str | None = None
+    """When training ends, write the model saved last as a Hugging Face folder here; needs --save."""
+
     dataset: str | None = None
     """Folder that tools/preprocess_mix.py wrote; windows of --seq-length tokens are read in file
     order. Instead of --data-path."""
@@ -135,10 +142,42 @@ def check_paths(arguments: LongContextArguments) -> None:
     remedies = {
         "--dataset": (arguments.dataset, "give the --output folder of tools/preprocess_mix.py"),
         "--hf-config": (arguments.hf_config, "give a Hugging Face model folder or its config.json"),
+        "--hf-checkpoint": (arguments.hf_checkpoint, "give a Hugging Face model folder"),
     }
     for flag, (value, remedy) in remedies.items():
         if value and not Path(value).exists():
             raise ConfigError(f"{flag} {value} does not exist; {remedy}")
+
+
+def check_start_and_end(arguments: LongContextArguments, args: Namespace) -> None:
+    """Refuse two starts, and an export that could not be made.
+
+    Raises: ConfigError: names the flags.
+    """
+    if arguments.hf_checkpoint and args.pretrained_checkpoint:
+        raise ConfigError(
+            "--hf-checkpoint and --pretrained-checkpoint are two starts; give one of them"
+        )
+    if arguments.hf_checkpoint and args.init_model_with_meta_device:
+        raise ConfigError(
+            "--hf-checkpoint fills the model when it is built, and --init-model-with-meta-device builds "
+            "it empty; drop one of them, or convert the checkpoint with tools/convert_checkpoint.py"
+        )
+    if arguments.export_hf and not args.save:
+        raise ConfigError("--export-hf writes the checkpoint saved last; give --save too")
+
+
+def check_export(folder: str | None) -> None:
+    """Refuse to train for an export that has no place.
+
+    Raises: ConfigError: something lies there.
+    """
+    path = Path(folder) if folder else None
+    if path and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(
+            f"--export-hf {path} exists already; results are never overwritten silently: give another "
+            "path, or remove it"
+        )
 
 
 def check_files(arguments: LongContextArguments, args: Namespace) -> None:
@@ -157,9 +196,8 @@ def check_files(arguments: LongContextArguments, args: Namespace) -> None:
             "no training data: give --dataset with a folder of tools/preprocess_mix.py, or Megatron's "
             "own --data-path"
         )
-    if (
-        args.pretrained_checkpoint is None
-    ):  # with it, Megatron starts from there until --load has one
+    # With another start, that is where Megatron begins until --load has a checkpoint.
+    if args.pretrained_checkpoint is None and arguments.hf_checkpoint is None:
         check_checkpoint(args.load, "--load")
 
 

@@ -45,15 +45,16 @@ def hf_config_path(folder: Path) -> Path:
     return path
 
 
-def write_hf_config(folder: Path, geometry: LlamaGeometry, source: Path | None) -> None:
+def write_hf_config(
+    folder: Path, geometry: LlamaGeometry, original: Mapping[str, Any] | None
+) -> None:
     """Write the HF config of what is trained.
 
     Args:
         geometry: What the run's flags say.
-        source: Config the model came with, for what flags do not say (token ids and the like).
+        original: Config the model came with, for what flags do not say (token ids and the like).
     """
-    config = json.loads(source.read_text(encoding="utf-8")) if source else {}
-    _write_json(folder / HF_CONFIG_NAME, config | geometry.to_hf_config())
+    _write_json(folder / HF_CONFIG_NAME, dict(original or {}) | geometry.to_hf_config())
 
 
 def copy_tokenizer(folder: Path, source: Path) -> None:

@@ -194,12 +194,15 @@ def run_pretrain(
     dataset_provider: Callable,
     forward_step: Callable,
     program_start: float,
+    fill_model: Callable[[list], None] | None = None,
     *,
     lengths_vary: bool = False,
 ) -> None:
     """Run Megatron's training loop to its end, and leave the process group.
 
     Args:
+        fill_model: Called with the model chunks of this rank when they are built and before anything,
+            the optimizer among it, is made from them.
         lengths_vary: Whether micro-batches may differ in length.
     """
     from megatron.core.enums import ModelType
@@ -210,35 +213,49 @@ def run_pretrain(
     set_startup_timestamps(program_start=program_start, main_entry=program_start)
     config = build_model_config(args)
     config.variable_seq_lengths = lengths_vary
+    if fill_model is not None:
+        config.pre_wrap_hooks.append(lambda chunks: fill_model(chunks) or chunks)
     container = pretrain_cfg_container_from_args(args, config)
     pretrain(container, dataset_provider, ModelType.encoder_or_decoder, forward_step)
     leave_process_group()
 
 
+def build_model_chunks(args: Namespace) -> list:
+    """Join the process group and build this rank's part of the model, with random weights.
+
+    Args:
+        args: Flags after `validate_flags`.
+    Returns: The model's pipeline stages on this rank.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.initialize import initialize_megatron
+
+    initialize_megatron(allow_no_cuda=host_backend.is_installed())
+    container = pretrain_cfg_container_from_args(args, build_model_config(args))
+    builder = container.model.get_builder_cls()(container.model)
+    chunks: list = builder.build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        ddp_config=container.ddp,
+        wrap_with_ddp=False,
+        data_parallel_random_init=False,
+    )
+    return chunks
+
+
 def load_model_for_scoring(args: Namespace) -> torch.nn.Module:
-    """Join the process group, build this rank's part of the model and load its weights.
+    """Build this rank's part of the model and load its weights.
 
     Args:
         args: Flags after `validate_flags`, with `load` set.
     Returns: The model chunk of this rank, in evaluation mode.
     Raises: ConfigError: virtual pipeline stages were asked for.
     """
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.checkpointing import load_checkpoint
-    from megatron.training.initialize import initialize_megatron
 
     if args.virtual_pipeline_model_parallel_size is not None:
         raise ConfigError("evaluation runs without virtual pipeline stages; drop that flag")
-    initialize_megatron(allow_no_cuda=host_backend.is_installed())
-    container = pretrain_cfg_container_from_args(args, build_model_config(args))
-    builder = container.model.get_builder_cls()(container.model)
-    chunks = builder.build_distributed_models(
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        ddp_config=container.ddp,
-        wrap_with_ddp=False,
-        data_parallel_random_init=False,
-    )
+    chunks = build_model_chunks(args)
     load_checkpoint(chunks, None, None)
     return chunks[0].eval()
 

@@ -1,4 +1,4 @@
-"""Tiny random Llamas, made and saved by transformers, and damage done to copies of them."""
+"""Tiny random models of each family, made and saved by transformers, and damage done to copies."""
 
 import json
 import shutil
@@ -15,16 +15,21 @@ MakeLlama = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> MakeLlama:
-    """Give the folder of a Llama: `make_llama(tied=True, dtype="bfloat16", rope={...})`."""
+    """Give the folder of a model: `make_llama(tied=True, dtype="bfloat16", family="qwen2")`."""
     made: dict[str, Path] = {}
 
     def make(
-        *, tied: bool = False, dtype: str = "float32", max_shard_size: str = "5GB", **config: Any
+        *,
+        family: str = "llama",
+        tied: bool = False,
+        dtype: str = "float32",
+        max_shard_size: str = "5GB",
+        **config: Any,
     ) -> Path:
-        name = f"{tied}-{dtype}-{max_shard_size}-{json.dumps(config, sort_keys=True)}"
+        name = f"{family}-{tied}-{dtype}-{max_shard_size}-{json.dumps(config, sort_keys=True)}"
         if name not in made:
             made[name] = tmp_path_factory.mktemp("llama") / "hf"
-            model = build(tied=tied, **config).to(getattr(torch, dtype))
+            model = build(family, tied=tied, **config).to(getattr(torch, dtype))
             model.save_pretrained(made[name], max_shard_size=max_shard_size)
             (made[name] / "tokenizer.model").write_bytes(tiny_tokenizer.read_bytes())
             (made[name] / "generation_config.json").write_text(
@@ -35,9 +40,9 @@ def make_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -
     return make
 
 
-def build(*, tied: bool, **config: Any) -> torch.nn.Module:
-    """A Llama with grouped queries whose every weight, norms included, matters to the logits."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def build(family: str, *, tied: bool, **config: Any) -> torch.nn.Module:
+    """A model with grouped queries whose every weight, norms and biases included, matters."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     shape: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -53,10 +58,12 @@ def build(*, tied: bool, **config: Any) -> torch.nn.Module:
         "eos_token_id": 2,
     }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**shape, **config}, tie_word_embeddings=tied))
+    windows = {"mistral": {"sliding_window": None}}.get(family, {})
+    values = {**shape, **windows, **config, "tie_word_embeddings": tied}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 

@@ -1,12 +1,15 @@
-"""Run by the parity test as a program: a checkpoint loaded by Megatron's own training code.
+"""Run by the parity tests as a program: a checkpoint loaded by Megatron's own training code.
 
-    megatron_logits.py CHECKPOINT TOKENS.pt OUTPUT.pt [Megatron flags]
+    megatron_logits.py CHECKPOINT CASES.pt OUTPUT.pt [Megatron flags]
 
-Writes the logits, and what the model's own `sharded_state_dict` names. A process of its own keeps
-Megatron's global state, and the host backend, out of the other tests.
+CASES holds `{name: (tokens [b, s], positions [s])}`. Writes the logits of each, and what the model's own
+`sharded_state_dict` names. A process of its own keeps Megatron's global state, and the host backend,
+out of the other tests.
 """
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,20 +33,41 @@ def describe_state(model: torch.nn.Module) -> tuple[dict, list[str]]:
     return shapes, [value.unique_key for value in values if isinstance(value, ShardedObject)]
 
 
+@contextlib.contextmanager
+def rotated_at(rope: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Let Megatron's RoPE, which counts from 0, rotate by these positions."""
+    whole = rope.forward
+
+    def pick(length: int, **_: object) -> torch.Tensor | tuple[torch.Tensor, float]:
+        found = whole(int(positions.max()) + 1)
+        if isinstance(found, tuple):  # YaRN gives a factor too
+            return found[0][positions], found[1]
+        return found[positions]
+
+    rope.forward = pick
+    try:
+        yield
+    finally:
+        rope.forward = whole
+
+
 def main() -> None:
-    """Load, run one forward pass, write."""
-    checkpoint, tokens_path, output, *flags = sys.argv[1:]
-    tokens = torch.load(tokens_path)
+    """Load, run a forward pass for each case, write."""
+    checkpoint, cases_path, output, *flags = sys.argv[1:]
+    cases = torch.load(cases_path)
+    longest = max(tokens.size(1) for tokens, _ in cases.values())
     scorer = open_scorer(
-        Path(checkpoint), context_length=tokens.size(1), micro_batch_size=1, megatron_argv=flags
+        Path(checkpoint), context_length=longest, micro_batch_size=1, megatron_argv=flags
     )
-    positions = torch.arange(tokens.size(1))[None].expand_as(tokens)
-    with torch.no_grad():
-        logits = scorer.model(tokens, positions, None).float()
-    shapes, objects = describe_state(scorer.model)
+    model = scorer.model
+    logits = {}
+    for name, (tokens, positions) in cases.items():
+        with torch.no_grad(), rotated_at(model.rotary_pos_emb, positions):
+            logits[name] = model(tokens, positions[None].expand_as(tokens), None).float()
+    shapes, objects = describe_state(model)
     axes = {
         name: parameter.partition_dim
-        for name, parameter in scorer.model.named_parameters()
+        for name, parameter in model.named_parameters()
         if getattr(parameter, "tensor_model_parallel", False)
     }
     torch.save({"logits": logits, "shapes": shapes, "objects": objects, "axes": axes}, output)

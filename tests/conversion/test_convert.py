@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.conversion.convert import hf_to_megatron, megatron_to_hf
+from megatron_long.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_long.conversion.megatron_folder import find_iteration, read_geometry
+from megatron_long.conversion.stretch import Stretch
 from megatron_long.errors import ConfigError, DataError
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -41,8 +42,8 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trip_is_bit_equal(make_llama, read_weights, tmp_path, tied, dtype):
     source = make_llama(tied=tied, dtype=dtype)
-    hf_to_megatron(source, tmp_path / "megatron", verify=True)
-    report = megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", verify=True)
+    hf_to_megatron(source, tmp_path / "megatron", options=Options(verify=True))
+    report = megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", options=Options(verify=True))
     assert_same_bits(read_weights(source), read_weights(tmp_path / "hf"))
     assert report.dtype == dtype
     for name in ("tokenizer.model", "generation_config.json"):
@@ -53,7 +54,7 @@ def test_sharded_input_and_output(make_llama, read_weights, tmp_path):
     source = make_llama(max_shard_size="300KB")
     assert len(list(source.glob("*.safetensors"))) > 1
     hf_to_megatron(source, tmp_path / "megatron")
-    megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_bytes=300_000)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", options=Options(max_shard_bytes=300_000))
     assert_same_bits(read_weights(source), read_weights(tmp_path / "hf"))
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
@@ -68,8 +69,10 @@ def test_sharded_input_and_output(make_llama, read_weights, tmp_path):
 
 def test_types_are_cast_on_request(make_llama, read_weights, tmp_path):
     source = make_llama()
-    hf_to_megatron(source, tmp_path / "megatron", dtype="bfloat16", verify=True)
-    megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", dtype="float32", verify=True)
+    hf_to_megatron(source, tmp_path / "megatron", options=Options(verify=True, dtype="bfloat16"))
+    megatron_to_hf(
+        tmp_path / "megatron", tmp_path / "hf", options=Options(verify=True, dtype="float32")
+    )
     expected = {name: t.bfloat16().float() for name, t in read_weights(source).items()}
     assert_same_bits(expected, read_weights(tmp_path / "hf"))
     assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "float32"
@@ -78,7 +81,7 @@ def test_types_are_cast_on_request(make_llama, read_weights, tmp_path):
 def test_a_new_rope_base_reaches_both_spellings(make_llama, tmp_path):
     from transformers import AutoConfig
 
-    hf_to_megatron(make_llama(), tmp_path / "megatron", rotary_base=2_000_000)
+    hf_to_megatron(make_llama(), tmp_path / "megatron", stretch=Stretch(rope_theta=2_000_000))
     assert read_geometry(tmp_path / "megatron").rotary_base == 2_000_000
     megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text())
@@ -88,9 +91,11 @@ def test_a_new_rope_base_reaches_both_spellings(make_llama, tmp_path):
 
 
 def test_dry_run_writes_nothing(make_llama, converted, tmp_path):
-    report = hf_to_megatron(make_llama(), tmp_path / "megatron", dry_run=True)
+    report = hf_to_megatron(make_llama(), tmp_path / "megatron", options=Options(dry_run=True))
     assert report.num_tensors == 21
-    assert megatron_to_hf(converted, tmp_path / "hf", dry_run=True).num_tensors == 21
+    assert (
+        megatron_to_hf(converted, tmp_path / "hf", options=Options(dry_run=True)).num_tensors == 21
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -101,14 +106,14 @@ def test_existing_output_is_kept_without_force(make_llama, tmp_path):
     with pytest.raises(ConfigError, match=r"--output .* exists already"):
         hf_to_megatron(make_llama(), output)
     assert (output / "precious").exists()
-    hf_to_megatron(make_llama(), output, force=True)
+    hf_to_megatron(make_llama(), output, options=Options(force=True))
     assert not (output / "precious").exists()
 
 
 def test_output_may_not_replace_the_input(llama_copy):
     for output in (llama_copy, llama_copy.parent):
         with pytest.raises(ConfigError, match="would replace --input"):
-            hf_to_megatron(llama_copy, output, force=True)
+            hf_to_megatron(llama_copy, output, options=Options(force=True))
 
 
 def expect_refusal(folder: Path, kind: type[Exception], message: str) -> None:
@@ -120,14 +125,23 @@ def expect_refusal(folder: Path, kind: type[Exception], message: str) -> None:
 
 
 def test_missing_folder_and_files(llama_copy, tmp_path):
-    with pytest.raises(ConfigError, match=r"--input .*nowhere is not a folder"):
+    with pytest.raises(ConfigError, match=r"--input .*nowhere does not exist"):
         hf_to_megatron(tmp_path / "nowhere", tmp_path / "output")
     (llama_copy / "model.safetensors").rename(llama_copy / "pytorch_model.bin")
-    expect_refusal(llama_copy, ConfigError, r"pickled weights \(pytorch_model.bin\)")
+    expect_refusal(
+        llama_copy, ConfigError, r"only pickled weights \(pytorch_model.bin\).*--allow-pickle"
+    )
     (llama_copy / "pytorch_model.bin").unlink()
     expect_refusal(llama_copy, ConfigError, "holds neither model.safetensors nor")
     (llama_copy / "config.json").unlink()
     expect_refusal(llama_copy, ConfigError, "config.json does not exist")
+
+
+def test_a_missing_shard_is_named(make_llama, tmp_path):
+    folder = shutil.copytree(make_llama(max_shard_size="300KB"), tmp_path / "damaged")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    expect_refusal(folder, DataError, f"names {shard.name}, which is not there; download that file")
 
 
 def test_damaged_index(make_llama, tmp_path):
@@ -143,14 +157,14 @@ def test_damaged_index(make_llama, tmp_path):
     index.write_text(json.dumps(content))
     expect_refusal(folder, DataError, f"does not hold {name}, which .* says it does")
     index.write_text('{"weight_map": 3}')
-    expect_refusal(folder, DataError, "is not an index of safetensors")
+    expect_refusal(folder, DataError, "is not an index of weights")
 
 
 def test_unknown_architecture_lists_the_known(llama_copy):
     config = json.loads((llama_copy / "config.json").read_text())
     config["architectures"] = ["GemmaForCausalLM"]
     (llama_copy / "config.json").write_text(json.dumps(config))
-    expect_refusal(llama_copy, ConfigError, "GemmaForCausalLM; known: LlamaForCausalLM")
+    expect_refusal(llama_copy, ConfigError, "GemmaForCausalLM, .*; known: LlamaForCausalLM")
 
 
 def test_truncated_safetensors(llama_copy):
@@ -166,7 +180,7 @@ def test_wrong_shape_names_tensor_seen_and_expected(llama_copy, edit_weights):
 
 def test_missing_and_left_over_tensors(llama_copy, edit_weights):
     edit_weights(llama_copy, lambda tensors: tensors.update(extra=torch.ones(2)))
-    expect_refusal(llama_copy, DataError, "holds extra, which no Llama has")
+    expect_refusal(llama_copy, DataError, "holds extra, which no llama model has")
     edit_weights(llama_copy, lambda tensors: tensors.pop(NORM))
     expect_refusal(llama_copy, DataError, f"lacks {NORM}")
 
@@ -183,7 +197,7 @@ def test_values_that_are_no_numbers_are_named(llama_copy, edit_weights, value):
 def test_mixed_and_unknown_types(llama_copy, edit_weights, tmp_path):
     edit_weights(llama_copy, lambda tensors: tensors.update({NORM: torch.ones(64).bfloat16()}))
     expect_refusal(llama_copy, ConfigError, "mixes .*choose one with --dtype")
-    hf_to_megatron(llama_copy, tmp_path / "output", dtype="float32", verify=True)
+    hf_to_megatron(llama_copy, tmp_path / "output", options=Options(verify=True, dtype="float32"))
     edit_weights(llama_copy, lambda tensors: tensors.update({NORM: torch.ones(64).to(torch.int8)}))
     with pytest.raises(DataError, match=f"{NORM} is stored as I8; known: F32, BF16, F16"):
         hf_to_megatron(llama_copy, tmp_path / "other")
@@ -195,7 +209,7 @@ def test_a_tied_model_with_its_output_layer_twice(make_llama, edit_weights, tmp_
     edit_weights(
         folder, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding].clone()})
     )
-    hf_to_megatron(folder, tmp_path / "output", verify=True)
+    hf_to_megatron(folder, tmp_path / "output", options=Options(verify=True))
     shutil.rmtree(tmp_path / "output")
     edit_weights(folder, lambda tensors: tensors["lm_head.weight"].add_(1.0))
     expect_refusal(folder, DataError, "lm_head.weight differs from model.embed_tokens.weight")
@@ -203,7 +217,7 @@ def test_a_tied_model_with_its_output_layer_twice(make_llama, edit_weights, tmp_
 
 def test_fractional_rope_base_is_refused(make_llama, tmp_path):
     with pytest.raises(ConfigError, match=r"10000\.5 is not a whole number"):
-        hf_to_megatron(make_llama(), tmp_path / "out", rotary_base=10000.5)
+        hf_to_megatron(make_llama(), tmp_path / "out", stretch=Stretch(rope_theta=10000.5))
 
 
 def test_which_iteration(checkpoint_copy):
@@ -266,7 +280,9 @@ def test_checkpoint_that_contradicts_its_config(checkpoint_copy, make_llama, tmp
     (checkpoint_copy / "hf_config.json").unlink()
     with pytest.raises(ConfigError, match="give --hf-config"):
         megatron_to_hf(checkpoint_copy, tmp_path / "hf")
-    report = megatron_to_hf(checkpoint_copy, tmp_path / "hf", hf_config=make_llama(), verify=True)
+    report = megatron_to_hf(
+        checkpoint_copy, tmp_path / "hf", hf_config=make_llama(), options=Options(verify=True)
+    )
     assert report.num_tensors == 21
 
 
@@ -321,5 +337,5 @@ def test_verify_notices_a_flipped_bit(make_llama, tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert, "_write_megatron", write_wrong)
     with pytest.raises(DataError, match=f"--verify: tensor {NORM} read back differs"):
-        hf_to_megatron(make_llama(), tmp_path / "ckpt", verify=True)
+        hf_to_megatron(make_llama(), tmp_path / "ckpt", options=Options(verify=True))
     assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,7 @@ def test_both_ways(make_llama, run_job, read_weights, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--input", "nowhere", "--output", "out"], "error: --input nowhere is not a folder"),
+        (["--input", "nowhere", "--output", "out"], "error: --input nowhere does not exist"),
         (["--output", "out"], "the following arguments are required: --input"),
         (["--input", "a", "--output", "b", "--dtype", "int4"], "invalid choice: 'int4'"),
     ],

@@ -73,14 +73,19 @@ def test_llama3_scaling_is_taken() -> None:
     geometry = geometry_from_config({**CONFIG, "rope_theta": 5e5, "rope_scaling": rope})
     assert geometry.rope == Llama3Rope()
     assert "--use-rope-scaling" in geometry.to_argv()
+    wider = geometry_from_config({**CONFIG, "rope_scaling": {**rope, "factor": 32.0}})
+    argv = wider.to_argv()
+    assert argv[argv.index("--rope-scaling-factor") + 1] == "32.0"
+    assert wider.to_hf_config()["rope_scaling"]["factor"] == 32.0
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM; known: LlamaForCausalLM"),
-        ({"architectures": None, "model_type": "mistral"}, "unknown architecture mistral"),
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM, .*; known: LlamaForCausalLM"),
+        ({"architectures": None, "model_type": "gpt2"}, "unknown architecture model_type gpt2"),
         ({"architectures": ["LlamaForCausalLM"], "model_type": "qwen2"}, "unknown architecture"),
+        ({"architectures": None, "model_type": None}, "unknown architecture nothing"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -127,3 +132,48 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="must be a JSON object"):
         geometry_from_hf(tmp_path)
+
+
+QWEN2 = {**CONFIG, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+MISTRAL = {**CONFIG, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_each_family_comes_back(family: str) -> None:
+    config = {**CONFIG, "architectures": None, "model_type": family, "sliding_window": None}
+    geometry = geometry_from_config(config)
+    assert ("--add-qkv-bias" in geometry.to_argv()) == (family == "qwen2")
+    assert geometry_from_config(geometry.to_hf_config()) == geometry
+
+
+def test_keys_that_are_left_out_are_the_familys() -> None:
+    """As transformers reads the same file."""
+    from transformers import AutoConfig
+
+    for config in (CONFIG, QWEN2, {**MISTRAL, "sliding_window": None}):
+        short = {key: config[key] for key in config if key != "num_key_value_heads"}
+        short |= {"num_attention_heads": 64, "hidden_size": 64, "head_dim": 2}
+        short.pop("max_position_embeddings")
+        seen = geometry_from_config(short)
+        expected = AutoConfig.for_model(**short)
+        assert seen.num_query_groups == expected.num_key_value_heads
+        assert seen.max_position_embeddings == expected.max_position_embeddings
+
+
+@pytest.mark.parametrize(
+    ("config", "binds"),
+    [
+        ({**MISTRAL, "sliding_window": 256}, True),
+        ({**MISTRAL, "max_position_embeddings": 32_768}, True),  # left out, it is 4096
+        ({**MISTRAL, "sliding_window": 512}, False),
+        ({**MISTRAL, "sliding_window": None}, False),
+        ({**QWEN2, "sliding_window": 256, "use_sliding_window": True}, True),
+        ({**QWEN2, "sliding_window": 256, "use_sliding_window": False}, False),
+    ],
+)
+def test_a_window_that_would_hide_tokens_is_refused(config: dict[str, Any], binds: bool) -> None:
+    if not binds:
+        assert geometry_from_config(config).to_hf_config().get("sliding_window") is None
+        return
+    with pytest.raises(ConfigError, match=r"sliding_window is \d+ of max_position_.*null"):
+        geometry_from_config(config)

@@ -1,0 +1,112 @@
+"""What was written is what was read: every tensor bit by bit, hashed, and the logits of both models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_long.conversion.checks import check_same
+from megatron_long.conversion.mapping import Unit
+from megatron_long.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+    from megatron_long.conversion.torch_dist import TorchDistReader
+
+VERIFICATION_NAME = "verification.json"
+UnitTensors = Callable[[Unit], Iterable[tuple[str, "Tensor"]]]
+"""Gives the Hugging Face tensors of a unit, by name."""
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """Give the SHA-256 of a tensor's bytes in row order, without name, shape or type."""
+    import torch
+
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest()
+
+
+def compare_tensors(
+    units: Iterable[Unit],
+    read_written: UnitTensors,
+    read_source: UnitTensors,
+    progress: Callable[[int], object],
+) -> dict[str, str]:
+    """Read the output back and compare it with the input.
+
+    Args:
+        units: Every piece of the model.
+        read_written: Reads a piece of the output.
+        read_source: Reads a piece of the input, in the type that was written.
+        progress: Called with the number of bytes just compared.
+    Returns: SHA-256 of each Hugging Face tensor.
+    Raises: DataError: names the first tensor that differs by a bit.
+    """
+    hashes: dict[str, str] = {}
+    for unit in units:
+        written = dict(read_written(unit))
+        for name, expected in read_source(unit):
+            check_same(written[name], expected, name)
+            hashes[name] = hash_tensor(written[name])
+            progress(expected.nbytes)
+    return hashes
+
+
+def compare_logits(
+    reader: TorchDistReader, source: Path, config: Path, stored: dtype, *, allow_pickle: bool
+) -> float:
+    """Compare the logits of a checkpoint, by Megatron, with those of transformers.
+
+    In a process of its own, which computes in float32 on the host, a layer at a time: see
+    `logits_check`.
+
+    Args:
+        reader: The checkpoint.
+        source: Model folder or GGUF file with the Hugging Face weights.
+        config: The `config.json` that describes them with the checkpoint's RoPE.
+        stored: The type in which both hold their weights, or would after conversion.
+        allow_pickle: See `sources.open_weights`.
+    Returns: The largest difference over the largest logit.
+    Raises: DataError: the two disagree, or the check could not be made.
+    """
+    command = [sys.executable, "-m", "megatron_long.conversion.logits_check"]
+    command += ["--iteration", str(reader.folder), "--prefix", reader.prefix]
+    command += ["--source", str(source), "--config", str(config)]
+    command += ["--dtype", str(stored).removeprefix("torch.")]
+    command += ["--allow-pickle"] if allow_pickle else []
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in _JOB_VARIABLES},
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        words = (done.stderr.strip() or "no words").splitlines()
+        raise DataError(f"--verify: the logits could not be compared ({' '.join(words[-3:])})")
+    result = json.loads(lines[-1])
+    difference, tolerance = result["relative_difference"], result["tolerance"]
+    if not difference <= tolerance:
+        raise DataError(
+            f"--verify: the logits of Megatron and transformers differ by {difference:.1e} of the largest "
+            f"logit (at most {tolerance:.0e} may be rounding), though every tensor is the same; the "
+            "configuration says something else than the checkpoint's arguments: nothing was kept"
+        )
+    return float(difference)
+
+
+_JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def write_verification(folder: Path, hashes: dict[str, str], logits: float | None) -> None:
+    """Write what was verified beside the output."""
+    record = {"sha256": hashes, "logits_relative_difference": logits}
+    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+    (folder / VERIFICATION_NAME).write_text(text, encoding="utf-8")
