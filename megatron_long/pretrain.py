@@ -20,24 +20,41 @@ from megatron_long.cli import run_tool
 from megatron_long.data.manifest import Manifest, read_manifest
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_args, geometry_from_hf
+from megatron_long.training import signals
 from megatron_long.training.arguments import (
     LongContextArguments,
     check_checkpoint,
     check_files,
     check_layout,
     check_paths,
+    check_reliability,
 )
-from megatron_long.training.backend import Backend, detect_backend, join_or_start_job
+from megatron_long.training.backend import (
+    GUARD_ARGV,
+    Backend,
+    detect_backend,
+    join_or_start_job,
+    split_flags,
+)
 from megatron_long.training.checkpoint_folder import (
     HF_CONFIG_NAME,
     TOKENIZER_DIR_NAME,
     copy_generation_config,
     copy_tokenizer,
-    latest_iteration,
     write_hf_config,
     write_run,
 )
+from megatron_long.training.checkpoint_hashes import check_sidecars
+from megatron_long.training.checkpoint_saving import CheckpointKeeper
 from megatron_long.training.recipe import build_recipe
+from megatron_long.training.reliability import (
+    Start,
+    find_start,
+    make_guard,
+    make_snapshot,
+    record_sidecars,
+)
+from megatron_long.training.watchdog import Watchdog
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns: Exit status.
     """
+    signals.leave_before_training()
     from megatron_long.training import host_backend
 
     user_argv = list(sys.argv[1:] if argv is None else argv)
@@ -53,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     megatron_adapter.check_version()
     arguments, args = parse(user_argv, detect_backend(), join_or_start_job())
-    if is_finished(args):
+    start = find_start(arguments, args)
+    if args.train_iters and start.iteration >= args.train_iters:  # as after a late requeue
         if args.rank == 0:
             print(
                 f"--load {args.load} is at --train-iters {args.train_iters} already: nothing to do"
@@ -61,10 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     listener = _LossLog(Path(arguments.loss_log)) if arguments.loss_log else None
     megatron_adapter.install_patches(listener, output_layer_is_called=arguments.megatron_loss)
+    if start.choice is not None:
+        megatron_adapter.load_from(start.choice, args)
     megatron_adapter.validate_flags(args)
     if args.save and args.rank == 0:
         write_sidecars(Path(args.save), arguments, args, user_argv)
-    _train(arguments, args)
+        record_sidecars(Path(args.save), start)
+    _train(arguments, args, start, user_argv)
     return 0
 
 
@@ -83,18 +105,26 @@ def parse(
 
     arguments, early = _parse_early(user_argv)
     check_paths(arguments)
+    for folder in (early.load, early.pretrained_checkpoint):
+        if folder:
+            check_sidecars(Path(folder))
     model = _model_geometry(arguments, early)
     argv = [*_recipe_argv(arguments, model, backend), *_dataset_argv(arguments)]
+    argv += split_flags(GUARD_ARGV)
     args = megatron_adapter.parse_flags(
         [*argv, *user_argv],
         lambda parser: megatron_adapter.add_dataclass_flags(
             parser, LongContextArguments, "megatron_long"
         ),
     )
+    arguments = LongContextArguments(
+        **{field.name: getattr(args, field.name) for field in fields(LongContextArguments)}
+    )
     if args.transformer_impl == "local" and not backend.apex:
         # Chosen by the user where Transformer Engine is: Megatron's own layers need Apex's kernel for it.
         args.gradient_accumulation_fusion = False
     check_files(arguments, args)
+    check_reliability(arguments, args)
     check_layout(args, world_size)
     if arguments.dataset:
         check_dataset(read_manifest(Path(arguments.dataset)), args)
@@ -147,14 +177,6 @@ def _check_windows(manifest: Manifest, args: argparse.Namespace) -> None:
     )
 
 
-def is_finished(args: argparse.Namespace) -> bool:
-    """Whether the newest checkpoint of `--load` is where the run would end, as after a late requeue."""
-    if not args.load or args.finetune or not args.train_iters:
-        return False
-    newest = latest_iteration(Path(args.load))
-    return newest is not None and newest >= args.train_iters
-
-
 def write_sidecars(
     folder: Path, arguments: LongContextArguments, args: argparse.Namespace, argv: Sequence[str]
 ) -> None:
@@ -176,22 +198,50 @@ def write_sidecars(
     write_run(folder, run)
 
 
-def _train(arguments: LongContextArguments, args: argparse.Namespace) -> None:
+def _train(
+    arguments: LongContextArguments, args: argparse.Namespace, start: Start, argv: list[str]
+) -> None:
     from functools import partial
 
     from megatron_long.training import megatron_adapter
     from megatron_long.training.batch import StepSettings, forward_step
     from megatron_long.training.datasets import dataset_provider
+    from megatron_long.training.guarded_step import LossRecorder, TorchJob
     from megatron_long.training.loss import chunked_loss
 
+    save = Path(args.save) if args.save else None
+    watchdog, losses = Watchdog(arguments.hang_timeout, save, args.rank), LossRecorder()
+    guard = make_guard(arguments, args, start, args.rank)
+    facts = {"data": start.data, "dataset_files": start.dataset_files, "argv": argv}
+    keeper = CheckpointKeeper(
+        TorchJob(),
+        save,
+        lambda: facts | {"guard": guard.state()},
+        keep_last=arguments.keep_last,
+        keep_every=arguments.keep_every,
+    )
+
+    def write_beside(folder: Path) -> None:
+        write_sidecars(folder, arguments, args, argv)
+
+    snapshot = make_snapshot(guard, args.save, args.rank, write_beside)
+    megatron_adapter.install_keeper(keeper, args, watchdog)
+    megatron_adapter.install_guard(guard, losses, args, watchdog, snapshot)
     settings = StepSettings(
         args.micro_batch_size,
         args.eval_micro_batch_size,
         args.seq_length,
         None if arguments.megatron_loss else partial(chunked_loss, _vocab_size(arguments, args)),
+        watchdog.beat,
+        losses.add,
     )
     provider = dataset_provider(arguments, args)
-    megatron_adapter.run_pretrain(args, provider, partial(forward_step, settings), PROGRAM_START)
+    try:
+        megatron_adapter.run_pretrain(
+            args, provider, partial(forward_step, settings), PROGRAM_START
+        )
+    finally:
+        watchdog.stop()
 
 
 class _LossLog:
@@ -220,7 +270,7 @@ def _parse_early(argv: Sequence[str]) -> tuple[LongContextArguments, argparse.Na
         if field.default is False:
             parser.add_argument(flag, action="store_true")
         else:
-            parser.add_argument(flag)
+            parser.add_argument(flag, default=field.default)
     for flag in ("--load", "--pretrained-checkpoint"):
         parser.add_argument(flag)
     early, _ = parser.parse_known_args(argv)

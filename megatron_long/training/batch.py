@@ -34,6 +34,10 @@ class StepSettings:
     seq_length: int
     output_processor: Callable[..., Tensor] | None = None
     """Takes the place of Megatron's output layer and loss, see `training.loss`."""
+    on_micro_batch: Callable[[], None] | None = None
+    """Called before each micro-batch, in training and evaluation."""
+    on_loss: Callable[[Tensor], None] | None = None
+    """Told (loss sum, tokens) [2] of this rank's shard of each training micro-batch."""
 
 
 def get_batch(
@@ -76,7 +80,9 @@ def _is_edge_stage(vp_stage: int | None) -> bool:
     ) or parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
 
 
-def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_function(
+    loss_mask: Tensor, losses: Tensor, on_loss: Callable[[Tensor], None] | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum the token losses of a micro-batch, as Megatron's token-weighted reduction wants them.
 
     Args:
@@ -88,6 +94,8 @@ def loss_function(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, di
     total = losses if losses.dim() == 0 else torch.sum(losses.reshape(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
     report = torch.stack([total.detach(), num_tokens.to(total.dtype)])
+    if on_loss is not None:
+        on_loss(report.clone())  # Megatron may reduce the other one in place
     return total, num_tokens, {LOSS_KEY: report}
 
 
@@ -99,6 +107,8 @@ def forward_step(
     Returns: The model's output (token losses [b, s/cp] or their masked sum on the last stage) and the
         loss function.
     """
+    if settings.on_micro_batch is not None:
+        settings.on_micro_batch()
     rows = settings.micro_batch_size if model.training else settings.eval_micro_batch_size
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     batch = get_batch(iterator, (rows, settings.seq_length), vp_stage)
@@ -110,4 +120,5 @@ def forward_step(
         loss_mask=batch["loss_mask"],
         output_processor=settings.output_processor,
     )
-    return output, partial(loss_function, batch["loss_mask"])
+    on_loss = settings.on_loss if model.training else None
+    return output, partial(loss_function, batch["loss_mask"], on_loss=on_loss)

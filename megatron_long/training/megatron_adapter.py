@@ -13,12 +13,17 @@ import inspect
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from megatron_long.errors import ConfigError
-from megatron_long.training import host_backend
+from megatron_long.training import host_backend, signals
+from megatron_long.training.checkpoint_choice import Choice
+from megatron_long.training.checkpoint_saving import CheckpointKeeper
+from megatron_long.training.step_guard import FAULT_STATUS, StepGuard
+from megatron_long.training.watchdog import LONG_PHASE, Watchdog
 
 SUPPORTED_VERSIONS = ("0.19.",)
 PATCHED_SYMBOLS = {
@@ -27,6 +32,20 @@ PATCHED_SYMBOLS = {
         "initialize_megatron",
         "set_jit_fusion_options",
         "training_log",
+        "train_step",
+        "save_checkpoint",
+        "save_checkpoint_and_time",
+        "checkpoint_and_decide_exit",
+    ),
+    "megatron.training.checkpointing": (
+        "ensure_directory_exists",
+        "read_metadata",
+        "checkpoint_exists",
+    ),
+    "megatron.core.dist_checkpointing": ("save",),
+    "megatron.core.dist_checkpointing.serialization": ("save_config",),
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": (
+        "FileSystemWriterAsync.finish",
     ),
     "megatron.core.tensor_parallel.layers": ("_grad_accum_fusion_available",),
     "megatron.core.optimizer.distrib_optimizer": (
@@ -36,7 +55,8 @@ PATCHED_SYMBOLS = {
     ),
 }
 """What is replaced, by module: `compile_helpers` always, `training_log` where step losses are asked for,
-`_grad_accum_fusion_available` where the output layer is not called, the others on the host backend only."""
+`_grad_accum_fusion_available` where the output layer is not called, `train_step` and what belongs to
+checkpoints in training, the others on the host backend only."""
 
 StepListener = Callable[[int, dict[str, torch.Tensor], float | None], None]
 """Called after each step with the iteration, the reduced losses and the gradient norm."""
@@ -112,6 +132,11 @@ def validate_flags(args: Namespace) -> None:
         reason = str(error) or "an unnamed assertion, see the line below"
         raise ConfigError(f"Megatron refuses these flags: {reason}") from error
     set_global_variables(args)
+    if args.exit_signal_handler:
+        from megatron.training.global_vars import get_signal_handler
+
+        handler = get_signal_handler()
+        signals.watch(lambda: setattr(handler, "_signal_received", True))
 
 
 def build_model_config(args: Namespace) -> Any:
@@ -153,6 +178,137 @@ def install_patches(
         # Its warm-up of fused kernels would draw a layout-dependent amount of random numbers.
         training.set_jit_fusion_options = lambda *args, **kwargs: None
         _mend_torch_adamw_resume()
+
+
+def load_from(choice: Choice, args: Namespace) -> None:
+    """Let Megatron load this checkpoint, whatever the tracker file says."""
+    checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
+    folder = choice.folder.parent
+    read, exists = checkpointing.read_metadata, checkpointing.checkpoint_exists
+    pinned = (choice.iteration or 0, choice.iteration is None)
+
+    def read_metadata(tracker):
+        return pinned if Path(tracker).parent == folder else read(tracker)
+
+    def checkpoint_exists(path):
+        return (path is not None and Path(path) == folder) or exists(path)
+
+    checkpointing.read_metadata = read_metadata
+    checkpointing.checkpoint_exists = checkpoint_exists
+    args.ckpt_step = choice.iteration
+
+
+def install_keeper(keeper: CheckpointKeeper, args: Namespace, watchdog: Watchdog) -> None:
+    """Let the keeper write checkpoints and survive failing ones; none with a NaN in it is written."""
+    from megatron.training import ft_integration
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_long.training.guarded_step import all_finite, state_tensors
+
+    training: Any = importlib.import_module("megatron.training.training")
+    _patch_writers(keeper)
+    save, save_and_time = training.save_checkpoint, training.save_checkpoint_and_time
+    decide = training.checkpoint_and_decide_exit
+
+    def save_checkpoint(iteration, model, optimizer, *rest, **options):
+        watchdog.beat(LONG_PHASE)
+        if keeper.job.any(not all_finite(state_tensors(model, optimizer))):
+            if keeper.job.rank == 0:
+                sys.stderr.write(
+                    f"error: NaN or Inf in the weights or the optimizer after step {iteration}: they are not "
+                    "saved, the checkpoint before is the newest\n"
+                )
+            raise SystemExit(FAULT_STATUS)
+        whole = functools.partial(save, iteration, model, optimizer, *rest, **options)
+        keeper.attempt(iteration, whole, (CheckpointException,))
+        if keeper.pending is not None:
+            ft_integration.on_checkpointing_end(is_async_finalization=False)
+        watchdog.beat(LONG_PHASE)
+
+    def save_checkpoint_and_time(iteration, *rest, **options):
+        save_and_time(iteration, *rest, **options)
+        if iteration >= args.train_iters:
+            keeper.insist(lambda: save_and_time(iteration, *rest, **options))
+
+    def checkpoint_and_decide_exit(model, optimizer, scheduler, iteration, flops, context, data):
+        leaves = decide(model, optimizer, scheduler, iteration, flops, context, data)
+
+        def again() -> None:
+            state = (iteration, model, optimizer, scheduler, flops, context)
+            save_and_time(*state, train_data_iterator=data)
+
+        if leaves:
+            keeper.insist(again)
+        elif keeper.is_due(iteration):
+            again()
+        return leaves
+
+    training.save_checkpoint = save_checkpoint
+    training.save_checkpoint_and_time = save_checkpoint_and_time
+    training.checkpoint_and_decide_exit = checkpoint_and_decide_exit
+
+
+def _patch_writers(keeper: CheckpointKeeper) -> None:
+    """Write to the keeper's folder; what fails on one process is kept, not raised there alone."""
+    checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
+    package: Any = importlib.import_module("megatron.core.dist_checkpointing")
+    serialization: Any = importlib.import_module("megatron.core.dist_checkpointing.serialization")
+    strategies = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    writer: Any = importlib.import_module(strategies).FileSystemWriterAsync
+    save = package.save
+
+    def noting(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except OSError as error:
+                return keeper.note(error)
+
+        return call
+
+    def save_beside(state, folder, *args, **kwargs):
+        return keeper.write(Path(folder), lambda path: save(state, str(path), *args, **kwargs))
+
+    package.save = save_beside
+    checkpointing.ensure_directory_exists = noting(checkpointing.ensure_directory_exists)
+    serialization.save_config = noting(serialization.save_config)
+    writer.finish = noting(writer.finish)
+
+
+def install_guard(
+    guard: StepGuard, losses: Any, args: Namespace, watchdog: Watchdog, snapshot: Callable
+) -> None:
+    """Let the guard judge each step before the optimizer, and end the run when it says so.
+
+    Args:
+        losses: The `LossRecorder` that the forward step fills.
+        snapshot: Told the step that ends the run; gives the folder for a checkpoint of before it, if any.
+    """
+    from megatron_long.training.guarded_step import guard_optimizer
+
+    training: Any = importlib.import_module("megatron.training.training")
+    stock, signature = training.train_step, inspect.signature(training.train_step)
+    guarded: list[Any] = []
+
+    @functools.wraps(stock)
+    def train_step(*positional, **named):
+        values = signature.bind(*positional, **named).arguments
+        optimizer = values["optimizer"]
+        if not guarded:
+            guard_optimizer(optimizer, guard, losses, lambda: args.curr_iteration + 1)
+            guarded.append(optimizer)
+        losses.clear()
+        result = stock(*positional, **named)
+        watchdog.beat()
+        if guard.stop_reason is None:
+            return result
+        folder = snapshot(args.curr_iteration + 1)
+        args.save = str(folder) if folder else None
+        loss_dict, _, _, _, _, *figures = result
+        return (loss_dict, 1, folder is not None, True, FAULT_STATUS, *figures)
+
+    training.train_step = train_step
 
 
 def run_pretrain(
