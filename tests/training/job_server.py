@@ -1,0 +1,156 @@
+"""Runs training jobs on the host backend by forking from a process that has imported everything once.
+
+Each line of standard input is a job, `{"ranks", "argv", "log", "fault"}`; each line of output is the list of its
+exit statuses, preceded by the list of process ids. A rank runs `megatron_long.pretrain.main`, as torchrun's
+processes do, with its output in LOG.RANK.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    """Serve jobs until the input ends."""
+    from megatron_long.training import host_backend
+
+    host_backend.install()
+    import megatron.training.training  # noqa: F401
+
+    from megatron_long import pretrain  # noqa: F401
+    from megatron_long.training import batch, datasets, guarded_step, loss  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        children = [start_rank(rank, port, job) for rank in range(job["ranks"])]
+        print(json.dumps(children), file=answers)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(statuses), file=answers)
+
+
+def start_rank(rank: int, port: int, job: dict) -> int:
+    """Fork one process of a job and give its id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        log = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for descriptor in (1, 2):
+            os.dup2(log, descriptor)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost"}
+        os.environ |= {"WORLD_SIZE": str(job["ranks"]), "MASTER_PORT": str(port)}
+        status = train(job["argv"], job["fault"], rank)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def train(argv: list[str], fault: dict | None, rank: int) -> int:
+    """Train as the command line does; give the exit status."""
+    import traceback
+
+    from megatron_long import pretrain
+    from megatron_long.cli import run_tool
+
+    if fault and rank in fault["ranks"]:
+        FAULTS[fault["kind"]](fault)
+    try:
+        return run_tool(lambda: pretrain.main(argv))
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def spoil_loss(fault: dict) -> None:
+    """Multiply the loss of some steps; the gradients follow."""
+    import torch
+
+    from megatron_long.training import batch
+
+    stock = batch.loss_function
+
+    def loss_function(loss_mask, losses, on_loss=None):
+        if present_step() in fault["steps"] and on_loss is not None:
+            losses = losses * torch.tensor(float(fault["factor"]))
+        return stock(loss_mask, losses, on_loss)
+
+    batch.loss_function = loss_function
+
+
+def spoil_gradient(fault: dict) -> None:
+    """Put an Inf into one gradient of some steps, the loss being right."""
+    from megatron.core.distributed import distributed_data_parallel as module
+
+    kind = module.DistributedDataParallel
+    stock = kind.finish_grad_sync
+
+    def finish_grad_sync(self, *args, **kwargs):
+        if present_step() in fault["steps"]:
+            next(iter(self.buffers)).grad_data[3] = float("inf")
+        return stock(self, *args, **kwargs)
+
+    kind.finish_grad_sync = finish_grad_sync
+
+
+def spoil_weights(fault: dict) -> None:
+    """Let the optimizer itself write a NaN, as a broken device would."""
+    import importlib
+
+    training = importlib.import_module("megatron.training.training")
+    stock = training.train_step
+
+    def train_step(forward_step_func, data_iterator, model, *args, **kwargs):
+        result = stock(forward_step_func, data_iterator, model, *args, **kwargs)
+        if present_step() in fault["steps"]:
+            next(model[0].parameters()).data.view(-1)[5] = float("nan")
+        return result
+
+    training.train_step = train_step
+
+
+def sleep_in_step(fault: dict) -> None:
+    """Stop answering in one step: in Python, or in native code that holds Python's lock."""
+    import ctypes
+
+    from megatron_long.training import batch
+
+    stock = batch.loss_function
+
+    def loss_function(*args, **kwargs):
+        if present_step() in fault["steps"]:
+            if fault["native"]:
+                ctypes.PyDLL(None).sleep(600)
+            time.sleep(600)
+        return stock(*args, **kwargs)
+
+    batch.loss_function = loss_function
+
+
+def present_step() -> int:
+    """The step in work, from 1."""
+    from megatron.training.global_vars import get_args
+
+    return get_args().curr_iteration + 1
+
+
+FAULTS = {
+    "loss": spoil_loss,
+    "gradient": spoil_gradient,
+    "weights": spoil_weights,
+    "hang": sleep_in_step,
+}
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    main()
