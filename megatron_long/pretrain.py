@@ -63,15 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns: Exit status.
     """
     signals.leave_before_training()
-    from megatron_long.training import host_backend
-
     user_argv = list(sys.argv[1:] if argv is None else argv)
-    host_backend.install()
+    arguments, args, start = prepare(user_argv)
     from megatron_long.training import megatron_adapter
 
-    megatron_adapter.check_version()
-    arguments, args = parse(user_argv, detect_backend(), join_or_start_job())
-    start = find_start(arguments, args)
     if args.train_iters and start.iteration >= args.train_iters:  # as after a late requeue
         if args.rank == 0:
             print(
@@ -88,6 +83,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         record_sidecars(Path(args.save), start)
     _train(arguments, args, start, user_argv)
     return 0
+
+
+def prepare(
+    user_argv: Sequence[str],
+) -> tuple[LongContextArguments, argparse.Namespace, Start]:
+    """Check everything that can be checked before Megatron starts; each process of the job calls it.
+
+    Returns: Our flags, all flags, and the checkpoint that the run starts from.
+    """
+    from megatron_long.training import host_backend
+
+    host_backend.install()
+    from megatron_long.training import megatron_adapter
+
+    megatron_adapter.check_version()
+    arguments, args = parse(user_argv, detect_backend(), join_or_start_job())
+    return arguments, args, find_start(arguments, args)
 
 
 def parse(

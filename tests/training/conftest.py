@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,12 @@ class JobServer:
         self.folder, self.dataset, self.count = folder, dataset, 0
         self.pids: list[int] = []
 
-    def start(self, ranks: int, *flags: object, fault: dict[str, Any] | None = None) -> None:
+    def start(self, ranks: int, *flags: object, faults: Sequence[dict[str, Any]] = ()) -> None:
         """Start a training job with `FLAGS` and these."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.count += 1
         argv = [*FLAGS, "--dataset", str(self.dataset), *map(str, flags)]
-        job = {"ranks": ranks, "argv": argv, "log": str(self.log), "fault": fault}
+        job = {"ranks": ranks, "argv": argv, "log": str(self.log), "faults": list(faults)}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         self.pids = json.loads(self.process.stdout.readline())
@@ -69,9 +69,11 @@ class JobServer:
         paths = [self.log.with_name(f"{self.log.name}.{rank}") for rank in range(len(statuses))]
         return Job(statuses, [path.read_text(errors="replace") for path in paths])
 
-    def run(self, ranks: int, *flags: object, fault: dict | None = None, status: int = 0) -> Job:
+    def run(
+        self, ranks: int, *flags: object, faults: Sequence[dict[str, Any]] = (), status: int = 0
+    ) -> Job:
         """Run a job to its end, which must be this status on every rank."""
-        self.start(ranks, *flags, fault=fault)
+        self.start(ranks, *flags, faults=faults)
         job = self.wait()
         assert job.statuses == [status] * ranks, (job.statuses, job.text[-5000:])
         return job

@@ -1,6 +1,6 @@
 """Runs training jobs on the host backend by forking from a process that has imported everything once.
 
-Each line of standard input is a job, `{"ranks", "argv", "log", "fault"}`; each line of output is the list of its
+Each line of standard input is a job, `{"ranks", "argv", "log", "faults"}`; each line of output is the list of its
 exit statuses, preceded by the list of process ids. A rank runs `megatron_long.pretrain.main`, as torchrun's
 processes do, with its output in LOG.RANK.
 """
@@ -19,10 +19,13 @@ def main() -> None:
 
     host_backend.install()
     import megatron.training.training  # noqa: F401
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from megatron_long import pretrain  # noqa: F401
     from megatron_long.training import batch, datasets, guarded_step, loss  # noqa: F401
 
+    queue = filesystem_async.get_write_results_queue  # spawning one imports torch once more a rank
+    filesystem_async.get_write_results_queue = lambda mode="spawn": queue("fork")
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
         job = json.loads(line)
@@ -47,22 +50,23 @@ def start_rank(rank: int, port: int, job: dict) -> int:
             os.dup2(log, descriptor)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost"}
         os.environ |= {"WORLD_SIZE": str(job["ranks"]), "MASTER_PORT": str(port)}
-        status = train(job["argv"], job["fault"], rank)
+        status = train(job["argv"], job["faults"], rank)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
-def train(argv: list[str], fault: dict | None, rank: int) -> int:
+def train(argv: list[str], faults: list[dict], rank: int) -> int:
     """Train as the command line does; give the exit status."""
     import traceback
 
     from megatron_long import pretrain
     from megatron_long.cli import run_tool
 
-    if fault and rank in fault["ranks"]:
-        FAULTS[fault["kind"]](fault)
+    for fault in faults:
+        if rank in fault["ranks"]:
+            FAULTS[fault["kind"]](fault)
     try:
         return run_tool(lambda: pretrain.main(argv))
     except SystemExit as ended:
@@ -137,6 +141,20 @@ def sleep_in_step(fault: dict) -> None:
     batch.loss_function = loss_function
 
 
+def trace_windows(fault: dict) -> None:
+    """Write down which windows the training set is asked for."""
+    from megatron_long.training.packed_dataset import PackedDataset
+
+    stock = PackedDataset.__getitem__
+
+    def read(self, index):
+        with open(fault["path"], "a") as file:
+            file.write(f"{index}\n")
+        return stock(self, index)
+
+    PackedDataset.__getitem__ = read
+
+
 def present_step() -> int:
     """The step in work, from 1."""
     from megatron.training.global_vars import get_args
@@ -149,6 +167,7 @@ FAULTS = {
     "gradient": spoil_gradient,
     "weights": spoil_weights,
     "hang": sleep_in_step,
+    "trace": trace_windows,
 }
 
 if __name__ == "__main__":

@@ -58,3 +58,45 @@ def test_resume_is_bit_exact(name, jobs, read_log, tmp_path):
         for kind in ("whole", "parts")
     ]
     assert facts[0] == facts[1]
+
+
+CHAIN = (
+    (2, DISTRIBUTED),
+    (1, ("--use-distributed-optimizer",)),
+    (4, DISTRIBUTED),
+    (
+        4,
+        (
+            *("--tensor-model-parallel-size", "2", "--context-parallel-size", "2"),
+            "--use-distributed-optimizer",
+        ),
+    ),
+    (2, ("--pipeline-model-parallel-size", "2", "--use-distributed-optimizer")),
+)
+"""Data parallel 2, 1 and 4, then other layouts, four steps each."""
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_in_the_same_data(jobs, read_log, tmp_path):
+    common = ("--train-iters", 20, "--override-opt-param-scheduler")
+    whole = (*common, "--use-distributed-optimizer", "--loss-log", tmp_path / "whole.jsonl")
+    jobs.run(1, *whole)
+    for number, (ranks, layout) in enumerate(CHAIN):
+        flags = (*common, *layout, "--save", tmp_path / "ckpt", "--exit-interval", 4)
+        flags += ("--loss-log", tmp_path / "chain.jsonl")
+        flags += ("--load", tmp_path / "ckpt") if number else ()
+        path = tmp_path / f"windows{number}"
+        jobs.run(
+            ranks,
+            *flags,
+            faults=[{"kind": "trace", "ranks": list(range(ranks)), "path": str(path)}],
+        )
+        read = sorted(int(line) for line in path.read_text().split())
+        copies = len(read) // 16  # both ends of a pipeline read, and each context-parallel rank
+        assert read == sorted(list(range(16 * number, 16 * number + 16)) * copies)
+    seen, expected = read_log(tmp_path / "chain.jsonl"), read_log(tmp_path / "whole.jsonl")
+    assert [step["iteration"] for step in seen] == [step["iteration"] for step in expected]
+    losses = [(a["lm loss"], b["lm loss"]) for a, b in zip(seen, expected, strict=True)]
+    largest = max(abs(a - b) for a, b in losses)
+    print(f"largest difference of a loss {largest:.1e}")
+    assert largest <= TOLERANCE
