@@ -49,7 +49,8 @@ class JobServer:
 
     def start(self, ranks: int, *flags: object, faults: Sequence[dict[str, Any]] = ()) -> None:
         """Start a training job with `FLAGS` and these."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.count += 1
         argv = [*FLAGS, "--dataset", str(self.dataset), *map(str, flags)]
         job = {"ranks": ranks, "argv": argv, "log": str(self.log), "faults": list(faults)}

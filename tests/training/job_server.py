@@ -1,8 +1,8 @@
 """Runs training jobs on the host backend by forking from a process that has imported everything once.
 
-Each line of standard input is a job, `{"ranks", "argv", "log", "faults"}`; each line of output is the list of its
-exit statuses, preceded by the list of process ids. A rank runs `megatron_long.pretrain.main`, as torchrun's
-processes do, with its output in LOG.RANK.
+Each line of standard input is a job, `{"ranks", "argv", "log", "faults"}`; it is answered by a line with
+the ids of its processes and, at their end, one with their exit statuses. A rank runs
+`megatron_long.pretrain.main`, as torchrun's processes do, with its output in LOG.RANK.
 """
 
 import json
@@ -94,33 +94,64 @@ def spoil_loss(fault: dict) -> None:
 
 def spoil_gradient(fault: dict) -> None:
     """Put an Inf into one gradient of some steps, the loss being right."""
-    from megatron.core.distributed import distributed_data_parallel as module
+    from megatron.core.distributed import DistributedDataParallel
 
-    kind = module.DistributedDataParallel
-    stock = kind.finish_grad_sync
+    stock = DistributedDataParallel.__init__
 
-    def finish_grad_sync(self, *args, **kwargs):
+    def spoil(gradient):
         if present_step() in fault["steps"]:
-            next(iter(self.buffers)).grad_data[3] = float("inf")
-        return stock(self, *args, **kwargs)
+            gradient = gradient.clone()
+            gradient.view(-1)[0] = float("inf")
+        return gradient
 
-    kind.finish_grad_sync = finish_grad_sync
+    def build(self, *args, **kwargs):
+        stock(self, *args, **kwargs)
+        list(self.parameters())[-1].register_hook(spoil)
+
+    DistributedDataParallel.__init__ = build
 
 
-def spoil_weights(fault: dict) -> None:
-    """Let the optimizer itself write a NaN, as a broken device would."""
+def after_step(action) -> None:
+    """Call `action(model, optimizer)` after each step."""
+    import functools
     import importlib
 
     training = importlib.import_module("megatron.training.training")
     stock = training.train_step
 
-    def train_step(forward_step_func, data_iterator, model, *args, **kwargs):
-        result = stock(forward_step_func, data_iterator, model, *args, **kwargs)
-        if present_step() in fault["steps"]:
-            next(model[0].parameters()).data.view(-1)[5] = float("nan")
+    @functools.wraps(stock)
+    def train_step(forward_step_func, data_iterator, model, optimizer, *args, **kwargs):
+        result = stock(forward_step_func, data_iterator, model, optimizer, *args, **kwargs)
+        action(model, optimizer)
         return result
 
     training.train_step = train_step
+
+
+def spoil_weights(fault: dict) -> None:
+    """Let the optimizer itself write a NaN, as a broken device would."""
+
+    def spoil(model, optimizer):
+        if present_step() in fault["steps"]:
+            next(model[0].parameters()).data.view(-1)[5] = float("nan")
+
+    after_step(spoil)
+
+
+def hash_state(fault: dict) -> None:
+    """Write down a hash of weights and optimizer after each step."""
+    import hashlib
+
+    from megatron_long.training.guarded_step import state_tensors
+
+    def write(model, optimizer):
+        digest = hashlib.sha256()
+        for tensor in state_tensors(model, optimizer):
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
+        with open(fault["path"], "a") as file:
+            file.write(digest.hexdigest() + "\n")
+
+    after_step(write)
 
 
 def sleep_in_step(fault: dict) -> None:
@@ -167,6 +198,7 @@ FAULTS = {
     "gradient": spoil_gradient,
     "weights": spoil_weights,
     "hang": sleep_in_step,
+    "hash": hash_state,
     "trace": trace_windows,
 }
 

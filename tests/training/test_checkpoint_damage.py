@@ -37,6 +37,14 @@ def load(folder: Path, dataset: Path, *flags: object):
     return pretrain.prepare([str(word) for word in argv])[2]
 
 
+def refusal(folder: Path, dataset: Path) -> str | None:
+    try:
+        load(folder, dataset)
+    except DataError as error:
+        return str(error)
+    return None
+
+
 def flip(path: Path, generator: random.Random) -> None:
     content = bytearray(path.read_bytes())
     content[generator.randrange(len(content))] ^= generator.randrange(1, 256)
@@ -67,12 +75,12 @@ def test_two_hundred_flipped_bytes_are_found(copy, tiny_dataset, capsys):
         name = names[number % len(names)]  # small files as often as large ones
         original = (copy / name).read_bytes()
         flip(copy / name, generator)
-        try:
-            start = load(copy, tiny_dataset)
-        except DataError as error:
-            assert name in str(error), error  # beside the checkpoints: nothing to fall back on
+        message = refusal(copy, tiny_dataset)
+        if message:  # beside the checkpoints: nothing to fall back on
+            assert name in message
             assert not name.startswith("iter_")
         else:
+            start = load(copy, tiny_dataset)
             assert name in "".join(start.choice.reports), (name, number)
             assert name.rpartition("/")[2] in capsys.readouterr().err.replace("\n", " ")
             assert start.iteration == (2 if name.startswith(NEWEST) else 4)
