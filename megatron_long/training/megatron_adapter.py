@@ -21,7 +21,7 @@ import torch
 from megatron_long.errors import ConfigError
 from megatron_long.training import host_backend, signals
 from megatron_long.training.checkpoint_choice import Choice
-from megatron_long.training.checkpoint_saving import CheckpointKeeper
+from megatron_long.training.checkpoint_saving import CheckpointKeeper, ErrorKeepingStream
 from megatron_long.training.step_guard import FAULT_STATUS, StepGuard
 from megatron_long.training.watchdog import LONG_PHASE, Watchdog
 
@@ -46,6 +46,7 @@ PATCHED_SYMBOLS = {
     "megatron.core.dist_checkpointing.serialization": ("save_config",),
     "megatron.core.dist_checkpointing.strategies.filesystem_async": (
         "FileSystemWriterAsync.finish",
+        "_write_item",
     ),
     "megatron.core.tensor_parallel.layers": ("_grad_accum_fusion_available",),
     "megatron.core.optimizer.distrib_optimizer": (
@@ -254,8 +255,8 @@ def _patch_writers(keeper: CheckpointKeeper) -> None:
     package: Any = importlib.import_module("megatron.core.dist_checkpointing")
     serialization: Any = importlib.import_module("megatron.core.dist_checkpointing.serialization")
     strategies = "megatron.core.dist_checkpointing.strategies.filesystem_async"
-    writer: Any = importlib.import_module(strategies).FileSystemWriterAsync
-    save = package.save
+    files: Any = importlib.import_module(strategies)
+    save, write_item = package.save, files._write_item
 
     def noting(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -270,10 +271,19 @@ def _patch_writers(keeper: CheckpointKeeper) -> None:
     def save_beside(state, folder, *args, **kwargs):
         return keeper.write(Path(folder), lambda path: save(state, str(path), *args, **kwargs))
 
+    @functools.wraps(write_item)
+    def write_whole_item(transforms, stream, *args, **kwargs):
+        kept = ErrorKeepingStream(stream)
+        result = write_item(transforms, kept, *args, **kwargs)
+        if kept.error is not None:
+            raise kept.error
+        return result
+
     package.save = save_beside
+    files._write_item = write_whole_item
     checkpointing.ensure_directory_exists = noting(checkpointing.ensure_directory_exists)
     serialization.save_config = noting(serialization.save_config)
-    writer.finish = noting(writer.finish)
+    files.FileSystemWriterAsync.finish = noting(files.FileSystemWriterAsync.finish)
 
 
 def install_guard(

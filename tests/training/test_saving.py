@@ -65,7 +65,7 @@ head -c 6000000 /dev/zero > "$1/ballast"
 (for i in {1..3000}; do grep -q "could not be saved" "$1.log" && break; sleep 0.05; done
  rm "$1/ballast") > /dev/null 2>&1 &
 shift 1
-"$@" 2> "$DISK.log" || { cat "$DISK.log" >&2; exit 1; }
+"$@" > "$DISK.log" 2>&1 || { cat "$DISK.log" >&2; exit 1; }
 find "$DISK" -type f
 cp "$DISK/ckpt/latest_checkpointed_iteration.txt" "$DISK.tracker"
 """
@@ -78,16 +78,8 @@ def test_a_full_disk_does_not_end_training(tiny_dataset, read_log, tmp_path):
     disk, log = tmp_path / "disk", tmp_path / "log.jsonl"
     disk.mkdir()
     command = [sys.executable, "-m", "megatron_long.pretrain", *FLAGS, "--dataset", tiny_dataset]
-    command += [
-        "--train-iters",
-        30,
-        "--save-interval",
-        6,
-        "--save",
-        disk / "ckpt",
-        "--keep-last",
-        1,
-    ]
+    command += ["--train-iters", 30, "--save-interval", 6]
+    command += ["--save", disk / "ckpt", "--keep-last", 1]
     command += ["--loss-log", log, "--use-distributed-optimizer"]
     environment = {**os.environ, "DISK": str(disk), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
