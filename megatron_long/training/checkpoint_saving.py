@@ -138,11 +138,12 @@ class CheckpointKeeper:
             self.tries += 1
             self.pending = iteration
             self._retry_at = iteration + 2 ** min(self.tries - 1, 10)
+            noted = {text for share in self.job.gather(self._errors) for text in share}
             if self.job.rank == 0:
                 logger.error(
                     "checkpoint of iteration %d could not be saved (%s); training goes on, the next try is "
                     "at iteration %d",
-                    *(iteration, _reason(error), self._retry_at),
+                    *(iteration, "; ".join(sorted(noted)) or _first_words(error), self._retry_at),
                 )
             return
         self.pending, self.tries = None, 0
@@ -223,11 +224,9 @@ def _publish(partial: Path, final: Path, infos: Mapping[str, FileInfo]) -> None:
         temporary.write_text(str(_number(final)), encoding="utf-8")
 
 
-def _reason(error: Exception) -> str:
-    """What went wrong, without the tracebacks that torch's exception brings along."""
-    failures = getattr(error, "failures", {})
-    causes = {f"{type(cause).__name__}: {cause}" for cause, _ in failures.values()}
-    return "; ".join(sorted(causes)) or " ".join(str(error).split())
+def _first_words(error: Exception) -> str:
+    """What went wrong; torch's exception brings whole tracebacks along."""
+    return " ".join(str(error).split())[:500]
 
 
 def _number(folder: Path) -> int:

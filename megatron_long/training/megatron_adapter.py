@@ -276,6 +276,7 @@ def _patch_writers(keeper: CheckpointKeeper) -> None:
         kept = ErrorKeepingStream(stream)
         result = write_item(transforms, kept, *args, **kwargs)
         if kept.error is not None:
+            keeper.note(kept.error)  # Megatron passes on no more than its class
             raise kept.error
         return result
 
