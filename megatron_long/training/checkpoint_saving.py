@@ -119,7 +119,7 @@ class CheckpointKeeper:
                 self._finish(partial, final)
             else:
                 request.finalize_fns.append(lambda: self._finish(partial, final))
-        except Exception:
+        except BaseException:  # torch's CheckpointException is no Exception
             if self.job.rank == 0:  # what was written takes the room that the next try needs
                 shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -224,7 +224,7 @@ def _publish(partial: Path, final: Path, infos: Mapping[str, FileInfo]) -> None:
         temporary.write_text(str(_number(final)), encoding="utf-8")
 
 
-def _first_words(error: Exception) -> str:
+def _first_words(error: BaseException) -> str:
     """What went wrong; torch's exception brings whole tracebacks along."""
     return " ".join(str(error).split())[:500]
 

@@ -20,6 +20,7 @@ import torch
 
 from megatron_long.errors import ConfigError
 from megatron_long.training import host_backend, signals
+from megatron_long.training.adamw_resume import mend_torch_adamw_resume
 from megatron_long.training.checkpoint_choice import Choice
 from megatron_long.training.checkpoint_saving import CheckpointKeeper, ErrorKeepingStream
 from megatron_long.training.step_guard import FAULT_STATUS, StepGuard
@@ -178,7 +179,7 @@ def install_patches(
         )
         # Its warm-up of fused kernels would draw a layout-dependent amount of random numbers.
         training.set_jit_fusion_options = lambda *args, **kwargs: None
-        _mend_torch_adamw_resume()
+        mend_torch_adamw_resume()
 
 
 def load_from(choice: Choice, args: Namespace) -> None:
@@ -391,38 +392,3 @@ def _listening(training_log: Callable, listener: StepListener) -> Callable:
         return training_log(*args, **kwargs)
 
     return log_and_tell
-
-
-def _mend_torch_adamw_resume() -> None:
-    """Let the distributed optimizer resume over torch's AdamW (no Transformer Engine, no Apex).
-
-    In 0.19.2 loading asserts on optimizer state that does not exist yet, copies in place into views of
-    leaf parameters, restores a stale `step`, and misses `step` in fully reshardable checkpoints.
-    """
-    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    if module.HAVE_APEX_OR_TE:
-        return
-    optimizer = module.DistributedOptimizer
-    stock_sharded = optimizer.sharded_state_dict
-    stock_load = optimizer.load_state_dict
-    stock_set = optimizer._set_main_param_and_optimizer_states
-
-    @torch.no_grad()
-    def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, *args, **kwargs):
-        if is_loading and not self.optimizer.state:
-            self._init_optimizer_states_with_dummy_values()
-        return stock_sharded(self, model_sharded_state_dict, is_loading, *args, **kwargs)
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict):
-        stock_load(self, state_dict)
-        step = float(state_dict["optimizer"]["param_groups"][0]["step"])
-        for state in self.optimizer.state.values():
-            state["step"] = torch.tensor(step)
-
-    def set_states(self, model_param, tensors):
-        stock_set(self, model_param, {**tensors, "step": None})
-
-    optimizer.sharded_state_dict = sharded_state_dict
-    optimizer.load_state_dict = load_state_dict
-    optimizer._set_main_param_and_optimizer_states = set_states
