@@ -49,7 +49,7 @@ TRAIN_ARGS=(
     --exit-signal-handler
     "$@"
 )
-LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC_PER_NODE")
+LAUNCH=("$PYTHON" -m megatron_long.launch --nproc-per-node "$NPROC_PER_NODE")
 if [ "${SLURM_JOB_ID:-}" ]; then
     HEAD_NODE=${HEAD_NODE:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}

@@ -22,7 +22,7 @@ def atomic_path(path: Path, *, directory: bool = False) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)
+    remove_path(temporary)
     if directory:
         temporary.mkdir()
     try:
@@ -30,7 +30,7 @@ def atomic_path(path: Path, *, directory: bool = False) -> Iterator[Path]:
         _sync(temporary)
         _replace(temporary, path)
     except BaseException:
-        _remove(temporary)
+        remove_path(temporary)
         raise
 
 
@@ -80,7 +80,8 @@ def _sync_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

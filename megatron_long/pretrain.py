@@ -22,7 +22,7 @@ from megatron_long.conversion.sources import is_gguf, read_config, read_source_g
 from megatron_long.data.manifest import Manifest, read_manifest
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import CONFIG_NAME, LlamaGeometry, geometry_from_args
-from megatron_long.training import hugging_face
+from megatron_long.training import hugging_face, signals
 from megatron_long.training.arguments import (
     LongContextArguments,
     check_checkpoint,
@@ -31,21 +31,37 @@ from megatron_long.training.arguments import (
     check_files,
     check_layout,
     check_paths,
+    check_reliability,
     check_rope,
     check_start_and_end,
 )
-from megatron_long.training.backend import Backend, detect_backend, join_or_start_job
+from megatron_long.training.backend import (
+    GUARD_ARGV,
+    Backend,
+    detect_backend,
+    join_or_start_job,
+    split_flags,
+)
 from megatron_long.training.checkpoint_folder import (
     HF_CONFIG_NAME,
     TOKENIZER_DIR_NAME,
     copy_generation_config,
     copy_tokenizer,
-    latest_iteration,
     write_hf_config,
     write_run,
 )
+from megatron_long.training.checkpoint_hashes import check_sidecars
+from megatron_long.training.checkpoint_saving import CheckpointKeeper
 from megatron_long.training.recipe import build_recipe
+from megatron_long.training.reliability import (
+    Start,
+    find_start,
+    make_guard,
+    make_snapshot,
+    record_sidecars,
+)
 from megatron_long.training.rope import stretch_rope
+from megatron_long.training.watchdog import Watchdog
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,15 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns: Exit status.
     """
-    from megatron_long.training import host_backend
-
+    signals.leave_before_training()
     user_argv = list(sys.argv[1:] if argv is None else argv)
-    host_backend.install()
+    arguments, args, start = prepare(user_argv)
     from megatron_long.training import megatron_adapter
 
-    megatron_adapter.check_version()
-    arguments, args = parse(user_argv, detect_backend(), join_or_start_job())
-    if is_finished(args):
+    if args.train_iters and start.iteration >= args.train_iters:  # as after a late requeue
         if args.rank == 0:
             print(
                 f"--load {args.load} is at --train-iters {args.train_iters} already: nothing to train"
@@ -72,12 +85,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_export(arguments.export_hf)
     listener = _LossLog(Path(arguments.loss_log)) if arguments.loss_log else None
     megatron_adapter.install_patches(listener, output_layer_is_called=arguments.megatron_loss)
+    if start.choice is not None:
+        megatron_adapter.load_from(start.choice, args)
     megatron_adapter.validate_flags(args)
     if args.save and args.rank == 0:
         write_sidecars(Path(args.save), arguments, args, user_argv)
-    _train(arguments, args)
+        record_sidecars(Path(args.save), start)
+    _train(arguments, args, start, user_argv)
     _export(arguments, args)
     return 0
+
+
+def prepare(
+    user_argv: Sequence[str],
+) -> tuple[LongContextArguments, argparse.Namespace, Start]:
+    """Check everything that can be checked before Megatron starts; each process of the job calls it.
+
+    Returns: Our flags, all flags, and the checkpoint that the run starts from.
+    """
+    from megatron_long.training import host_backend
+
+    host_backend.install()
+    from megatron_long.training import megatron_adapter
+
+    megatron_adapter.check_version()
+    arguments, args = parse(user_argv, detect_backend(), join_or_start_job())
+    return arguments, args, find_start(arguments, args)
 
 
 def parse(
@@ -95,13 +128,20 @@ def parse(
 
     arguments, early = _parse_early(user_argv)
     check_paths(arguments)
+    for folder in (early.load, early.pretrained_checkpoint):
+        if folder:
+            check_sidecars(Path(folder))
     model = _stretched(arguments, early, _model_geometry(arguments, early))
     argv = [*_recipe_argv(arguments, model, backend), *_dataset_argv(arguments)]
+    argv += split_flags(GUARD_ARGV)
     args = megatron_adapter.parse_flags(
         [*argv, *user_argv],
         lambda parser: megatron_adapter.add_dataclass_flags(
             parser, LongContextArguments, "megatron_long"
         ),
+    )
+    arguments = LongContextArguments(
+        **{field.name: getattr(args, field.name) for field in fields(LongContextArguments)}
     )
     if args.transformer_impl == "local" and not backend.apex:
         # Chosen by the user where Transformer Engine is: Megatron's own layers need Apex's kernel for it.
@@ -112,6 +152,7 @@ def parse(
         args.attention_backend = type(args.attention_backend).auto
     check_files(arguments, args)
     check_start_and_end(arguments, args)
+    check_reliability(arguments, args)
     check_layout(args, world_size)
     check_rope(args)
     check_documents(arguments, args)
@@ -171,14 +212,6 @@ def _check_windows(manifest: Manifest, args: argparse.Namespace) -> None:
     )
 
 
-def is_finished(args: argparse.Namespace) -> bool:
-    """Whether the newest checkpoint of `--load` is where the run would end, as after a late requeue."""
-    if not args.load or args.finetune or not args.train_iters:
-        return False
-    newest = latest_iteration(Path(args.load))
-    return newest is not None and newest >= args.train_iters
-
-
 def write_sidecars(
     folder: Path, arguments: LongContextArguments, args: argparse.Namespace, argv: Sequence[str]
 ) -> None:
@@ -201,15 +234,36 @@ def write_sidecars(
     write_run(folder, run)
 
 
-def _train(arguments: LongContextArguments, args: argparse.Namespace) -> None:
+def _train(
+    arguments: LongContextArguments, args: argparse.Namespace, start: Start, argv: list[str]
+) -> None:
     from functools import partial
 
     from megatron_long.training import megatron_adapter
     from megatron_long.training.batch import StepSettings, forward_step
     from megatron_long.training.datasets import dataset_provider
+    from megatron_long.training.guarded_step import LossRecorder, TorchJob
     from megatron_long.training.loss import chunked_loss
 
     masking = attention_format(args) if arguments.document_masking else None
+    save = Path(args.save) if args.save else None
+    watchdog, losses = Watchdog(arguments.hang_timeout, save, args.rank), LossRecorder()
+    guard = make_guard(arguments, args, start, args.rank)
+    facts = {"data": start.data, "dataset_files": start.dataset_files, "argv": argv}
+    keeper = CheckpointKeeper(
+        TorchJob(),
+        save,
+        lambda: facts | {"guard": guard.state()},
+        keep_last=arguments.keep_last,
+        keep_every=arguments.keep_every,
+    )
+
+    def write_beside(folder: Path) -> None:
+        write_sidecars(folder, arguments, args, argv)
+
+    snapshot = make_snapshot(guard, args.save, args.rank, write_beside)
+    megatron_adapter.install_keeper(keeper, args, watchdog)
+    megatron_adapter.install_guard(guard, losses, args, watchdog, snapshot)
     settings = StepSettings(
         args.micro_batch_size,
         args.eval_micro_batch_size,
@@ -217,17 +271,23 @@ def _train(arguments: LongContextArguments, args: argparse.Namespace) -> None:
         None if arguments.megatron_loss else partial(chunked_loss, _vocab_size(arguments, args)),
         masking,
         args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        watchdog.beat,
+        losses.add,
     )
     provider = dataset_provider(arguments, args)
     fill = None
     if arguments.hf_checkpoint and hugging_face.starts_from_hf(arguments.hf_checkpoint, args.load):
-        start = Path(arguments.hf_checkpoint)
-        fill = hugging_face.filler(start, lambda: args.padded_vocab_size)
+        model = Path(arguments.hf_checkpoint)
+        fill = hugging_face.filler(model, lambda: args.padded_vocab_size)
     step = partial(forward_step, settings)
     # Padded documents make micro-batches of different lengths, and pipeline stages must tell each other.
-    megatron_adapter.run_pretrain(
-        args, provider, step, PROGRAM_START, fill, lengths_vary=masking == "thd"
-    )
+    varies = masking == "thd"
+    try:
+        megatron_adapter.run_pretrain(
+            args, provider, step, PROGRAM_START, fill, lengths_vary=varies
+        )
+    finally:
+        watchdog.stop()
 
 
 def _export(arguments: LongContextArguments, args: argparse.Namespace) -> None:
@@ -268,7 +328,7 @@ def _parse_early(argv: Sequence[str]) -> tuple[LongContextArguments, argparse.Na
         if field.default is False:
             parser.add_argument(flag, action="store_true")
         else:
-            parser.add_argument(flag, type=get_args(field.type)[0])  # of `float | None`
+            parser.add_argument(flag, type=get_args(field.type)[0], default=field.default)
     for flag in ("--load", "--pretrained-checkpoint"):
         parser.add_argument(flag)
     parser.add_argument("--seq-length", type=int)

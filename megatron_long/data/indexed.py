@@ -185,6 +185,12 @@ class IndexedDatasetReader:
         inside = np.asarray(self._pointers[first:last], dtype=np.int64) // size - start_token
         return np.concatenate([np.zeros(1, np.int64), inside])
 
+    def documents_between(self, start_token: int, count: int) -> tuple[int, int]:
+        """Give the first document that has a token in a span, and one past the last."""
+        size = self.dtype.itemsize
+        first = bisect.bisect_right(self._pointers, start_token * size) - 1
+        return first, bisect.bisect_left(self._pointers, (start_token + count) * size, lo=first)
+
     def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
         # Data loader processes open the files anew; a pickled memory map would carry the data.
         return type(self), (self.prefix,)

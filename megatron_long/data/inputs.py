@@ -144,12 +144,17 @@ def decompressed(item: InputFile, reader: HashingReader) -> IO[bytes]:
 
 
 class _ZstandardStream(io.RawIOBase):
-    """Decompresses frame after frame; zstandard's own reader takes a file that is cut off for whole."""
+    """Decompresses frame after frame; zstandard's own reader takes a file that is cut off for whole.
+
+    In small pieces: a compressed byte can stand for 32 KiB of text, so that a piece gives 64 MiB at most.
+    """
+
+    PIECE_BYTES = 2048
 
     def __init__(self, raw: io.RawIOBase, new_frame: Callable[[], Any]) -> None:
         self._raw, self._new_frame = raw, new_frame
         self._frame: Any = None
-        self._pending = memoryview(b"")
+        self._block = self._pending = memoryview(b"")
         self.size_bytes = 0
         """Bytes of text so far."""
 
@@ -158,12 +163,13 @@ class _ZstandardStream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._pending:
-            block = self._raw.read(1 << 18)
-            if not block:
+            self._block = self._block or memoryview(self._raw.read(1 << 18) or b"")
+            if not self._block:
                 if self._frame is not None:
                     raise EOFError("it ends inside a compressed frame")
                 return 0
-            self._pending = memoryview(self._decompress(block))
+            piece, self._block = self._block[: self.PIECE_BYTES], self._block[self.PIECE_BYTES :]
+            self._pending = memoryview(self._decompress(bytes(piece)))
             self.size_bytes += len(self._pending)
         count = min(len(buffer), len(self._pending))
         buffer[:count], self._pending = self._pending[:count], self._pending[count:]

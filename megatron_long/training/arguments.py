@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_long.errors import ConfigError
 from megatron_long.model.rope import rope_from_arguments
+from megatron_long.training.checkpoint_choice import has_checkpoint
 from megatron_long.training.checkpoint_folder import TRACKER_NAME
 
 
@@ -55,6 +56,53 @@ class LongContextArguments:
 
     loss_log: str | None = None
     """JSON-lines file for the loss and gradient norm of every step, unrounded."""
+
+    allow_dataset_change: bool = False
+    """Go on from a checkpoint with another dataset, sequence length or tokenizer than it was trained on."""
+
+    keep_last: int | None = None
+    """Newest checkpoints of --save to keep; earlier ones are deleted after each save. By default all
+    are kept."""
+
+    keep_every: int | None = None
+    """With --keep-last, keep checkpoints whose iteration is a multiple of this too."""
+
+    max_faulty_steps: int = 10
+    """Steps with a NaN, an Inf or a loss spike that are left out within 100 steps; one more ends the run
+    with a checkpoint of before it."""
+
+    spike_deviations: float = 10.0
+    """How many (robust) standard deviations of the last 100 steps a loss may lie above their median, one
+    being at least 0.05 nats; 0 takes no loss for a spike."""
+
+    hang_timeout: float = 480.0
+    """Seconds that may pass between two micro-batches before a process writes its stacks and ends the job;
+    four times as long for start, first step and saving. 0 waits for ever."""
+
+
+def check_reliability(arguments: LongContextArguments, args: Namespace) -> None:
+    """Refuse values of our flags that make no sense.
+
+    Raises: ConfigError: the first rule broken.
+    """
+    for flag, value, least in (
+        ("--keep-last", arguments.keep_last, 1),
+        ("--keep-every", arguments.keep_every, 1),
+        ("--max-faulty-steps", arguments.max_faulty_steps, 0),
+        ("--spike-deviations", arguments.spike_deviations, 0),
+        ("--hang-timeout", arguments.hang_timeout, 0),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"{flag} {value} is too small; at least {least}")
+    if arguments.keep_every and not arguments.keep_last:
+        raise ConfigError(
+            f"--keep-every {arguments.keep_every} says what to keep of what --keep-last deletes; give "
+            "--keep-last too"
+        )
+    if arguments.keep_last and args.save_retain_interval:
+        raise ConfigError(
+            "--keep-last and Megatron's --save-retain-interval both delete checkpoints; give one of them"
+        )
 
 
 def check_layout(args: Namespace, world_size: int) -> None:
@@ -248,9 +296,8 @@ def check_checkpoint(folder: str | None, flag: str) -> None:
     """
     if folder is None:
         return
-    tracker = Path(folder) / TRACKER_NAME
-    if not tracker.is_file():
+    if not has_checkpoint(folder):
         raise ConfigError(
-            f"{flag} {folder} holds no Megatron checkpoint: {tracker.name} is not there; give the "
+            f"{flag} {folder} holds no Megatron checkpoint: {TRACKER_NAME} is not there; give the "
             "folder that tools/convert_checkpoint.py or a training run wrote"
         )

@@ -24,6 +24,10 @@ HOST_ARGV = (
 )
 """Flags under which Megatron uses no CUDA kernel; loader workers would only contend for the cores."""
 
+GUARD_ARGV = ("--rerun-mode disabled", "--no-check-for-nan-in-loss-and-grad")
+"""Our step guard takes the place of Megatron's checks, which let a NaN of the first step pass and end the
+run at any later one."""
+
 GPU_ARGV = ("--distributed-backend nccl", "--no-create-attention-mask-in-dataloader")
 
 GPU_TRAINING_ARGV = (

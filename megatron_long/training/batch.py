@@ -42,6 +42,10 @@ class StepSettings:
     """Attention that is given masks between documents; None for none, see `training.documents`."""
     sequence_parallel_size: int = 1
     """Tensor-parallel ranks that a sequence is cut over, beside the context-parallel ones."""
+    on_micro_batch: Callable[[], None] | None = None
+    """Called before each micro-batch, in training and evaluation."""
+    on_loss: Callable[[Tensor], None] | None = None
+    """Told (loss sum, tokens) [2] of this rank's shard of each training micro-batch."""
 
 
 @dataclass
@@ -125,7 +129,10 @@ def _is_edge_stage(vp_stage: int | None) -> bool:
 
 
 def loss_function(
-    loss_mask: Tensor, num_padding: int | None, losses: Tensor
+    loss_mask: Tensor,
+    num_padding: int | None,
+    losses: Tensor,
+    on_loss: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum the token losses of a micro-batch, as Megatron's token-weighted reduction wants them.
 
@@ -139,6 +146,8 @@ def loss_function(
     total = losses if losses.dim() == 0 else torch.sum(losses.reshape(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
     report = torch.stack([total.detach(), num_tokens.to(total.dtype)])
+    if on_loss is not None:
+        on_loss(report.clone())  # Megatron may reduce the other one in place
     reports = {LOSS_KEY: report}
     if num_padding is not None:
         reports[PADDING_KEY] = report.new_tensor([num_padding, mask.numel()])
@@ -153,6 +162,8 @@ def forward_step(
     Returns: The model's output (token losses [b, s/cp] or their masked sum on the last stage) and the
         loss function.
     """
+    if settings.on_micro_batch is not None:
+        settings.on_micro_batch()
     rows = settings.micro_batch_size if model.training else settings.eval_micro_batch_size
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     batch = get_batch(iterator, (rows, settings.seq_length), vp_stage, settings)
@@ -168,4 +179,5 @@ def forward_step(
     )
     # A validation loss is the only figure that Megatron's evaluation expects.
     num_padding = batch.num_padding if model.training else None
-    return output, partial(loss_function, tensors["loss_mask"], num_padding)
+    on_loss = settings.on_loss if model.training else None
+    return output, partial(loss_function, tensors["loss_mask"], num_padding, on_loss=on_loss)

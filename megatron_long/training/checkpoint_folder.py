@@ -5,6 +5,7 @@ DIR/hf_config.json    the model as Hugging Face's config.json describes it, with
 DIR/hf_generation_config.json    as it came with the model, where it had one
 DIR/tokenizer/        the tokenizer's files
 DIR/run.json          command line and dataset fingerprint of the run that writes here
+DIR/hashes.json       hashes of the files above but Megatron's, and which checkpoint is the newest
 """
 
 import json
@@ -22,13 +23,6 @@ HF_CONFIG_NAME = "hf_config.json"
 GENERATION_CONFIG_NAME = "hf_generation_config.json"
 TOKENIZER_DIR_NAME = "tokenizer"
 RUN_NAME = "run.json"
-
-
-def latest_iteration(folder: Path) -> int | None:
-    """Iteration of the newest checkpoint; None where there is none, or a converted one (a release)."""
-    tracker = folder / TRACKER_NAME
-    text = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else ""
-    return int(text) if text.isdigit() else None
 
 
 def hf_config_path(folder: Path) -> Path:

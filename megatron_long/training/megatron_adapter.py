@@ -14,6 +14,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +22,12 @@ import torch
 from megatron_long.errors import ConfigError
 from megatron_long.model.flash_attention import mend_windows
 from megatron_long.model.rope import BaseRope, Llama3Rope, rope_from_arguments
-from megatron_long.training import host_backend
+from megatron_long.training import host_backend, signals
+from megatron_long.training.adamw_resume import mend_torch_adamw_resume
+from megatron_long.training.checkpoint_choice import Choice
+from megatron_long.training.checkpoint_saving import CheckpointKeeper, ErrorKeepingStream
+from megatron_long.training.step_guard import FAULT_STATUS, StepGuard
+from megatron_long.training.watchdog import LONG_PHASE, Watchdog
 
 SUPPORTED_VERSIONS = ("0.19.",)
 PATCHED_SYMBOLS = {
@@ -30,6 +36,21 @@ PATCHED_SYMBOLS = {
         "initialize_megatron",
         "set_jit_fusion_options",
         "training_log",
+        "train_step",
+        "save_checkpoint",
+        "save_checkpoint_and_time",
+        "checkpoint_and_decide_exit",
+    ),
+    "megatron.training.checkpointing": (
+        "ensure_directory_exists",
+        "read_metadata",
+        "checkpoint_exists",
+    ),
+    "megatron.core.dist_checkpointing": ("save",),
+    "megatron.core.dist_checkpointing.serialization": ("save_config",),
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": (
+        "FileSystemWriterAsync.finish",
+        "_write_item",
     ),
     "megatron.core.models.common.embeddings.rotary_pos_embedding": (
         "RotaryEmbedding._apply_scaling",
@@ -43,7 +64,7 @@ PATCHED_SYMBOLS = {
 }
 """What is replaced, by module: `compile_helpers` always, `training_log` where step losses are asked for,
 `_apply_scaling` where RoPE is Llama-3.1's, `_grad_accum_fusion_available` where the output layer is not
-called, the others on the host backend only."""
+called, `train_step` and what belongs to checkpoints in training, the others on the host backend only."""
 
 
 @dataclass(kw_only=True)
@@ -135,6 +156,11 @@ def validate_flags(args: Namespace) -> None:
         reason = str(error) or "an unnamed assertion, see the line below"
         raise ConfigError(f"Megatron refuses these flags: {reason}") from error
     set_global_variables(args)
+    if args.exit_signal_handler:
+        from megatron.training.global_vars import get_signal_handler
+
+        handler = get_signal_handler()
+        signals.watch(lambda: setattr(handler, "_signal_received", True))
 
 
 def build_model_config(args: Namespace) -> Any:
@@ -186,7 +212,148 @@ def install_patches(
         )
         # Its warm-up of fused kernels would draw a layout-dependent amount of random numbers.
         training.set_jit_fusion_options = lambda *args, **kwargs: None
-        _mend_torch_adamw_resume()
+        mend_torch_adamw_resume()
+
+
+def load_from(choice: Choice, args: Namespace) -> None:
+    """Let Megatron load this checkpoint, whatever the tracker file says."""
+    checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
+    folder = choice.folder.parent
+    read, exists = checkpointing.read_metadata, checkpointing.checkpoint_exists
+    pinned = (choice.iteration or 0, choice.iteration is None)
+
+    def read_metadata(tracker):
+        return pinned if Path(tracker).parent == folder else read(tracker)
+
+    def checkpoint_exists(path):
+        return (path is not None and Path(path) == folder) or exists(path)
+
+    checkpointing.read_metadata = read_metadata
+    checkpointing.checkpoint_exists = checkpoint_exists
+    args.ckpt_step = choice.iteration
+
+
+def install_keeper(keeper: CheckpointKeeper, args: Namespace, watchdog: Watchdog) -> None:
+    """Let the keeper write checkpoints and survive failing ones; none with a NaN in it is written."""
+    from megatron.training import ft_integration
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_long.training.guarded_step import all_finite, state_tensors
+
+    training: Any = importlib.import_module("megatron.training.training")
+    _patch_writers(keeper)
+    save, save_and_time = training.save_checkpoint, training.save_checkpoint_and_time
+    decide = training.checkpoint_and_decide_exit
+
+    def save_checkpoint(iteration, model, optimizer, *rest, **options):
+        watchdog.beat(LONG_PHASE)
+        if keeper.job.any(not all_finite(state_tensors(model, optimizer))):
+            if keeper.job.rank == 0:
+                sys.stderr.write(
+                    f"error: NaN or Inf in the weights or the optimizer after step {iteration}: they are not "
+                    "saved, the checkpoint before is the newest\n"
+                )
+            raise SystemExit(FAULT_STATUS)
+        whole = functools.partial(save, iteration, model, optimizer, *rest, **options)
+        keeper.attempt(iteration, whole, (CheckpointException,))
+        if keeper.pending is not None:
+            ft_integration.on_checkpointing_end(is_async_finalization=False)
+        watchdog.beat(LONG_PHASE)
+
+    def save_checkpoint_and_time(iteration, *rest, **options):
+        save_and_time(iteration, *rest, **options)
+        if iteration >= args.train_iters:
+            keeper.insist(lambda: save_and_time(iteration, *rest, **options))
+
+    def checkpoint_and_decide_exit(model, optimizer, scheduler, iteration, flops, context, data):
+        leaves = decide(model, optimizer, scheduler, iteration, flops, context, data)
+
+        def again() -> None:
+            state = (iteration, model, optimizer, scheduler, flops, context)
+            save_and_time(*state, train_data_iterator=data)
+
+        if leaves:
+            keeper.insist(again)
+        elif keeper.is_due(iteration):
+            again()
+        return leaves
+
+    training.save_checkpoint = save_checkpoint
+    training.save_checkpoint_and_time = save_checkpoint_and_time
+    training.checkpoint_and_decide_exit = checkpoint_and_decide_exit
+
+
+def _patch_writers(keeper: CheckpointKeeper) -> None:
+    """Write to the keeper's folder; what fails on one process is kept, not raised there alone."""
+    checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
+    package: Any = importlib.import_module("megatron.core.dist_checkpointing")
+    serialization: Any = importlib.import_module("megatron.core.dist_checkpointing.serialization")
+    strategies = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    files: Any = importlib.import_module(strategies)
+    save, write_item = package.save, files._write_item
+
+    def noting(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except OSError as error:
+                return keeper.note(error)
+
+        return call
+
+    def save_beside(state, folder, *args, **kwargs):
+        return keeper.write(Path(folder), lambda path: save(state, str(path), *args, **kwargs))
+
+    @functools.wraps(write_item)
+    def write_whole_item(transforms, stream, *args, **kwargs):
+        kept = ErrorKeepingStream(stream)
+        result = write_item(transforms, kept, *args, **kwargs)
+        if kept.error is not None:
+            keeper.note(kept.error)  # Megatron passes on no more than its class
+            raise kept.error
+        return result
+
+    package.save = save_beside
+    files._write_item = write_whole_item
+    checkpointing.ensure_directory_exists = noting(checkpointing.ensure_directory_exists)
+    serialization.save_config = noting(serialization.save_config)
+    files.FileSystemWriterAsync.finish = noting(files.FileSystemWriterAsync.finish)
+
+
+def install_guard(
+    guard: StepGuard, losses: Any, args: Namespace, watchdog: Watchdog, snapshot: Callable
+) -> None:
+    """Let the guard judge each step before the optimizer, and end the run when it says so.
+
+    Args:
+        losses: The `LossRecorder` that the forward step fills.
+        snapshot: Told the step that ends the run; gives the folder for a checkpoint of before it, if any.
+    """
+    from megatron_long.training.guarded_step import guard_optimizer
+
+    training: Any = importlib.import_module("megatron.training.training")
+    stock, signature = training.train_step, inspect.signature(training.train_step)
+    guarded: list[Any] = []
+
+    @functools.wraps(stock)
+    def train_step(*positional, **named):
+        values = signature.bind(*positional, **named).arguments
+        optimizer = values["optimizer"]
+        if not guarded:
+            guard_optimizer(optimizer, guard, losses, lambda: args.curr_iteration + 1)
+            guarded.append(optimizer)
+        losses.clear()
+        result = stock(*positional, **named)
+        watchdog.beat()
+        if guard.stop_reason is None:
+            return result
+        folder = snapshot(args.curr_iteration + 1)
+        args.save = str(folder) if folder else None
+        loss_dict, _, _, _, _, *figures = result
+        return (loss_dict, 1, folder is not None, True, FAULT_STATUS, *figures)
+
+    training.train_step = train_step
 
 
 def run_pretrain(
@@ -286,38 +453,3 @@ def _listening(training_log: Callable, listener: StepListener) -> Callable:
         return training_log(*args, **kwargs)
 
     return log_and_tell
-
-
-def _mend_torch_adamw_resume() -> None:
-    """Let the distributed optimizer resume over torch's AdamW (no Transformer Engine, no Apex).
-
-    In 0.19.2 loading asserts on optimizer state that does not exist yet, copies in place into views of
-    leaf parameters, restores a stale `step`, and misses `step` in fully reshardable checkpoints.
-    """
-    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    if module.HAVE_APEX_OR_TE:
-        return
-    optimizer = module.DistributedOptimizer
-    stock_sharded = optimizer.sharded_state_dict
-    stock_load = optimizer.load_state_dict
-    stock_set = optimizer._set_main_param_and_optimizer_states
-
-    @torch.no_grad()
-    def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, *args, **kwargs):
-        if is_loading and not self.optimizer.state:
-            self._init_optimizer_states_with_dummy_values()
-        return stock_sharded(self, model_sharded_state_dict, is_loading, *args, **kwargs)
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict):
-        stock_load(self, state_dict)
-        step = float(state_dict["optimizer"]["param_groups"][0]["step"])
-        for state in self.optimizer.state.values():
-            state["step"] = torch.tensor(step)
-
-    def set_states(self, model_param, tensors):
-        stock_set(self, model_param, {**tensors, "step": None})
-
-    optimizer.sharded_state_dict = sharded_state_dict
-    optimizer.load_state_dict = load_state_dict
-    optimizer._set_main_param_and_optimizer_states = set_states

@@ -139,7 +139,7 @@ class Recipe:
         words = [word for flag, value in values.items() for word in (flag, str(value))]
         # Token-weighted loss: under context parallelism ranks hold different numbers of masked tokens.
         flags = ["--calculate-per-token-loss", "--dist-ckpt-optim-fully-reshardable"]
-        return [*words, *flags, "--log-throughput"]
+        return [*words, *flags, "--exit-signal-handler", "--log-throughput"]
 
 
 def llama2(**sizes: Any) -> LlamaGeometry:

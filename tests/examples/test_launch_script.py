@@ -44,7 +44,7 @@ def test_printed_command_parses(recipe, paths):
     from megatron_long.pretrain import parse
 
     command = dry_run("--train-iters", "7", "--allow-repeat", RECIPE=recipe, **paths)
-    assert command[:5] == ["python3", "-m", "torch.distributed.run", "--nproc-per-node", "8"]
+    assert command[:5] == ["python3", "-m", "megatron_long.launch", "--nproc-per-node", "8"]
     ours, args = parse(training_flags(command), GPU, 8)
     assert ours.recipe == recipe
     assert args.pretrained_checkpoint == str(paths["CHECKPOINT"])

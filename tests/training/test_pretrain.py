@@ -130,17 +130,19 @@ def test_bad_flags_are_refused(argv, world_size, words, tiny_dataset):
     assert words in str(refused.value)
 
 
-def test_finished_run_ends_well(tiny_dataset, tmp_path):
+def test_finished_run_ends_well(tiny_dataset, tmp_path, capsys):
+    """As after a late requeue; without hashes, as here, the tracker file is believed."""
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     flags = ["--recipe", "tiny_debug", "--dataset", tiny_dataset, "--load", tmp_path]
-    for iteration, train_iters, expected in (
-        ("4", 4, True),
-        ("3", 4, False),
-        ("release", 4, False),
-    ):
+    flags += ["--train-iters", 4, "--allow-repeat"]
+    for iteration, expected in (("4", 4), ("3", 3), ("release", 0)):
+        name = "release" if iteration == "release" else f"iter_{int(iteration):07d}"
+        (tmp_path / name).mkdir()
         tracker.write_text(iteration)
-        args = parse(*flags, "--train-iters", train_iters, "--allow-repeat")
-        assert pretrain.is_finished(args) is expected
+        assert pretrain.prepare([str(word) for word in flags])[2].iteration == expected
+    tracker.write_text("4")
+    assert pretrain.main([str(word) for word in flags]) == 0
+    assert "is at --train-iters 4 already: nothing to do" in capsys.readouterr().out
 
 
 def test_missing_data_is_refused(hf_folder):

@@ -1,0 +1,179 @@
+"""What keeps a long run whole, put together for the training entry: where it starts, what watches it.
+
+Promises and the tests that prove them: docs/reliability.md.
+"""
+
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_long.data.manifest import Manifest, read_manifest
+from megatron_long.errors import DataError
+from megatron_long.files import atomic_path
+from megatron_long.training import rendezvous
+from megatron_long.training.arguments import LongContextArguments
+from megatron_long.training.checkpoint_choice import (
+    RELEASE,
+    Choice,
+    choose_checkpoint,
+    has_checkpoint,
+    newest_iteration,
+    remove_leftovers,
+    set_aside,
+)
+from megatron_long.training.checkpoint_folder import TRACKER_NAME
+from megatron_long.training.checkpoint_hashes import write_sidecar_hashes
+from megatron_long.training.checkpoint_saving import read_facts
+from megatron_long.training.run_identity import (
+    check_content,
+    check_same_data,
+    describe_data,
+    file_times,
+)
+from megatron_long.training.step_guard import StepGuard, batch_windows, describe_windows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    choice: Choice | None
+    """The checkpoint to load; None for random weights."""
+    resumes: bool
+    """Whether it goes on at the checkpoint's step, with its optimizer and its place in the data."""
+    data: dict[str, Any]
+    """See `describe_data`."""
+    dataset_files: dict[str, list[int]] | None
+    """See `file_times`."""
+    guard_state: dict[str, Any]
+
+    @property
+    def iteration(self) -> int:
+        """Steps that are done already."""
+        return (self.choice.iteration or 0) if self.choice and self.resumes else 0
+
+
+def find_start(arguments: LongContextArguments, args: Namespace) -> Start:
+    """Choose and check the checkpoint that Megatron is to load, and compare its data with this run's.
+
+    Every process of the job calls it: each reads a share of the files.
+
+    Raises: DataError: no checkpoint is whole, or the dataset is not what its manifest says.
+        ConfigError: the run was trained on other data.
+    """
+    choice = _choose(args)
+    own = choice is not None and args.load and choice.folder.parent == Path(args.load)
+    resumes = bool(own and not args.finetune and choice and choice.iteration is not None)
+    facts = read_facts(choice.folder) if choice and resumes else {}
+    folder = Path(arguments.dataset) if arguments.dataset else None
+    manifest = read_manifest(folder) if folder else None
+    data = describe_data(manifest, args)
+    if choice and resumes and not arguments.allow_dataset_change:
+        check_same_data(facts.get("data", {}), data, choice.folder)
+    times = None
+    if folder and manifest:
+        _check_content(folder, manifest, facts.get("dataset_files"))
+        times = file_times(folder, manifest)
+    return Start(choice, resumes, data, times, facts.get("guard", {}))
+
+
+def _choose(args: Namespace) -> Choice | None:
+    folder = args.load if has_checkpoint(args.load) else args.pretrained_checkpoint
+    if not folder:
+        return None
+    choice = choose_checkpoint(
+        Path(folder), args.ckpt_step, share=rendezvous.share(), agree=rendezvous.agree
+    )
+    if rendezvous.share()[0] == 0:
+        for report in choice.reports:
+            print(f"warning: {report}", file=sys.stderr)
+        if choice.reports:
+            print(f"warning: {choice.folder} is taken, all its files checked", file=sys.stderr)
+        if not choice.checked:
+            print(
+                f"note: {choice.folder} has no hashes.json, so it was not checked", file=sys.stderr
+            )
+        if args.save and choice.folder.parent == Path(args.save):
+            _put_in_order(Path(args.save), choice)
+    return choice
+
+
+def _put_in_order(folder: Path, choice: Choice) -> None:
+    """Leave the folder of this run as if the checkpoint taken had been the newest all along."""
+    remove_leftovers(folder)
+    if choice.reports:
+        set_aside(folder, choice)
+        with atomic_path(folder / TRACKER_NAME) as temporary:
+            temporary.write_text(str(choice.iteration or RELEASE), encoding="utf-8")
+
+
+def _check_content(folder: Path, manifest: Manifest, times_before: Any) -> None:
+    findings: list[str] = []
+    if rendezvous.share()[0] == 0:
+        try:
+            check_content(folder, manifest, times_before)
+        except DataError as error:
+            findings = [str(error)]
+    findings = rendezvous.agree(findings)
+    if findings:
+        raise DataError(f"{findings[0]}; copy or make the dataset again")
+
+
+def record_sidecars(folder: Path, start: Start) -> None:
+    """Hash the files beside the checkpoints, once they are written for this run."""
+    latest: int | str | None = None
+    if start.choice is not None and start.choice.folder.parent == folder:
+        latest = start.choice.iteration or RELEASE
+    elif has_checkpoint(folder):
+        latest = newest_iteration(folder)[0] or RELEASE
+    write_sidecar_hashes(folder, latest)
+
+
+def make_guard(
+    arguments: LongContextArguments, args: Namespace, start: Start, rank: int
+) -> StepGuard:
+    """The judge of this run's steps, with the memory of the checkpoint it goes on from."""
+
+    def windows(data_rank: int, index: int) -> Sequence[int]:
+        consumed, size = args.consumed_train_samples, args.micro_batch_size
+        return batch_windows(consumed, size, args.data_parallel_size, data_rank, index)
+
+    guard = StepGuard(
+        max_faulty_steps=arguments.max_faulty_steps,
+        spike_deviations=arguments.spike_deviations,
+        batch_windows=windows,
+        describe_windows=partial(describe_windows, arguments.dataset, args.seq_length),
+        reports=rank == 0,
+        folder=Path(args.save) if args.save else None,
+    )
+    guard.restore(start.guard_state)
+    return guard
+
+
+def make_snapshot(
+    guard: StepGuard, save: str | None, rank: int, write_beside: Callable[[Path], None]
+) -> Callable[[int], Path | None]:
+    """Give the function that names the folder for the state before the step that ended the run.
+
+    Args:
+        save: `--save`; without it nothing is kept.
+        write_beside: Puts the sidecars there, so that `--load` of the folder meets the step again.
+    """
+
+    def snapshot(iteration: int) -> Path | None:
+        folder = Path(save) / f"fault_{iteration:07d}" if save else None
+        if rank == 0:
+            kept = f"; weights and optimizer of before it are saved in {folder}" if folder else ""
+            logger.error("training ends at %s%s", guard.stop_reason, kept)
+            if folder:
+                write_beside(folder)
+        return folder
+
+    return snapshot

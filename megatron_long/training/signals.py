@@ -1,0 +1,34 @@
+"""Signals that ask a run to save and leave: SIGTERM, and SIGUSR1 as SLURM may send before the time limit.
+
+Megatron's handler notes one signal and its loop acts on it after the step. `watch` lets the other one do the
+same; before training begins there is nothing to save, and the process leaves at once.
+"""
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def leave_before_training() -> None:
+    """End with status 0 on a signal that comes while the run is still being set up."""
+    for number in LEAVE_SIGNALS:
+        signal.signal(number, _leave)
+
+
+def watch(note: Callable[[], None]) -> None:
+    """Call `note` on each of `LEAVE_SIGNALS`, from now on."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        note()
+
+    for number in LEAVE_SIGNALS:
+        signal.signal(number, handle)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    print(f"{name} came before the first step: nothing to save", file=sys.stderr, flush=True)
+    sys.exit(0)

@@ -1,0 +1,210 @@
+"""Runs training jobs on the host backend by forking from a process that has imported everything once.
+
+Each line of standard input is a job, `{"ranks", "argv", "log", "faults"}`; it is answered by a line with
+the ids of its processes and, at their end, one with their exit statuses. A rank runs
+`megatron_long.pretrain.main`, as torchrun's processes do, with its output in LOG.RANK.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    """Serve jobs until the input ends."""
+    from megatron_long.training import host_backend
+
+    host_backend.install()
+    import megatron.training.training  # noqa: F401
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from megatron_long import pretrain  # noqa: F401
+    from megatron_long.training import batch, datasets, guarded_step, loss  # noqa: F401
+
+    queue = filesystem_async.get_write_results_queue  # spawning one imports torch once more a rank
+    filesystem_async.get_write_results_queue = lambda mode="spawn": queue("fork")
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        children = [start_rank(rank, port, job) for rank in range(job["ranks"])]
+        print(json.dumps(children), file=answers)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(statuses), file=answers)
+
+
+def start_rank(rank: int, port: int, job: dict) -> int:
+    """Fork one process of a job and give its id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        log = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for descriptor in (1, 2):
+            os.dup2(log, descriptor)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost"}
+        os.environ |= {"WORLD_SIZE": str(job["ranks"]), "MASTER_PORT": str(port)}
+        status = train(job["argv"], job["faults"], rank)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def train(argv: list[str], faults: list[dict], rank: int) -> int:
+    """Train as the command line does; give the exit status."""
+    import traceback
+
+    from megatron_long import pretrain
+    from megatron_long.cli import run_tool
+
+    for fault in faults:
+        if rank in fault["ranks"]:
+            FAULTS[fault["kind"]](fault)
+    try:
+        return run_tool(lambda: pretrain.main(argv))
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def spoil_loss(fault: dict) -> None:
+    """Multiply the loss of some steps; the gradients follow."""
+    import torch
+
+    from megatron_long.training import batch
+
+    stock = batch.loss_function
+
+    def loss_function(loss_mask, losses, on_loss=None):
+        if present_step() in fault["steps"] and on_loss is not None:
+            losses = losses * torch.tensor(float(fault["factor"]))
+        return stock(loss_mask, losses, on_loss)
+
+    batch.loss_function = loss_function
+
+
+def spoil_gradient(fault: dict) -> None:
+    """Put an Inf into one gradient of some steps, the loss being right."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    stock = DistributedDataParallel.__init__
+
+    def spoil(gradient):
+        if present_step() in fault["steps"]:
+            gradient = gradient.clone()
+            gradient.view(-1)[0] = float("inf")
+        return gradient
+
+    def build(self, *args, **kwargs):
+        stock(self, *args, **kwargs)
+        list(self.parameters())[-1].register_hook(spoil)
+
+    DistributedDataParallel.__init__ = build
+
+
+def after_step(action) -> None:
+    """Call `action(model, optimizer)` after each step."""
+    import functools
+    import importlib
+
+    training = importlib.import_module("megatron.training.training")
+    stock = training.train_step
+
+    @functools.wraps(stock)
+    def train_step(forward_step_func, data_iterator, model, optimizer, *args, **kwargs):
+        result = stock(forward_step_func, data_iterator, model, optimizer, *args, **kwargs)
+        action(model, optimizer)
+        return result
+
+    training.train_step = train_step
+
+
+def spoil_weights(fault: dict) -> None:
+    """Let the optimizer itself write a NaN, as a broken device would."""
+
+    def spoil(model, optimizer):
+        if present_step() in fault["steps"]:
+            next(model[0].parameters()).data.view(-1)[5] = float("nan")
+
+    after_step(spoil)
+
+
+def hash_state(fault: dict) -> None:
+    """Write down a hash of a rank's main weights and optimizer after each step.
+
+    The model's weights are left out: where their gathering overlaps the next step, they lag behind.
+    """
+    import hashlib
+
+    from megatron_long.training.guarded_step import state_tensors
+
+    def write(model, optimizer):
+        digest = hashlib.sha256()
+        for tensor in state_tensors([], optimizer):
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
+        with open(fault["path"], "a") as file:
+            file.write(digest.hexdigest() + "\n")
+
+    after_step(write)
+
+
+def sleep_in_step(fault: dict) -> None:
+    """Stop answering in one step: in Python, or in native code that holds Python's lock."""
+    import ctypes
+
+    from megatron_long.training import batch
+
+    stock = batch.loss_function
+
+    def loss_function(*args, **kwargs):
+        if present_step() in fault["steps"]:
+            if fault["native"]:
+                ctypes.PyDLL(None).sleep(600)
+            time.sleep(600)
+        return stock(*args, **kwargs)
+
+    batch.loss_function = loss_function
+
+
+def trace_windows(fault: dict) -> None:
+    """Write down which windows the training set is asked for."""
+    from megatron_long.training.packed_dataset import PackedDataset
+
+    stock = PackedDataset.__getitem__
+
+    def read(self, index):
+        with open(fault["path"], "a") as file:
+            file.write(f"{index}\n")
+        return stock(self, index)
+
+    PackedDataset.__getitem__ = read
+
+
+def present_step() -> int:
+    """The step in work, from 1."""
+    from megatron.training.global_vars import get_args
+
+    return get_args().curr_iteration + 1
+
+
+FAULTS = {
+    "loss": spoil_loss,
+    "gradient": spoil_gradient,
+    "weights": spoil_weights,
+    "hang": sleep_in_step,
+    "hash": hash_state,
+    "trace": trace_windows,
+}
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    main()

@@ -1,0 +1,225 @@
+"""Damaged checkpoints: whatever byte is wrong is found before loading, and the last good one is taken."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_long import pretrain
+from megatron_long.errors import ConfigError, DataError
+from megatron_long.training import checkpoint_choice, checkpoint_hashes
+from tests.training.conftest import FLAGS
+
+TRACKER = "latest_checkpointed_iteration.txt"
+NEWEST = "iter_0000004"
+
+
+@pytest.fixture(scope="module")
+def run(jobs, tmp_path_factory) -> Path:
+    """A run of two processes with checkpoints at steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("run") / "ckpt"
+    flags = ("--train-iters", 6, "--save-interval", 2, "--exit-interval", 4, "--save", folder)
+    jobs.run(2, *flags, "--use-distributed-optimizer")
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    """A copy to be damaged."""
+    return shutil.copytree(run, tmp_path / "ckpt")
+
+
+def load(folder: Path, dataset: Path, *flags: object):
+    """What `pretrain` does up to the point where Megatron reads the checkpoint that is given here."""
+    argv = [*FLAGS, "--dataset", dataset, "--train-iters", 6, "--load", folder, *flags]
+    return pretrain.prepare([str(word) for word in argv])[2]
+
+
+def refusal(folder: Path, dataset: Path) -> str | None:
+    try:
+        load(folder, dataset)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def flip(path: Path, generator: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[generator.randrange(len(content))] ^= generator.randrange(1, 256)
+    path.write_bytes(content)
+
+
+def covered(folder: Path) -> list[str]:
+    """Files of the newest checkpoint, and those beside the checkpoints."""
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    return sorted(name for name in names if not name.startswith("iter_0000002/"))
+
+
+def test_a_whole_checkpoint_is_taken_without_a_word(copy, tiny_dataset, capsys):
+    start = load(copy, tiny_dataset)
+    assert (start.choice.iteration, start.resumes, start.choice.reports) == (4, True, ())
+    assert "warning" not in capsys.readouterr().err
+    assert {".metadata", "metadata.json", "training.json", "__0_0.distcp", "__1_0.distcp"} < {
+        path.name for path in (copy / NEWEST).iterdir()
+    }
+
+
+@pytest.mark.slow
+def test_two_hundred_flipped_bytes_are_found(copy, tiny_dataset, capsys):
+    """By `pretrain.prepare`, which every start of training runs and whose choice Megatron loads."""
+    generator, names = random.Random(7), covered(copy)
+    found: dict[str, int] = {}
+    for number in range(200):
+        name = names[number % len(names)]  # small files as often as large ones
+        original = (copy / name).read_bytes()
+        flip(copy / name, generator)
+        message = refusal(copy, tiny_dataset)
+        if message:  # beside the checkpoints: nothing to fall back on
+            assert name in message
+            assert not name.startswith("iter_")
+        else:
+            start = load(copy, tiny_dataset)
+            assert name in "".join(start.choice.reports), (name, number)
+            assert name.rpartition("/")[2] in capsys.readouterr().err.replace("\n", " ")
+            assert start.iteration == (2 if name.startswith(NEWEST) else 4)
+        (copy / name).write_bytes(original)
+        found[name] = found.get(name, 0) + 1
+    print(f"found {sum(found.values())} of 200 in {len(found)} files")
+    assert sum(found.values()) == 200
+    assert load(copy, tiny_dataset).choice.reports == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [f"{NEWEST}/__1_0.distcp", f"{NEWEST}/.metadata", TRACKER])
+def test_training_goes_on_from_the_last_good_one(name, copy, run, jobs, read_log, tmp_path):
+    flip(copy / name, random.Random(1))
+    log = tmp_path / "log.jsonl"
+    flags = ("--train-iters", 6, "--use-distributed-optimizer", "--loss-log", log)
+    job = jobs.run(2, *flags, "--load", copy, "--save", copy, "--save-interval", 6)
+    first = 5 if name == TRACKER else 3
+    assert [step["iteration"] for step in read_log(log)] == list(range(first, 7))
+    assert name in job.text.replace("\n", " ")
+    assert (copy / TRACKER).read_text() == "6"
+    assert (copy / f"{NEWEST}.damaged").exists() is (name != TRACKER)
+    assert load(copy, jobs.dataset, "--train-iters", 9).choice.reports == ()
+
+
+def remove_last_shard(folder: Path) -> None:
+    (folder / NEWEST / "__1_0.distcp").unlink()
+
+
+def cut_a_shard(folder: Path) -> None:
+    path = folder / NEWEST / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def remove_hashes(folder: Path) -> None:
+    (folder / NEWEST / "hashes.json").unlink()
+
+
+def remove_all(folder: Path) -> None:
+    shutil.rmtree(folder / NEWEST)
+
+
+@pytest.mark.parametrize("damage", [remove_last_shard, cut_a_shard, remove_hashes, remove_all])
+def test_missing_parts_are_found(damage, copy, tiny_dataset):
+    damage(copy)
+    start = load(copy, tiny_dataset)
+    assert start.iteration == 2
+    assert NEWEST in start.choice.reports[0]
+
+
+def test_a_missing_tracker_loses_nothing(copy, tiny_dataset):
+    (copy / TRACKER).unlink()
+    assert load(copy, tiny_dataset).iteration == 4
+
+
+def test_a_tracker_that_was_set_back_needs_the_flag(copy, tiny_dataset):
+    (copy / TRACKER).write_text("2")
+    start = load(copy, tiny_dataset)
+    assert start.iteration == 4
+    assert "names 2, and the newest checkpoint of this run is 4" in start.choice.reports[0]
+    assert load(copy, tiny_dataset, "--ckpt-step", 2).iteration == 2
+
+
+def test_nothing_whole_left(copy, tiny_dataset):
+    for name in (NEWEST, "iter_0000002"):
+        flip(copy / name / "__0_0.distcp", random.Random(2))
+    with pytest.raises(DataError, match=r"holds no checkpoint that is whole: .*0000004.*0000002"):
+        load(copy, tiny_dataset)
+    with pytest.raises(DataError, match="holds no checkpoint that is whole"):
+        load(copy, tiny_dataset, "--ckpt-step", 2)
+
+
+def test_damage_is_no_reason_to_start_over(copy, run, tiny_dataset):
+    """Megatron would take `--pretrained-checkpoint` where the tracker is gone, and lose the run."""
+    (copy / TRACKER).unlink()
+    shutil.rmtree(copy / NEWEST)
+    assert load(copy, tiny_dataset, "--pretrained-checkpoint", run).iteration == 2
+
+
+def test_checkpoint_without_any_hashes_is_loaded_unchecked(copy, tiny_dataset, capsys):
+    for path in copy.rglob("hashes.json"):
+        path.unlink()
+    start = load(copy, tiny_dataset)
+    assert (start.iteration, start.choice.checked) == (4, False)
+    assert "it was not checked" in capsys.readouterr().err
+
+
+def test_finished_run_is_checked_too(copy, tiny_dataset):
+    assert load(copy, tiny_dataset, "--train-iters", 4).iteration == 4
+    flip(copy / NEWEST / "__0_0.distcp", random.Random(3))
+    assert load(copy, tiny_dataset, "--train-iters", 4).iteration == 2
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_every_file_is_read_by_one_process(parts, copy):
+    files = checkpoint_hashes.read_hashes(copy / NEWEST)["files"]
+    shares = [checkpoint_hashes._share(files, part, parts) for part in range(parts)]
+    assert sorted(name for share in shares for name in share) == sorted(files)
+
+
+def make_saved(folder: Path, iterations: list[int]) -> None:
+    for iteration in iterations:
+        (folder / f"iter_{iteration:07d}").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("newest", "keep_last", "keep_every", "kept"),
+    [
+        (60, 2, None, [50, 60, 70]),
+        (60, 1, 20, [20, 40, 60, 70]),
+        (60, 10, None, [10, 20, 30, 40, 50, 60, 70]),
+        (70, 1, None, [70]),
+    ],
+)
+def test_old_checkpoints_are_deleted(newest, keep_last, keep_every, kept, tmp_path):
+    """Later ones than the newest of this run (another line, gone back from) are left alone."""
+    make_saved(tmp_path, [10, 20, 30, 40, 50, 60, 70])
+    checkpoint_choice.prune(tmp_path, newest, keep_last, keep_every)
+    assert checkpoint_choice.saved_iterations(tmp_path) == kept[::-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--keep-last", "0"], "--keep-last 0 is too small; at least 1"),
+        (["--keep-every", "5"], "give --keep-last too"),
+        (["--keep-last", "2", "--save-retain-interval", "5"], "both delete checkpoints"),
+        (["--max-faulty-steps", "-1"], "--max-faulty-steps -1 is too small"),
+        (["--spike-deviations", "-1"], "--spike-deviations -1.0 is too small"),
+        (["--hang-timeout", "-1"], "--hang-timeout -1.0 is too small"),
+    ],
+)
+def test_bad_flags_are_refused(flags, words, copy, tiny_dataset):
+    with pytest.raises(ConfigError) as refused:
+        load(copy, tiny_dataset, *flags)
+    assert words in str(refused.value)
+
+
+def test_training_facts_are_written(run):
+    facts = json.loads((run / NEWEST / "training.json").read_text())
+    assert set(facts) == {"data", "dataset_files", "argv", "guard"}
+    assert len(facts["guard"]["losses"]) == 4

@@ -1,0 +1,102 @@
+"""Twenty steps at once, and ten, a new start and ten more: the same losses, norms, weights and optimizer."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+LAYOUTS = {
+    "tp2-cp2": (4, ("--tensor-model-parallel-size", "2", "--context-parallel-size", "2")),
+    "pp2": (2, ("--pipeline-model-parallel-size", "2")),
+    "dp2-distributed-optimizer": (2, DISTRIBUTED),
+}
+TOLERANCE = 2e-6
+
+
+def read_state(folder: Path) -> dict:
+    """All tensors of a checkpoint by their names, and the rest of it that training goes on with."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict = {}
+    _load_state_dict(
+        state, FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+    )
+    return state
+
+
+def differing(seen: dict, expected: dict) -> list[str]:
+    import torch
+
+    assert seen.keys() == expected.keys()
+    tensors = {name for name, value in expected.items() if isinstance(value, torch.Tensor)}
+    assert any(name.startswith("optimizer") for name in tensors)
+    assert any(name.startswith("decoder") for name in tensors)
+    return [name for name in sorted(tensors) if not torch.equal(seen[name], expected[name])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_resume_is_bit_exact(name, jobs, read_log, tmp_path):
+    ranks, layout = LAYOUTS[name]
+    common = (*layout, "--train-iters", 20, "--save-interval", 10)
+    jobs.run(ranks, *common, "--save", tmp_path / "whole", "--loss-log", tmp_path / "whole.jsonl")
+    first = ("--save", tmp_path / "parts", "--loss-log", tmp_path / "parts.jsonl")
+    jobs.run(ranks, *common, *first, "--exit-interval", 10)
+    jobs.run(ranks, *common, *first, "--load", tmp_path / "parts")
+    whole, parts = read_log(tmp_path / "whole.jsonl"), read_log(tmp_path / "parts.jsonl")
+    assert [step["iteration"] for step in whole] == list(range(1, 21))
+    assert whole == parts
+    assert whole[-1]["lm loss"] < whole[0]["lm loss"] - 0.5
+    expected = read_state(tmp_path / "whole" / "iter_0000020")
+    assert differing(read_state(tmp_path / "parts" / "iter_0000020"), expected) == []
+    assert differing(read_state(tmp_path / "parts" / "iter_0000010"), expected)
+    facts = [
+        json.loads((tmp_path / kind / "iter_0000020" / "training.json").read_text())["guard"]
+        for kind in ("whole", "parts")
+    ]
+    assert facts[0] == facts[1]
+
+
+CHAIN = (
+    (2, DISTRIBUTED),
+    (1, ("--use-distributed-optimizer",)),
+    (4, DISTRIBUTED),
+    (
+        4,
+        (
+            *("--tensor-model-parallel-size", "2", "--context-parallel-size", "2"),
+            "--use-distributed-optimizer",
+        ),
+    ),
+    (2, ("--pipeline-model-parallel-size", "2", "--use-distributed-optimizer")),
+)
+"""Data parallel 2, 1 and 4, then other layouts, four steps each."""
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_in_the_same_data(jobs, read_log, tmp_path):
+    common = ("--train-iters", 20, "--override-opt-param-scheduler")
+    whole = (*common, "--use-distributed-optimizer", "--loss-log", tmp_path / "whole.jsonl")
+    jobs.run(1, *whole)
+    for number, (ranks, layout) in enumerate(CHAIN):
+        flags = (*common, *layout, "--save", tmp_path / "ckpt", "--exit-interval", 4)
+        flags += ("--loss-log", tmp_path / "chain.jsonl")
+        flags += ("--load", tmp_path / "ckpt") if number else ()
+        path = tmp_path / f"windows{number}"
+        jobs.run(
+            ranks,
+            *flags,
+            faults=[{"kind": "trace", "ranks": list(range(ranks)), "path": str(path)}],
+        )
+        read = sorted(int(line) for line in path.read_text().split())
+        copies = len(read) // 16  # both ends of a pipeline read, and each context-parallel rank
+        assert read == sorted(list(range(16 * number, 16 * number + 16)) * copies)
+    seen, expected = read_log(tmp_path / "chain.jsonl"), read_log(tmp_path / "whole.jsonl")
+    assert [step["iteration"] for step in seen] == [step["iteration"] for step in expected]
+    losses = [(a["lm loss"], b["lm loss"]) for a, b in zip(seen, expected, strict=True)]
+    largest = max(abs(a - b) for a, b in losses)
+    print(f"largest difference of a loss {largest:.1e}")
+    assert largest <= TOLERANCE

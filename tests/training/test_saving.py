@@ -1,0 +1,183 @@
+"""Saves that fail, signals that are really sent, processes that are really killed."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import FLAGS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TRACKER = "latest_checkpointed_iteration.txt"
+NAMESPACE = ("unshare", "--map-root-user", "--user", "--mount")
+GRACE_S = 60
+
+
+def can_mount() -> bool:
+    if not shutil.which("unshare"):
+        return False
+    command = [*NAMESPACE, "mount", "-t", "tmpfs", "none", "/mnt"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def count_lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def tracked(folder: Path) -> int:
+    return int((folder / TRACKER).read_text())
+
+
+@pytest.fixture(scope="module")
+def base(jobs, tmp_path_factory) -> Path:
+    """Weights to start from."""
+    folder = tmp_path_factory.mktemp("base") / "ckpt"
+    jobs.run(1, "--train-iters", 1, "--save", folder)
+    return folder
+
+
+@pytest.fixture
+def flags(base, tmp_path) -> tuple:
+    """What the launch script gives: the same words start a run and go on with it."""
+    return (
+        *("--pretrained-checkpoint", base, "--load", tmp_path / "out", "--save", tmp_path / "out"),
+        *("--loss-log", tmp_path / "log.jsonl", "--allow-repeat", "--train-iters", 300),
+    )
+
+
+FULL_DISK = """
+set -e
+mount -t tmpfs -o size=6m none "$1"
+head -c 6000000 /dev/zero > "$1/ballast"
+(for i in {1..3000}; do grep -q "could not be saved" "$1.log" && break; sleep 0.05; done
+ rm "$1/ballast") > /dev/null 2>&1 &
+shift 1
+"$@" > "$DISK.log" 2>&1 || { cat "$DISK.log" >&2; exit 1; }
+find "$DISK" -type f
+cp "$DISK/ckpt/latest_checkpointed_iteration.txt" "$DISK.tracker"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount(), reason="no right to mount a small file system")
+def test_a_full_disk_does_not_end_training(tiny_dataset, read_log, tmp_path):
+    """The first save fails; it is tried again at once, and all steps are trained."""
+    disk, log = tmp_path / "disk", tmp_path / "log.jsonl"
+    disk.mkdir()
+    command = [sys.executable, "-m", "megatron_long.pretrain", *FLAGS, "--dataset", tiny_dataset]
+    command += ["--train-iters", 30, "--save-interval", 6]
+    command += ["--save", disk / "ckpt", "--keep-last", 1]
+    command += ["--loss-log", log, "--use-distributed-optimizer"]
+    environment = {**os.environ, "DISK": str(disk), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*NAMESPACE, "bash", "-c", FULL_DISK, "bash", *map(str, (disk, *command))],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [step["iteration"] for step in read_log(log)] == list(range(1, 31))
+    errors = (tmp_path / "disk.log").read_text()
+    failed = [line for line in errors.splitlines() if "could not be saved" in line]
+    assert "checkpoint of iteration 6 could not be saved" in failed[0]
+    assert "No space left on device" in failed[0]
+    assert "the next try is at iteration 7" in failed[0]
+    assert len(failed) < 4
+    assert (tmp_path / "disk.tracker").read_text() == "30"
+    folders = {Path(line).parent.name for line in result.stdout.splitlines() if "iter_" in line}
+    assert folders == {"iter_0000030"}
+
+
+def start_launcher(dataset: Path, *flags: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "megatron_long.launch", "--standalone", "--nproc-per-node", 2]
+    command += ["-m", "megatron_long.pretrain", *FLAGS, "--dataset", dataset, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=REPOSITORY,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_launcher_lets_training_save_and_leave(number, flags, tiny_dataset, tmp_path):
+    """The signal goes to the launcher alone, as from `scancel` or a terminal."""
+    launcher = start_launcher(tiny_dataset, *flags)
+    try:
+        wait_until(lambda: count_lines(tmp_path / "log.jsonl") >= 3)
+        launcher.send_signal(number)
+        assert launcher.wait(GRACE_S) == 0
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert tracked(tmp_path / "out") == count_lines(tmp_path / "log.jsonl") < 300
+
+
+@pytest.mark.slow
+def test_signals_and_kills_in_a_row(jobs, flags, read_log, tmp_path):
+    """Each start is the same command. USR1 to all ranks, TERM to one; then SIGKILL at bad moments."""
+    out, log = tmp_path / "out", tmp_path / "log.jsonl"
+    saved = 0
+    for number, ranks in ((signal.SIGUSR1, (0, 1)), (signal.SIGTERM, (1,))):
+        jobs.start(2, *flags)
+        wait_until(lambda: count_lines(log) >= saved + 3)  # noqa: B023
+        for rank in ranks:
+            os.kill(jobs.pids[rank], number)
+        began = time.monotonic()
+        assert jobs.wait().statuses == [0, 0]
+        print(f"left {time.monotonic() - began:.1f} s after {number.name}")
+        saved = tracked(out)
+        assert saved == read_log(log)[-1]["iteration"]
+    while_saving = lambda: bool(list(out.glob(".iter_*.partial")))  # noqa: E731
+    in_a_step = lambda: count_lines(log) >= lines + 8  # noqa: E731
+    for moment in (in_a_step, while_saving):
+        lines = count_lines(log)
+        jobs.start(2, *flags, "--save-interval", 5)
+        wait_until(moment)
+        for pid in jobs.pids:
+            os.kill(pid, signal.SIGKILL)
+        assert set(jobs.wait().statuses) == {-signal.SIGKILL}
+        last = read_log(log)[-1]["iteration"]
+        assert last - 5 <= tracked(out) <= last
+    jobs.run(2, *flags, "--exit-interval", 5)
+    seen = read_log(log)
+    again = seen[-1]["iteration"]
+    first = next(step for step in seen[::-1] if step["iteration"] == tracked(out) - 4)
+    assert first["iteration"] == again - 4
+    assert not list(out.glob(".iter_*"))
+    by_step: dict[int, set[float]] = {}
+    for step in seen:
+        by_step.setdefault(step["iteration"], set()).add(step["lm loss"])
+    assert sorted(by_step) == list(range(1, again + 1))
+    assert all(len(losses) == 1 for losses in by_step.values())  # what was repeated was the same
+
+
+def test_a_signal_before_the_first_step_leaves_at_once(tiny_dataset, tmp_path):
+    command = [sys.executable, "-c", "import time; from megatron_long.training import signals; "]
+    command[-1] += "signals.leave_before_training(); print('on', flush=True); time.sleep(30)"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(10) == 0
+    assert "SIGUSR1 came before the first step" in process.stderr.read()
+    assert not list(tmp_path.iterdir())
