@@ -77,16 +77,18 @@ def write_valid(folder: Path, job: WriteJob, valid: Mapping[str, NDArray]) -> di
 
 def _join_parts(stage: WriteStage, count: int, path: Path) -> FileInfo:
     digest, size_bytes = xxhash.xxh3_128(), 0
-    with open(path, "wb") as target:
+    with open(path, "wb", buffering=0) as target:
         for block in _blocks([stage.path(index) for index in range(count)]):
             digest.update(block)
             size_bytes += len(block)
-            target.write(block)
+            while len(block):
+                block = block[target.write(block) :]
     return FileInfo(size_bytes, digest.hexdigest())
 
 
-def _blocks(paths: Sequence[Path]) -> Iterator[bytes]:
+def _blocks(paths: Sequence[Path]) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(1 << 20))  # small enough to stay in the processor's cache
     for path in paths:
         with open(path, "rb", buffering=0) as file:
-            while block := file.read(1 << 22):
-                yield block
+            while count := file.readinto(buffer):
+                yield buffer[:count]

@@ -8,7 +8,7 @@ import functools
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -33,9 +33,8 @@ REDPAJAMA_SOURCES = {
 }
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text of the corpus with the source it belongs to."""
+class Document(NamedTuple):
+    """One text of the corpus with the source it belongs to; a tuple, for a corpus has billions."""
 
     text: str
     source: str
@@ -57,6 +56,16 @@ class RecordKeys:
         if self.source == SOURCE_FROM_FOLDER:
             return ()
         return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+
+    @functools.cached_property
+    def text_parts(self) -> list[str]:
+        """Give the path of the text, part by part."""
+        return self.text.split(".")
+
+    @functools.cached_property
+    def source_parts(self) -> list[list[str]]:
+        """Give the paths to try, part by part."""
+        return [path.split(".") for path in self.source_paths]
 
 
 @dataclass
@@ -143,13 +152,13 @@ def parse_line(line: bytes, item: InputFile, number: int, keys: RecordKeys) -> D
 
 
 def _document(record: Any, line: int, keys: RecordKeys, label: str | None) -> Document:
-    text = _look_up(record, keys.text)
+    text = _look_up(record, keys.text_parts)
     if not isinstance(text, str):
         raise ValueError(*_lacks(record, "text", "--text-key", keys.text))
     if label is None:
         source = None
-        for path in keys.source_paths:
-            source = _look_up(record, path)
+        for parts in keys.source_parts:
+            source = _look_up(record, parts)
             if source is not None:
                 break
         if not isinstance(source, str) or not source:
@@ -160,16 +169,16 @@ def _document(record: Any, line: int, keys: RecordKeys, label: str | None) -> Do
     return Document(text, label, line)
 
 
-def _look_up(record: Any, dotted: str) -> Any:
-    if type(record) is dict and dotted in record and "." not in dotted:
-        return record[dotted]  # most records: a corpus has hundreds of them in a megabyte
-    for part in dotted.split("."):
-        if isinstance(record, str):  # parquet files keep `meta` as JSON now and then
+def _look_up(record: Any, parts: list[str]) -> Any:
+    for part in parts:
+        if type(record) is str:  # parquet files keep `meta` as JSON now and then
             try:
                 record = orjson.loads(record)
             except orjson.JSONDecodeError:
                 return None
-        record = record.get(part) if isinstance(record, dict) else None
+        if type(record) is not dict:
+            return None
+        record = record.get(part)
     return record
 
 

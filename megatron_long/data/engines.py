@@ -7,6 +7,7 @@ the reference itself. Engines get a `tokenizer.json` without special tokens, so 
 `<|end_of_text|>` inside a document stays text.
 """
 
+import ctypes
 import itertools
 import json
 import logging
@@ -30,9 +31,9 @@ from megatron_long.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-CACHE_CHECK_BYTES = 16 << 20
+CACHE_CHECK_BYTES = 4 << 20
 """Text after which an engine's memory is looked at."""
-CACHE_GROWTH_BYTES = 256 << 20
+CACHE_GROWTH_BYTES = 96 << 20
 """Growth of the process since the engine was made that makes it anew."""
 SAMPLE_BYTES = 1 << 20
 """Text of a corpus that is compared with the reference, about."""
@@ -109,6 +110,7 @@ class GigatokenEngine:
         import gigatoken
 
         self._engine = None  # before the new one, so that memory never holds both
+        give_memory_back()
         self._engine = gigatoken.Tokenizer.from_json(self._json).backend
         self._seen = 0
         self._resident_before = _resident_bytes()
@@ -263,6 +265,13 @@ def _take_sample(texts: Iterable[str]) -> list[str]:
         sample.append(text[:SAMPLE_TEXT_CHARS])
         size += len(sample[-1].encode("utf-8", "replace"))
     return sample
+
+
+def give_memory_back() -> None:
+    """Let the system have what was freed: glibc keeps it, and it would count as growth."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # musl and macOS have none
+        trim(0)
 
 
 def _resident_bytes() -> int:

@@ -44,8 +44,10 @@ ROW_DTYPE = np.dtype(
 )
 """One row per document; `length_tokens` counts BOS and EOD, `offset` counts tokens of `tokens.bin`."""
 TOKENS_FILE, ROWS_FILE, INFO_FILE = "tokens.bin", "rows.npy", "info.json"
-RUN_TOKENS = 8 << 20
+RUN_TOKENS = 4 << 20
 """Tokens gathered before they are sorted by key and written, so that later reading goes forward."""
+WRITE_BYTES = 1 << 20
+"""Buffer of what is written: most documents are a few kilobytes."""
 
 Strata = dict[tuple[int, int, int], NDArray[np.int64]]
 """(source, proven short, log2 of bytes) -> documents, bytes, both of those tokenized, long tokens."""
@@ -118,8 +120,8 @@ def tokenize_file(
     progress = FileProgress(item.name)
     with atomic_path(folder, directory=True) as temporary:
         with (
-            open(temporary / TOKENS_FILE, "wb") as tokens,
-            open(temporary / ROWS_FILE, "wb") as rows,
+            open(temporary / TOKENS_FILE, "wb", WRITE_BYTES) as tokens,
+            open(temporary / ROWS_FILE, "wb", WRITE_BYTES) as rows,
         ):
             for documents in read_documents(item, options.keys, bad, state):
                 progress.text_bytes += _add(got, documents, item, index, tokenizer, options)
