@@ -20,10 +20,12 @@ from megatron_long.data.documents import (
     RecordKeys,
     canonical_source,
 )
+from megatron_long.data.dry_run import plan_dataset
 from megatron_long.data.executors import EXECUTORS, ExecutorOptions
 from megatron_long.data.inputs import is_url
 from megatron_long.data.mixture import STRATEGIES, Mixture
-from megatron_long.data.preprocess import PreprocessConfig, plan_dataset, preprocess
+from megatron_long.data.preprocess import preprocess
+from megatron_long.data.preprocess_config import PreprocessConfig
 from megatron_long.data.progress_bar import ProgressBars
 from megatron_long.data.report import print_sources
 from megatron_long.data.shares import NATURAL, SLIMPAJAMA, parse_token_count, read_shares

@@ -5,14 +5,19 @@ that cannot be read ends the run, or is left out and listed, as `BadDocuments` s
 """
 
 import functools
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import orjson
 
-from megatron_long.data.inputs import HashingReader, InputFile, decompressed, open_input
+from megatron_long.data.inputs import (
+    HashingReader,
+    InputFile,
+    decompressed,
+    open_input,
+    open_seekable,
+)
 from megatron_long.errors import ConfigError, DataError
 
 DEFAULT_SOURCE_KEYS = ("meta.redpajama_set_name", "source")
@@ -128,10 +133,10 @@ def read_documents(
         read = _read_parquet if item.path.endswith(".parquet") else _read_lines
         for batch in read(item, reader, keys, bad, state):
             share = min(reader.used_share(state.used_bytes), 1.0)
-            state.position_bytes = min(round(reader.position * share), item.size_bytes)
+            state.position_bytes = min(round(reader.position * share), item.read_bytes)
             yield batch
-        state.position_bytes = item.size_bytes
-        if not item.path.endswith(".parquet"):  # which is not read from end to end
+        state.position_bytes = item.read_bytes
+        if item.xxh3_128 or not item.path.endswith(".parquet"):  # which is not read from end to end
             state.xxh3_128 = reader.finish()
 
 
@@ -198,9 +203,9 @@ def _read_lines(
     state: FileState,
 ) -> Iterator[list[Document]]:
     batch: list[Document] = []
-    size_bytes = number = 0
+    size_bytes, number = 0, item.first_line - 1
     try:
-        for number, line in enumerate(decompressed(item, reader), 1):
+        for number, line in enumerate(decompressed(item, reader), item.first_line):
             state.used_bytes += len(line)
             if line.isspace():
                 continue
@@ -238,13 +243,13 @@ def _read_parquet(
     except ImportError:
         raise ConfigError(f"{item.path}: reading .parquet needs `pip install pyarrow`") from None
     label = canonical_source(item.folder) if not keys.source_paths else None
-    number, fetch = 0, "fetch it again"
+    number, fetch = item.first_line - 1, "fetch it again"
     try:
         # pyarrow seeks, so it gets a file of its own.
-        with _seekable(item) as raw, parquet.ParquetFile(raw) as file:
+        with open_seekable(item) as raw, parquet.ParquetFile(raw) as file:
             names = set(file.schema_arrow.names)
             wanted = {key.partition(".")[0] for key in (keys.text, *keys.source_paths)} & names
-            for group in range(file.num_row_groups):
+            for group in range(*(item.groups or (0, file.num_row_groups))):
                 batches = file.iter_batches(PARQUET_ROWS, [group], sorted(wanted))
                 for table in batches:
                     batch: list[Document] = []
@@ -254,7 +259,8 @@ def _read_parquet(
                             batch.append(_document(record, number, keys, label))
                         except ValueError as error:
                             bad.add(item, number, *error.args)
-                    reader.position = item.size_bytes * number // max(file.metadata.num_rows, 1)
+                    share = number / max(file.metadata.num_rows, 1)
+                    reader.position = round(item.size_bytes * share) - item.start_bytes
                     yield batch
     except DataError:
         raise
@@ -264,12 +270,3 @@ def _read_parquet(
         bad.add(
             item, number + 1, f"cannot be read ({error}): the file is cut off or damaged", fetch
         )
-
-
-def _seekable(item: InputFile) -> Any:
-    from megatron_long.data.inputs import file_system, is_url
-
-    if not is_url(item.path):
-        return io.BufferedReader(io.FileIO(item.path))
-    system, path = file_system(item.path)
-    return system.open(path, "rb")

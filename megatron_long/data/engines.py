@@ -98,7 +98,14 @@ class GigatokenEngine:
         tokens = np.concatenate(parts) if parts else np.zeros(0, np.uint32)
         return tokens.view(np.int32), lengths
 
+    def release(self) -> None:
+        """Free the memory; the next call makes the engine anew."""
+        self._engine = None
+        give_memory_back()
+
     def _bound_cache(self, size: int) -> None:
+        if self._engine is None:
+            self._rebuild()
         self._seen += size
         if self._seen < CACHE_CHECK_BYTES:
             return
@@ -146,7 +153,7 @@ class FastTokenizer:
     def __init__(
         self, reference: ReferenceTokenizer, engine: Engine, name: str, notes: Sequence[str] = ()
     ) -> None:
-        self.reference, self._engine = reference, engine
+        self.reference, self.engine = reference, engine
         self.kind, self.vocab_size = reference.kind, reference.vocab_size
         self.bos_id, self.eod_id = reference.bos_id, reference.eod_id
         self.vocabulary_sha256 = reference.vocabulary_sha256
@@ -154,13 +161,13 @@ class FastTokenizer:
         self.engine_notes = tuple(notes)
 
     def encode(self, text: str) -> Tokens:
-        return self._engine.encode_flat([text])[0]
+        return self.engine.encode_flat([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         return split_flat(*self.encode_flat(texts))
 
     def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
-        return self._engine.encode_flat(texts)
+        return self.engine.encode_flat(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.reference.decode(ids)
@@ -218,6 +225,12 @@ def check_sample(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
         rest = itertools.islice(ENGINES, list(ENGINES).index(name) + 1, None)
         tokenizer = next(filter(None, (_try_engine(reference, other) for other in rest)), reference)
     return tokenizer
+
+
+def release_engine(tokenizer: Tokenizer) -> None:
+    """Free what an engine has kept of the texts it saw; it stays usable."""
+    if isinstance(tokenizer, FastTokenizer) and isinstance(tokenizer.engine, GigatokenEngine):
+        tokenizer.engine.release()
 
 
 def find_difference(fast: Tokenizer, reference: Tokenizer, texts: Sequence[str]) -> str:

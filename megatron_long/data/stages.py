@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from megatron_long.data.engines import give_memory_back
 from megatron_long.data.inputs import InputFile
 from megatron_long.data.selection import CHOSEN_DTYPE
 from megatron_long.data.tokenize_file import (
@@ -42,7 +43,7 @@ class TokenizeJob:
 
 @dataclass(frozen=True)
 class TokenizeStage:
-    """Item i is file i of the corpus."""
+    """Item i is file i of the corpus, or piece i if there are large files."""
 
     work: Path
     round: int
@@ -173,6 +174,12 @@ def split_parts(order: NDArray, part_tokens: int = PART_TOKENS) -> list[tuple[in
 @functools.lru_cache(maxsize=4)
 def _load_job(path: Path, modified_ns: int) -> Any:
     return pickle.loads(path.read_bytes())
+
+
+def forget_tokenizers() -> None:
+    """Free what tokenizing has left in this process: what follows needs memory of its own."""
+    _load_tokenizer.cache_clear()
+    give_memory_back()
 
 
 @functools.lru_cache(maxsize=2)

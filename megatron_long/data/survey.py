@@ -48,7 +48,7 @@ def survey_corpus(
     """Tokenize a sample into `folder`, everything admitted; a small corpus is its own sample."""
     count = min(len(files), SURVEY_FILES)
     chosen = sorted({index * len(files) // count for index in range(count)})
-    whole = len(chosen) == len(files) and sum(file.size_bytes for file in files) <= text_bytes // 4
+    whole = len(chosen) == len(files) and sum(file.read_bytes for file in files) <= text_bytes // 4
     limit = None if whole else -(-text_bytes // count)
     options = dataclasses.replace(options, admission=Admission(), max_text_bytes=limit)
     folders = []
@@ -56,7 +56,7 @@ def survey_corpus(
         folders.append(folder / f"{index:06d}")
         tokenize_file(files[index], index, tokenizer, options, folders[-1])
     infos = [read_info(path) for path in folders]
-    total = sum(file.size_bytes for file in files)
+    total = sum(file.read_bytes for file in files)
     read = sum(info["read_bytes"] for info in infos)
     return Survey(gather_stats(infos), folders, min(read / total, 1.0) if total else 1.0)
 

@@ -139,7 +139,7 @@ def tokenize_file(
             state.xxh3_128 = hash_input(item)
         info = _info(got, bad, item, state, progress)
         (temporary / INFO_FILE).write_bytes(orjson.dumps(info))
-    progress.done, progress.read_bytes = True, item.size_bytes
+    progress.done, progress.read_bytes = True, item.read_bytes
     on_progress(progress)
 
 
@@ -290,6 +290,7 @@ def _info(
     return {
         "name": item.name,
         "size_bytes": item.size_bytes,
+        "piece_bytes": item.read_bytes,
         "xxh3_128": state.xxh3_128,
         "read_bytes": state.position_bytes,
         "text_bytes": progress.text_bytes,

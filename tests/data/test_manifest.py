@@ -5,7 +5,8 @@ import pytest
 
 from megatron_long.data.manifest import read_manifest, verify_files
 from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import PreprocessConfig, preprocess
+from megatron_long.data.preprocess import preprocess
+from megatron_long.data.preprocess_config import PreprocessConfig
 from megatron_long.errors import DataError
 
 
