@@ -7,17 +7,17 @@ the reference itself. Engines get a `tokenizer.json` without special tokens, so 
 `<|end_of_text|>` inside a document stays text.
 """
 
-import ctypes
 import itertools
 import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from megatron_long.data.gigatoken_engine import GigatokenEngine
 from megatron_long.data.tokenizers import (
     AUTO,
     REFERENCE,
@@ -31,10 +31,6 @@ from megatron_long.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-CACHE_CHECK_BYTES = 4 << 20
-"""Text after which an engine's memory is looked at."""
-CACHE_GROWTH_BYTES = 96 << 20
-"""Growth of the process since the engine was made that makes it anew."""
 SAMPLE_BYTES = 1 << 20
 """Text of a corpus that is compared with the reference, about."""
 SAMPLE_TEXT_CHARS = 1 << 16
@@ -74,54 +70,6 @@ class Engine(Protocol):
 
     def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
         """Give the ids of all texts one after another, and how many each text has."""
-
-
-class GigatokenEngine:
-    """gigatoken, on the calling thread; made anew when its cache of words has grown too large.
-
-    The cache never forgets a word, which takes about a byte of memory for a byte of natural text, and
-    6 to 8 for text of random words.
-    """
-
-    def __init__(self, tokenizer_json: str) -> None:
-        self._json = tokenizer_json
-        self._engine: Any = None
-        self._seen = self._resident_before = 0
-        self.num_rebuilds = -1
-        self._rebuild()
-
-    def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
-        self._bound_cache(sum(map(len, texts)))
-        # Text by text: `encode` keeps its cache from call to call, a batch starts with an empty one.
-        parts = list(map(self._engine.encode, texts))
-        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
-        tokens = np.concatenate(parts) if parts else np.zeros(0, np.uint32)
-        return tokens.view(np.int32), lengths
-
-    def release(self) -> None:
-        """Free the memory; the next call makes the engine anew."""
-        self._engine = None
-        give_memory_back()
-
-    def _bound_cache(self, size: int) -> None:
-        if self._engine is None:
-            self._rebuild()
-        self._seen += size
-        if self._seen < CACHE_CHECK_BYTES:
-            return
-        self._seen = 0
-        if _resident_bytes() - self._resident_before > CACHE_GROWTH_BYTES:
-            self._rebuild()
-
-    def _rebuild(self) -> None:
-        import gigatoken
-
-        self._engine = None  # before the new one, so that memory never holds both
-        give_memory_back()
-        self._engine = gigatoken.Tokenizer.from_json(self._json).backend
-        self._seen = 0
-        self._resident_before = _resident_bytes()
-        self.num_rebuilds += 1
 
 
 class TuetokenEngine:
@@ -278,16 +226,3 @@ def _take_sample(texts: Iterable[str]) -> list[str]:
         sample.append(text[:SAMPLE_TEXT_CHARS])
         size += len(sample[-1].encode("utf-8", "replace"))
     return sample
-
-
-def give_memory_back() -> None:
-    """Let the system have what was freed: glibc keeps it, and it would count as growth."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # musl and macOS have none
-        trim(0)
-
-
-def _resident_bytes() -> int:
-    import psutil
-
-    return psutil.Process().memory_info().rss

@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from megatron_long.data.engines import give_memory_back
+from megatron_long.data.gigatoken_engine import give_memory_back
 from megatron_long.data.inputs import InputFile
 from megatron_long.data.selection import CHOSEN_DTYPE
 from megatron_long.data.tokenize_file import (

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_long.data import engines
+from megatron_long.data import engines, gigatoken_engine
 from megatron_long.data.engines import ENGINES, HARD_STRINGS, check_sample, find_difference
 from megatron_long.data.sentencepiece_json import NotConvertible, sentencepiece_to_json
 from megatron_long.data.tokenizers import load_tokenizer
@@ -249,8 +249,8 @@ def test_name_of_the_reference_is_an_engine(vocabulary):
 
 def test_cache_is_bounded(llama3_like, monkeypatch):
     """Random words fill the cache; the engine is made anew and its ids stay the same."""
-    monkeypatch.setattr(engines, "CACHE_CHECK_BYTES", 200_000)
-    monkeypatch.setattr(engines, "CACHE_GROWTH_BYTES", 1 << 20)
+    monkeypatch.setattr(gigatoken_engine, "CACHE_CHECK_BYTES", 200_000)
+    monkeypatch.setattr(gigatoken_engine, "CACHE_GROWTH_BYTES", 1 << 20)
     generator = random.Random(0)
     engine = ENGINES["gigatoken"](engines.plain_json(load_tokenizer(llama3_like, "reference")))
     texts = ["".join(generator.choices("abcdefgh ", k=100_000)) for _ in range(40)]
