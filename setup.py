@@ -35,6 +35,7 @@ setup(
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.8"],
         "cluster": ["datatrove>=0.10,<0.11", "ray", "fsspec"],
         "parquet": ["pyarrow"],
+        "tiktoken": ["tiktoken"],
         "eval": ["rouge-score", "lm-eval"],
         "dev": [
             *("pytest", "hypothesis", "tiktoken", "datatrove>=0.10,<0.11", "pyarrow"),

@@ -149,12 +149,13 @@ def write_hf_folder(tokenizer: Path, folder: Path) -> None:
     """Write a tokenizer as a Hugging Face folder, its special tokens among the added ones."""
     plain, eos = _plain_json(tokenizer)
     content = json.loads(plain)
-    names = [name for name in ("<unk>", "<s>", eos) if name in content["model"]["vocab"]]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    content["added_tokens"] = [
-        {"id": content["model"]["vocab"][name], "content": name, "special": True, **flags}
-        for name in names
-    ]
+    if not content["added_tokens"]:
+        names = [name for name in ("<unk>", "<s>", eos) if name in content["model"]["vocab"]]
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        content["added_tokens"] = [
+            {"id": content["model"]["vocab"][name], "content": name, "special": True, **flags}
+            for name in names
+        ]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
@@ -162,13 +163,19 @@ def write_hf_folder(tokenizer: Path, folder: Path) -> None:
 
 
 def _plain_json(tokenizer: Path) -> tuple[str, str]:
-    """Give a tokenizer.json without special tokens in its text, and its EOD token."""
+    """Give a tokenizer.json, and its EOD token; special tokens remain only where they are no pieces."""
     from megatron_long.data.engines import plain_json
-    from megatron_long.data.tokenizers import HFTokenizer, SentencePieceTokenizer, tokenizer_file
+    from megatron_long.data.tokenizers import open_reference, tokenizer_file
 
-    file = tokenizer_file(tokenizer)
-    opened = HFTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
-    text = plain_json(opened)
+    opened = open_reference(tokenizer_file(tokenizer))
+    text, added = plain_json(opened), json.loads(opened.to_json()).get("added_tokens") or []
+    for token in added:
+        if (
+            token["id"] == opened.eod_id
+            and token["content"] not in json.loads(text)["model"]["vocab"]
+        ):
+            content = json.loads(text) | {"added_tokens": added}
+            return json.dumps(content, ensure_ascii=False), token["content"]
     pieces = json.loads(text)["model"]["vocab"]
     return text, next(piece for piece, index in pieces.items() if index == opened.eod_id)
 

@@ -253,9 +253,13 @@ def _read_parquet(
                 batches = file.iter_batches(PARQUET_ROWS, [group], sorted(wanted))
                 for table in batches:
                     batch: list[Document] = []
-                    for record in table.to_pylist():
+                    for record in _records(table):
                         number += 1
                         try:
+                            if isinstance(record, UnicodeDecodeError):
+                                raise ValueError(
+                                    f"is not UTF-8 ({record})", "mend or delete the row"
+                                )
                             batch.append(_document(record, number, keys, label))
                         except ValueError as error:
                             bad.add(item, number, *error.args)
@@ -265,8 +269,23 @@ def _read_parquet(
     except DataError:
         raise
     except Exception as error:
-        if not _is_damage(error) and not isinstance(error, UnicodeDecodeError):
+        if not _is_damage(error):
             raise
         bad.add(
             item, number + 1, f"cannot be read ({error}): the file is cut off or damaged", fetch
         )
+
+
+def _records(table: Any) -> list[Any]:
+    """Give the rows of a table; in place of one that is not UTF-8, the error."""
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        return [_record(table.slice(row, 1)) for row in range(table.num_rows)]
+
+
+def _record(row: Any) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return error

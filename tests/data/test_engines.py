@@ -260,6 +260,35 @@ def test_cache_is_bounded(llama3_like, monkeypatch):
     np.testing.assert_array_equal(np.concatenate(parts), fresh.encode_flat(texts)[0])
 
 
+def test_words_are_divided_only_at_characters_that_never_merge():
+    """Digits merge in the second vocabulary; a vocabulary of another kind is left alone."""
+    content = {
+        "normalizer": gigatoken_engine.LLAMA_NORMALIZER,
+        "pre_tokenizer": None,
+        "added_tokens": [],
+        "model": {
+            "byte_fallback": True,
+            "vocab": {"<0x0A>": 0, "▁": 1, "a": 2, "1": 3, "2": 4, "12": 5, "▁a": 6},
+            "merges": [["▁", "a"]],
+        },
+    }
+    found, has_no_prefix = gigatoken_engine.separate_characters(json.dumps(content))
+    tokens = {token["content"]: token["id"] for token in json.loads(found)["added_tokens"]}
+    assert (tokens, has_no_prefix) == ({"\n": 0, "1": 3, "2": 4}, True)
+    content["model"]["merges"].append(["1", "2"])
+    found, _ = gigatoken_engine.separate_characters(json.dumps(content))
+    assert [token["content"] for token in json.loads(found)["added_tokens"]] == ["\n"]
+    text = json.dumps(content | {"normalizer": None})
+    assert gigatoken_engine.separate_characters(text) == (text, False)
+
+
+def test_a_released_engine_is_made_anew(llama_like):
+    tokenizer = load_tokenizer(llama_like, "gigatoken")
+    before = tokenizer.encode("the quick brown fox")
+    engines.release_engine(tokenizer)
+    np.testing.assert_array_equal(tokenizer.encode("the quick brown fox"), before)
+
+
 def _byte_letters():
     """The letters that byte-level vocabularies write bytes with (GPT-2's table)."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
