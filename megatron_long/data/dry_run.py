@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_long.data.admission import Admission
 from megatron_long.data.inputs import find_inputs
 from megatron_long.data.manifest import SourceInfo
-from megatron_long.data.plan import make_plan
+from megatron_long.data.plan import TooLittle, make_plan
 from megatron_long.data.preprocess_config import (
     PreprocessConfig,
     overhead_tokens,
@@ -17,7 +17,6 @@ from megatron_long.data.publish import disk_errors
 from megatron_long.data.scaling import scale_source
 from megatron_long.data.survey import everything, survey_corpus
 from megatron_long.data.tokenizers import load_tokenizer
-from megatron_long.errors import DataError
 
 SAMPLE_TEXT_BYTES = 64 << 20
 
@@ -47,12 +46,8 @@ def plan_dataset(
                 overhead_tokens(tokenizer),
                 Path(scratch) / "plan",
             )
-        except DataError as error:
-            if survey.fraction == 1:
-                raise
-            raise DataError(
-                f"in a sample of {survey.fraction:.2%} of the corpus, all numbers scaled to it: {error}"
-            ) from None
+        except TooLittle as error:
+            raise TooLittle(*error.counts, survey.fraction) from None
         sources = plan.sources
         if survey.fraction < 1:
             sources = {name: scale_source(info, survey.fraction) for name, info in sources.items()}

@@ -7,13 +7,13 @@ contains is always a token of its own; told of these (newlines, digits), gigatok
 gives the same ids and needs half the cache.
 """
 
-import ctypes
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from megatron_long.data.memory import give_memory_back, resident_bytes
 from megatron_long.data.tokenizers import TokensAndLengths
 
 CACHE_CHECK_BYTES = 4 << 20
@@ -62,7 +62,7 @@ class GigatokenEngine:
         if self._seen < CACHE_CHECK_BYTES:
             return
         self._seen = 0
-        if _resident_bytes() - self._resident_before > CACHE_GROWTH_BYTES:
+        if resident_bytes() - self._resident_before > CACHE_GROWTH_BYTES:
             self._rebuild()
 
     def _rebuild(self) -> None:
@@ -72,7 +72,7 @@ class GigatokenEngine:
         give_memory_back()
         self._engine = gigatoken.Tokenizer.from_json(self._json).backend
         self._seen = 0
-        self._resident_before = _resident_bytes()
+        self._resident_before = resident_bytes()
         self.num_rebuilds += 1
 
 
@@ -98,16 +98,3 @@ def separate_characters(tokenizer_json: str) -> tuple[str, bool]:
     # It would be put after every added token, too.
     content["normalizer"] = LLAMA_NORMALIZER["normalizers"][1]
     return json.dumps(content, ensure_ascii=False), True
-
-
-def give_memory_back() -> None:
-    """Let the system have what was freed: glibc keeps it, and it would count as growth."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # musl and macOS have none
-        trim(0)
-
-
-def _resident_bytes() -> int:
-    import psutil
-
-    return psutil.Process().memory_info().rss

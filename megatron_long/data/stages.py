@@ -13,8 +13,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from megatron_long.data.gigatoken_engine import give_memory_back
 from megatron_long.data.inputs import InputFile
+from megatron_long.data.memory import give_memory_back, keep_freed_memory
 from megatron_long.data.selection import CHOSEN_DTYPE
 from megatron_long.data.tokenize_file import (
     TOKENS_FILE,
@@ -68,6 +68,7 @@ class TokenizeStage:
 
     def run(self, index: int) -> None:
         """Tokenize a file."""
+        keep_freed_memory()
         job: TokenizeJob = _load_job(self.job_path, self.job_path.stat().st_mtime_ns)
         tokenizer = _load_tokenizer(job.tokenizer, job.engine)
         report = _reporter(self.work / "progress" / f"{self.name}.{index:06d}.json")

@@ -116,7 +116,8 @@ def tokenize_file(
     Raises: DataError: the file or a document is bad, changed while it was read, or has an odd source.
     """
     got, bad, state = _Gathered(), BadDocuments(options.skip_bad), FileState()
-    state.batch_bytes = min(BATCH_BYTES, options.max_text_bytes or BATCH_BYTES)
+    if options.max_text_bytes is not None:  # in small steps, to end close to it
+        state.batch_bytes = min(BATCH_BYTES, max(options.max_text_bytes // 8, 1))
     progress = FileProgress(item.name)
     with atomic_path(folder, directory=True) as temporary:
         with (

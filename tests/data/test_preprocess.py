@@ -58,7 +58,11 @@ def test_folder_is_as_documented(dataset):
             "tokenizer/tokenizer.model",
             "report/index.html",
             "report/lengths_and_sources.png",
-            *(f"valid/{name}.{end}" for name in ("Book", "C4", "GitHub") for end in ("bin", "idx")),
+            *(
+                f"valid/{name}.{end}"
+                for name in ("Book", "C4", "GitHub")
+                for end in ("bin", "idx", "documents.npy")
+            ),
         ]
     )
     assert not list(dataset.parent.glob(".*"))
