@@ -40,6 +40,7 @@ setup(
         "cluster": ["datatrove>=0.10,<0.11", "ray", "fsspec"],
         "parquet": ["pyarrow"],
         "gguf": ["gguf>=0.17"],
+        "tiktoken": ["tiktoken"],
         "eval": ["rouge-score", "lm-eval"],
         "dev": [
             *("pytest", "hypothesis", "tiktoken", "datatrove>=0.10,<0.11", "pyarrow", "gguf"),

@@ -343,11 +343,21 @@ def _mixture_words(name: str, part: Slice, setup: Setup) -> list[str]:
 
 def _megatron_words(part: Slice, setup: Setup, output: Path) -> list[str | Path]:
     """Give the command of preprocess_data.py."""
-    words: list[str | Path] = ["--tokenizer-model", setup.tokenizer, "--append-eod"]
-    words += ["--input", part.path, "--output-prefix", output / "out", "--workers", "1"]
-    is_json = setup.tokenizer.suffix == ".json"
-    kind = "HuggingFaceTokenizer" if is_json else "SentencePieceTokenizer"
-    return [*_megatron_script("preprocess_data.py", setup), "--tokenizer-type", kind, *words]
+    words: list[str | Path] = ["--append-eod", "--workers", "1"]
+    words += ["--input", part.path, "--output-prefix", output / "out"]
+    if setup.tokenizer.suffix == ".json":
+        folder = setup.work / "hf_tokenizer"
+        write_hf_folder(setup.tokenizer, folder)
+        words += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
+        words.append("--tokenizer-hf-no-include-special-tokens")
+    else:
+        words += [
+            "--tokenizer-type",
+            "SentencePieceTokenizer",
+            "--tokenizer-model",
+            setup.tokenizer,
+        ]
+    return [*_megatron_script("preprocess_data.py", setup), *words]
 
 
 def _megatron_fast_words(part: Slice, setup: Setup, output: Path) -> list[str | Path]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 4 << 20
 """Text that the engines get at once, as in the data path."""
 
 
@@ -82,6 +82,8 @@ def engine_batch(input_file: Path, tokenizer: Path, output: Path) -> None:
 
     class BatchEngine(engines.GigatokenEngine):
         def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
+            if self._has_no_prefix:
+                texts = [" " + text if text else text for text in texts]
             layout = self._engine.encode_batch(list(texts), parallel=False).layout
             offsets = np.asarray(layout.offsets.data)
             tokens = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
@@ -115,13 +117,14 @@ def _time_engine(name: str, input_file: Path, tokenizer: Path, output: Path) -> 
     opened = load_tokenizer(tokenizer, name)
     with open(input_file, "rb") as lines:
         texts = [orjson.loads(line)["text"] for line in lines]
-    batches = list(_batches(texts))
-    start = time.process_time()
-    encoded = [opened.encode_flat(batch) for batch in batches]
-    cpu_s = time.process_time() - start
+    batches, cpu_s = list(_batches(texts)), 0.0
     eod = np.array([opened.eod_id], np.int32)
     with IndexedDatasetWriter(output / "out", token_dtype(opened.vocab_size)) as writer:
-        for tokens, lengths in encoded:
+        for batch in batches:
+            start = time.process_time()
+            tokens, lengths = opened.encode_flat(batch)
+            cpu_s += time.process_time() - start
+            # Written at once: tokens kept in memory would look like growth of the engine.
             for ids in split_flat(tokens, lengths):
                 writer.add_document(np.concatenate([ids, eod]))
         writer.finalize()
@@ -146,12 +149,13 @@ def write_hf_folder(tokenizer: Path, folder: Path) -> None:
     """Write a tokenizer as a Hugging Face folder, its special tokens among the added ones."""
     plain, eos = _plain_json(tokenizer)
     content = json.loads(plain)
-    names = [name for name in ("<unk>", "<s>", eos) if name in content["model"]["vocab"]]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    content["added_tokens"] = [
-        {"id": content["model"]["vocab"][name], "content": name, "special": True, **flags}
-        for name in names
-    ]
+    if not content["added_tokens"]:
+        names = [name for name in ("<unk>", "<s>", eos) if name in content["model"]["vocab"]]
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        content["added_tokens"] = [
+            {"id": content["model"]["vocab"][name], "content": name, "special": True, **flags}
+            for name in names
+        ]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
@@ -159,13 +163,19 @@ def write_hf_folder(tokenizer: Path, folder: Path) -> None:
 
 
 def _plain_json(tokenizer: Path) -> tuple[str, str]:
-    """Give a tokenizer.json without special tokens in its text, and its EOD token."""
+    """Give a tokenizer.json, and its EOD token; special tokens remain only where they are no pieces."""
     from megatron_long.data.engines import plain_json
-    from megatron_long.data.tokenizers import HFTokenizer, SentencePieceTokenizer, tokenizer_file
+    from megatron_long.data.tokenizers import open_reference, tokenizer_file
 
-    file = tokenizer_file(tokenizer)
-    opened = HFTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
-    text = plain_json(opened)
+    opened = open_reference(tokenizer_file(tokenizer))
+    text, added = plain_json(opened), json.loads(opened.to_json()).get("added_tokens") or []
+    for token in added:
+        if (
+            token["id"] == opened.eod_id
+            and token["content"] not in json.loads(text)["model"]["vocab"]
+        ):
+            content = json.loads(text) | {"added_tokens": added}
+            return json.dumps(content, ensure_ascii=False), token["content"]
     pieces = json.loads(text)["model"]["vocab"]
     return text, next(piece for piece, index in pieces.items() if index == opened.eod_id)
 

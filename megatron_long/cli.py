@@ -29,6 +29,9 @@ def run_tool(main: Callable[[], int | None]) -> int:
                 file=sys.stderr,
             )
         return USER_ERROR_STATUS
+    except BrokenPipeError:  # of `| head`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -74,7 +74,8 @@ def tiny_dataset(
 ) -> Path:
     """A mixed dataset folder, as tools/preprocess_mix.py makes it."""
     from megatron_long.data.mixture import Mixture
-    from megatron_long.data.preprocess import PreprocessConfig, preprocess
+    from megatron_long.data.preprocess import preprocess
+    from megatron_long.data.preprocess_config import PreprocessConfig
 
     output = tmp_path_factory.mktemp("dataset") / "data"
     mixture = Mixture(

@@ -20,10 +20,12 @@ from megatron_long.data.documents import (
     RecordKeys,
     canonical_source,
 )
+from megatron_long.data.dry_run import plan_dataset
 from megatron_long.data.executors import EXECUTORS, ExecutorOptions
 from megatron_long.data.inputs import is_url
 from megatron_long.data.mixture import STRATEGIES, Mixture
-from megatron_long.data.preprocess import PreprocessConfig, plan_dataset, preprocess
+from megatron_long.data.preprocess import preprocess
+from megatron_long.data.preprocess_config import PreprocessConfig
 from megatron_long.data.progress_bar import ProgressBars
 from megatron_long.data.report import print_sources
 from megatron_long.data.shares import NATURAL, SLIMPAJAMA, parse_token_count, read_shares
@@ -42,6 +44,10 @@ def main() -> None:
         return
     if not is_url(args.output):
         refuse_overwrite(Path(args.output), force=args.force)
+        if not Path(args.output).absolute().parent.exists():
+            print(
+                f"--output: {Path(args.output).absolute().parent} does not exist and will be made"
+            )
     with ProgressBars() as bars:
         manifest = preprocess(config, args.output, bars.update)
     print_sources(manifest.sources)
@@ -143,7 +149,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_corpus(add) -> None:  # type: ignore[no-untyped-def]
     files = ".jsonl[.gz|.zst] and .parquet files, folders of them, or URLs (s3://, gs://, ...)"
     add("--input", nargs="+", required=True, help=files)
-    add("--tokenizer", type=Path, required=True, help="*.model, tokenizer.json, or their folder")
+    add(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="*.model (SentencePiece, or Llama-3's tiktoken), tokenizer.json, or their folder",
+    )
     add(
         "--engine",
         default="auto",

@@ -20,6 +20,7 @@ from megatron_long.data.manifest import (
     TRAIN_PREFIX,
     FileInfo,
     SplitInfo,
+    documents_path,
     hash_file,
 )
 from megatron_long.data.stages import WriteJob, WriteStage, gather_tokens
@@ -31,8 +32,14 @@ DOCUMENTS_DTYPE = np.dtype(
 """One row of `documents.npy`."""
 
 
-def write_train(folder: Path, stage: WriteStage, job: WriteJob, order: NDArray) -> SplitInfo:
-    """Put the parts together, and write the index and `documents.npy`."""
+def write_train(
+    folder: Path, stage: WriteStage, job: WriteJob, order: NDArray, numbers: NDArray
+) -> SplitInfo:
+    """Put the parts together, and write the index and `documents.npy`.
+
+    Args:
+        numbers: The number of the corpus file that each item of the first stage is, or is a piece of.
+    """
     prefix = folder / TRAIN_PREFIX
     files = {bin_path(prefix).name: _join_parts(stage, len(job.parts), bin_path(prefix))}
     # The order lives in a memory map: only a chunk of it is in memory at a time.
@@ -43,23 +50,30 @@ def write_train(folder: Path, stage: WriteStage, job: WriteJob, order: NDArray) 
         lambda: (rows["length_tokens"] for rows in iterate_rows(order)),
     )
     files[idx_path(prefix).name] = hash_file(idx_path(prefix))
-    documents = np.lib.format.open_memmap(
-        folder / DOCUMENTS_FILE, "w+", DOCUMENTS_DTYPE, shape=(len(order),)
-    )
-    place = num_tokens = 0
-    for rows in iterate_rows(order):
-        for name in DOCUMENTS_DTYPE.names or ():
-            documents[name][place : place + len(rows)] = rows[name]
-        place += len(rows)
-        num_tokens += int(rows["length_tokens"].astype(np.int64).sum())
-        release(documents)
-    documents.flush()
+    num_tokens = _write_documents(folder / DOCUMENTS_FILE, order, numbers)
     files[DOCUMENTS_FILE] = hash_file(folder / DOCUMENTS_FILE)
     return SplitInfo(TRAIN_PREFIX, len(order), num_tokens, files)
 
 
-def write_valid(folder: Path, job: WriteJob, valid: Mapping[str, NDArray]) -> dict[str, SplitInfo]:
-    """Write the held-out documents of each source, whole, by file and line."""
+def _write_documents(path: Path, order: NDArray, numbers: NDArray) -> int:
+    """Write a `documents.npy`; give the number of its tokens."""
+    documents = np.lib.format.open_memmap(path, "w+", DOCUMENTS_DTYPE, shape=(len(order),))
+    place = num_tokens = 0
+    for rows in iterate_rows(order):
+        for name in ("source", "line", "length_tokens"):
+            documents[name][place : place + len(rows)] = rows[name]
+        documents["file"][place : place + len(rows)] = numbers[rows["file"]]
+        place += len(rows)
+        num_tokens += int(rows["length_tokens"].astype(np.int64).sum())
+        release(documents)
+    documents.flush()
+    return num_tokens
+
+
+def write_valid(
+    folder: Path, job: WriteJob, valid: Mapping[str, NDArray], numbers: NDArray
+) -> dict[str, SplitInfo]:
+    """Write the held-out documents of each source, whole, by file and line; `numbers` as above."""
     (folder / "valid").mkdir(exist_ok=True)
     splits = {}
     for name, rows in valid.items():
@@ -68,25 +82,27 @@ def write_valid(folder: Path, job: WriteJob, valid: Mapping[str, NDArray]) -> di
             for row in rows:
                 writer.add_document(gather_tokens(np.array([row], ROW_DTYPE), job))
             writer.finalize()
-        paths = [bin_path(folder / prefix), idx_path(folder / prefix)]
+        num_tokens = _write_documents(documents_path(folder / prefix), rows, numbers)
+        paths = [kind(folder / prefix) for kind in (bin_path, idx_path, documents_path)]
         files = {path.relative_to(folder).as_posix(): hash_file(path) for path in paths}
-        num_tokens = int(rows["length_tokens"].astype(np.int64).sum())
         splits[name] = SplitInfo(prefix, len(rows), num_tokens, files)
     return splits
 
 
 def _join_parts(stage: WriteStage, count: int, path: Path) -> FileInfo:
     digest, size_bytes = xxhash.xxh3_128(), 0
-    with open(path, "wb") as target:
+    with open(path, "wb", buffering=0) as target:
         for block in _blocks([stage.path(index) for index in range(count)]):
             digest.update(block)
             size_bytes += len(block)
-            target.write(block)
+            while len(block):
+                block = block[target.write(block) :]
     return FileInfo(size_bytes, digest.hexdigest())
 
 
-def _blocks(paths: Sequence[Path]) -> Iterator[bytes]:
+def _blocks(paths: Sequence[Path]) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(1 << 20))  # small enough to stay in the processor's cache
     for path in paths:
         with open(path, "rb", buffering=0) as file:
-            while block := file.read(1 << 22):
-                yield block
+            while count := file.readinto(buffer):
+                yield buffer[:count]

@@ -5,14 +5,19 @@ that cannot be read ends the run, or is left out and listed, as `BadDocuments` s
 """
 
 import functools
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
-from megatron_long.data.inputs import HashingReader, InputFile, decompressed, open_input
+from megatron_long.data.inputs import (
+    HashingReader,
+    InputFile,
+    decompressed,
+    open_input,
+    open_seekable,
+)
 from megatron_long.errors import ConfigError, DataError
 
 DEFAULT_SOURCE_KEYS = ("meta.redpajama_set_name", "source")
@@ -33,9 +38,8 @@ REDPAJAMA_SOURCES = {
 }
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text of the corpus with the source it belongs to."""
+class Document(NamedTuple):
+    """One text of the corpus with the source it belongs to; a tuple, for a corpus has billions."""
 
     text: str
     source: str
@@ -57,6 +61,16 @@ class RecordKeys:
         if self.source == SOURCE_FROM_FOLDER:
             return ()
         return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+
+    @functools.cached_property
+    def text_parts(self) -> list[str]:
+        """Give the path of the text, part by part."""
+        return self.text.split(".")
+
+    @functools.cached_property
+    def source_parts(self) -> list[list[str]]:
+        """Give the paths to try, part by part."""
+        return [path.split(".") for path in self.source_paths]
 
 
 @dataclass
@@ -119,10 +133,10 @@ def read_documents(
         read = _read_parquet if item.path.endswith(".parquet") else _read_lines
         for batch in read(item, reader, keys, bad, state):
             share = min(reader.used_share(state.used_bytes), 1.0)
-            state.position_bytes = min(round(reader.position * share), item.size_bytes)
+            state.position_bytes = min(round(reader.position * share), item.read_bytes)
             yield batch
-        state.position_bytes = item.size_bytes
-        if not item.path.endswith(".parquet"):  # which is not read from end to end
+        state.position_bytes = item.read_bytes
+        if item.xxh3_128 or not item.path.endswith(".parquet"):  # which is not read from end to end
             state.xxh3_128 = reader.finish()
 
 
@@ -143,13 +157,13 @@ def parse_line(line: bytes, item: InputFile, number: int, keys: RecordKeys) -> D
 
 
 def _document(record: Any, line: int, keys: RecordKeys, label: str | None) -> Document:
-    text = _look_up(record, keys.text)
+    text = _look_up(record, keys.text_parts)
     if not isinstance(text, str):
         raise ValueError(*_lacks(record, "text", "--text-key", keys.text))
     if label is None:
         source = None
-        for path in keys.source_paths:
-            source = _look_up(record, path)
+        for parts in keys.source_parts:
+            source = _look_up(record, parts)
             if source is not None:
                 break
         if not isinstance(source, str) or not source:
@@ -160,16 +174,16 @@ def _document(record: Any, line: int, keys: RecordKeys, label: str | None) -> Do
     return Document(text, label, line)
 
 
-def _look_up(record: Any, dotted: str) -> Any:
-    if type(record) is dict and dotted in record and "." not in dotted:
-        return record[dotted]  # most records: a corpus has hundreds of them in a megabyte
-    for part in dotted.split("."):
-        if isinstance(record, str):  # parquet files keep `meta` as JSON now and then
+def _look_up(record: Any, parts: list[str]) -> Any:
+    for part in parts:
+        if type(record) is str:  # parquet files keep `meta` as JSON now and then
             try:
                 record = orjson.loads(record)
             except orjson.JSONDecodeError:
                 return None
-        record = record.get(part) if isinstance(record, dict) else None
+        if type(record) is not dict:
+            return None
+        record = record.get(part)
     return record
 
 
@@ -189,9 +203,9 @@ def _read_lines(
     state: FileState,
 ) -> Iterator[list[Document]]:
     batch: list[Document] = []
-    size_bytes = number = 0
+    size_bytes, number = 0, item.first_line - 1
     try:
-        for number, line in enumerate(decompressed(item, reader), 1):
+        for number, line in enumerate(decompressed(item, reader), item.first_line):
             state.used_bytes += len(line)
             if line.isspace():
                 continue
@@ -229,38 +243,49 @@ def _read_parquet(
     except ImportError:
         raise ConfigError(f"{item.path}: reading .parquet needs `pip install pyarrow`") from None
     label = canonical_source(item.folder) if not keys.source_paths else None
-    number, fetch = 0, "fetch it again"
+    number, fetch = item.first_line - 1, "fetch it again"
     try:
         # pyarrow seeks, so it gets a file of its own.
-        with _seekable(item) as raw, parquet.ParquetFile(raw) as file:
+        with open_seekable(item) as raw, parquet.ParquetFile(raw) as file:
             names = set(file.schema_arrow.names)
             wanted = {key.partition(".")[0] for key in (keys.text, *keys.source_paths)} & names
-            for group in range(file.num_row_groups):
+            for group in range(*(item.groups or (0, file.num_row_groups))):
                 batches = file.iter_batches(PARQUET_ROWS, [group], sorted(wanted))
                 for table in batches:
                     batch: list[Document] = []
-                    for record in table.to_pylist():
+                    for record in _records(table):
                         number += 1
                         try:
+                            if isinstance(record, UnicodeDecodeError):
+                                raise ValueError(
+                                    f"is not UTF-8 ({record})", "mend or delete the row"
+                                )
                             batch.append(_document(record, number, keys, label))
                         except ValueError as error:
                             bad.add(item, number, *error.args)
-                    reader.position = item.size_bytes * number // max(file.metadata.num_rows, 1)
+                    share = number / max(file.metadata.num_rows, 1)
+                    reader.position = round(item.size_bytes * share) - item.start_bytes
                     yield batch
     except DataError:
         raise
     except Exception as error:
-        if not _is_damage(error) and not isinstance(error, UnicodeDecodeError):
+        if not _is_damage(error):
             raise
         bad.add(
             item, number + 1, f"cannot be read ({error}): the file is cut off or damaged", fetch
         )
 
 
-def _seekable(item: InputFile) -> Any:
-    from megatron_long.data.inputs import file_system, is_url
+def _records(table: Any) -> list[Any]:
+    """Give the rows of a table; in place of one that is not UTF-8, the error."""
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        return [_record(table.slice(row, 1)) for row in range(table.num_rows)]
 
-    if not is_url(item.path):
-        return io.BufferedReader(io.FileIO(item.path))
-    system, path = file_system(item.path)
-    return system.open(path, "rb")
+
+def _record(row: Any) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return error

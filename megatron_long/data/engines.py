@@ -13,10 +13,11 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from megatron_long.data.gigatoken_engine import GigatokenEngine
 from megatron_long.data.tokenizers import (
     AUTO,
     REFERENCE,
@@ -30,10 +31,6 @@ from megatron_long.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-CACHE_CHECK_BYTES = 16 << 20
-"""Text after which an engine's memory is looked at."""
-CACHE_GROWTH_BYTES = 256 << 20
-"""Growth of the process since the engine was made that makes it anew."""
 SAMPLE_BYTES = 1 << 20
 """Text of a corpus that is compared with the reference, about."""
 SAMPLE_TEXT_CHARS = 1 << 16
@@ -75,46 +72,6 @@ class Engine(Protocol):
         """Give the ids of all texts one after another, and how many each text has."""
 
 
-class GigatokenEngine:
-    """gigatoken, on the calling thread; made anew when its cache of words has grown too large.
-
-    The cache never forgets a word, which takes about a byte of memory for a byte of natural text, and
-    6 to 8 for text of random words.
-    """
-
-    def __init__(self, tokenizer_json: str) -> None:
-        self._json = tokenizer_json
-        self._engine: Any = None
-        self._seen = self._resident_before = 0
-        self.num_rebuilds = -1
-        self._rebuild()
-
-    def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
-        self._bound_cache(sum(map(len, texts)))
-        # Text by text: `encode` keeps its cache from call to call, a batch starts with an empty one.
-        parts = list(map(self._engine.encode, texts))
-        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
-        tokens = np.concatenate(parts) if parts else np.zeros(0, np.uint32)
-        return tokens.view(np.int32), lengths
-
-    def _bound_cache(self, size: int) -> None:
-        self._seen += size
-        if self._seen < CACHE_CHECK_BYTES:
-            return
-        self._seen = 0
-        if _resident_bytes() - self._resident_before > CACHE_GROWTH_BYTES:
-            self._rebuild()
-
-    def _rebuild(self) -> None:
-        import gigatoken
-
-        self._engine = None  # before the new one, so that memory never holds both
-        self._engine = gigatoken.Tokenizer.from_json(self._json).backend
-        self._seen = 0
-        self._resident_before = _resident_bytes()
-        self.num_rebuilds += 1
-
-
 class TuetokenEngine:
     """tuetoken, on one thread."""
 
@@ -144,7 +101,7 @@ class FastTokenizer:
     def __init__(
         self, reference: ReferenceTokenizer, engine: Engine, name: str, notes: Sequence[str] = ()
     ) -> None:
-        self.reference, self._engine = reference, engine
+        self.reference, self.engine = reference, engine
         self.kind, self.vocab_size = reference.kind, reference.vocab_size
         self.bos_id, self.eod_id = reference.bos_id, reference.eod_id
         self.vocabulary_sha256 = reference.vocabulary_sha256
@@ -152,13 +109,13 @@ class FastTokenizer:
         self.engine_notes = tuple(notes)
 
     def encode(self, text: str) -> Tokens:
-        return self._engine.encode_flat([text])[0]
+        return self.engine.encode_flat([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         return split_flat(*self.encode_flat(texts))
 
     def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
-        return self._engine.encode_flat(texts)
+        return self.engine.encode_flat(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.reference.decode(ids)
@@ -218,6 +175,12 @@ def check_sample(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
+def release_engine(tokenizer: Tokenizer) -> None:
+    """Free what an engine has kept of the texts it saw; it stays usable."""
+    if isinstance(tokenizer, FastTokenizer) and isinstance(tokenizer.engine, GigatokenEngine):
+        tokenizer.engine.release()
+
+
 def find_difference(fast: Tokenizer, reference: Tokenizer, texts: Sequence[str]) -> str:
     """Say on which text two tokenizers differ, or give an empty string."""
     pairs = zip(texts, fast.encode_batch(texts), reference.encode_batch(texts), strict=True)
@@ -263,9 +226,3 @@ def _take_sample(texts: Iterable[str]) -> list[str]:
         sample.append(text[:SAMPLE_TEXT_CHARS])
         size += len(sample[-1].encode("utf-8", "replace"))
     return sample
-
-
-def _resident_bytes() -> int:
-    import psutil
-
-    return psutil.Process().memory_info().rss

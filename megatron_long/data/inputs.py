@@ -3,10 +3,11 @@
 A file is known by a name relative to what the user gave, so a corpus keeps its keys when it is moved.
 """
 
+import dataclasses
 import gzip
 import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -31,6 +32,21 @@ class InputFile:
     """What changes when the file does: time of modification, or the store's own tag."""
     folder: str = ""
     """First folder of the name, or the base name of the `--input` folder: a label if asked for."""
+    start_bytes: int = 0
+    """Where this piece of the file begins; see `pieces.py`."""
+    piece_bytes: int | None = None
+    """Its size; None for the whole file."""
+    first_line: int = 1
+    """Number of its first line or row in the file."""
+    groups: tuple[int, int] | None = None
+    """First row group and end, for a piece of a parquet file."""
+    xxh3_128: str = ""
+    """Hash of the whole file, if it is known already."""
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the file that this piece is, or all."""
+        return self.size_bytes if self.piece_bytes is None else self.piece_bytes
 
 
 def is_url(path: str | Path) -> bool:
@@ -84,10 +100,14 @@ def find_inputs(paths: Sequence[Path | str]) -> list[InputFile]:
 
 
 class HashingReader(io.RawIOBase):
-    """Reads a binary file and hashes what went by; `finish` gives the hash of the whole file."""
+    """Reads a binary file, or a piece of it, and hashes what went by.
 
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw, self._digest = raw, xxhash.xxh3_128()
+    `finish` gives the hash of the whole file, which for a piece must be known already.
+    """
+
+    def __init__(self, raw: Any, item: InputFile) -> None:
+        self._raw, self._digest, self._known = raw, xxhash.xxh3_128(), item.xxh3_128
+        self._left = item.piece_bytes
         self.position = 0
         self.used_share = lambda used_bytes: 1.0
         """Share of what was read that the first bytes of the text came from: reading runs ahead."""
@@ -96,14 +116,21 @@ class HashingReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        block = self._raw.read(len(buffer))
-        buffer[: len(block)] = block
-        self._digest.update(block)
-        self.position += len(block)
-        return len(block)
+        view = memoryview(buffer)
+        if self._left is not None:
+            view = view[: self._left]
+        count = self._raw.readinto(view) or 0
+        if self._left is not None:
+            self._left -= count
+        if not self._known:
+            self._digest.update(view[:count])
+        self.position += count
+        return count
 
     def finish(self) -> str:
         """Read what is left and give the xxh3_128 of all of it."""
+        if self._known:
+            return self._known
         while self.read(1 << 20):
             pass
         return self._digest.hexdigest()
@@ -111,19 +138,25 @@ class HashingReader(io.RawIOBase):
 
 @contextmanager
 def open_input(item: InputFile) -> Iterator[HashingReader]:
-    """Open the bytes of a file as they are stored."""
-    with ExitStack() as stack:
-        if is_url(item.path):
-            system, path = file_system(item.path)
-            raw = stack.enter_context(system.open(path, "rb"))
-        else:
-            raw = stack.enter_context(open(item.path, "rb", buffering=0))
-        yield HashingReader(raw)
+    """Open the bytes of a file, or of a piece of it, as they are stored."""
+    with open_seekable(item, buffering=0) as raw:
+        if item.start_bytes:
+            raw.seek(item.start_bytes)
+        yield HashingReader(raw, item)
+
+
+def open_seekable(item: InputFile, buffering: int = -1) -> Any:
+    """Open the stored file itself."""
+    if not is_url(item.path):
+        return open(item.path, "rb", buffering=buffering)
+    system, path = file_system(item.path)
+    return system.open(path, "rb")
 
 
 def hash_input(item: InputFile) -> str:
     """Give the xxh3_128 of a file of the corpus."""
-    with open_input(item) as reader:
+    whole = dataclasses.replace(item, start_bytes=0, piece_bytes=None, xxh3_128="")
+    with open_input(whole) as reader:
         return reader.finish()
 
 

@@ -13,6 +13,7 @@ from megatron_long.data.manifest import (
     DOCUMENTS_FILE,
     TOKENIZER_FOLDER,
     TRAIN_PREFIX,
+    documents_path,
     read_manifest,
 )
 from megatron_long.data.tokenizers import REFERENCE, load_tokenizer
@@ -52,16 +53,24 @@ class DatasetBrowser:
         info = self.manifest.train if split == TRAIN_PREFIX else self.manifest.valid[split]
         self.split, self.reader = split, IndexedDatasetReader(dataset / info.prefix)
         self.tokenizer = load_tokenizer(dataset / TOKENIZER_FOLDER, REFERENCE)
-        self._rows = np.load(dataset / DOCUMENTS_FILE, "r") if split == TRAIN_PREFIX else None
+        self._rows = self._open_rows(dataset, info.prefix)
+
+    def _open_rows(self, dataset: Path, prefix: str) -> NDArray | None:
+        path = dataset / DOCUMENTS_FILE
+        if self.split != TRAIN_PREFIX:
+            path = documents_path(dataset / prefix)
+            if not path.is_file():  # datasets of the first release have none
+                return None
+        return np.load(path, "r")
 
     def source(self, document: int) -> str:
         """Give the source of a document."""
-        if self._rows is None:
+        if self.split != TRAIN_PREFIX or self._rows is None:
             return self.split
         return self.manifest.source_names[int(self._rows[document]["source"])]
 
     def place(self, document: int) -> str:
-        """Give `file:line` of a document in the corpus; held-out ones are not recorded."""
+        """Give `file:line` of a document in the corpus."""
         if self._rows is None:
             return "held out"
         row = self._rows[document]

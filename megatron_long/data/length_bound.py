@@ -7,6 +7,7 @@ for tokenizers whose every token stands for at least one byte of the text as nor
   byte fallback, one byte of it. Without a normalization map the normalized text is the text, with
   spaces written as one symbol and one of them put before it: at most `size_bytes + 1` tokens. With a map
   (NFKC) a character may become longer, so there is no bound here.
+- tiktoken: every token stands for bytes of the text: at most `size_bytes`.
 - `tokenizer.json`, BPE over bytes (`ByteLevel`) without a normalizer: every byte becomes one symbol,
   and merges make fewer: at most `size_bytes`, one more if it puts a space before the text.
 - `tokenizer.json`, BPE with byte fallback, and nothing but "prepend and replace the space": as
@@ -19,6 +20,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_long.data.tiktoken_model import is_tiktoken
 from megatron_long.data.tokenizers import tokenizer_file
 
 SPACE = "▁"
@@ -32,7 +34,10 @@ def extra_tokens_bound(tokenizer: Path) -> int | None:
     file = tokenizer_file(tokenizer)
     if file.suffix == ".json":
         return _bound_of_json(json.loads(file.read_text("utf-8")))
-    return _bound_of_sentencepiece(file.read_bytes())
+    content = file.read_bytes()
+    if is_tiktoken(content):
+        return 0
+    return _bound_of_sentencepiece(content)
 
 
 def _bound_of_sentencepiece(content: bytes) -> int | None:

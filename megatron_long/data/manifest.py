@@ -213,6 +213,11 @@ def dataset_files(manifest: Manifest) -> dict[str, FileInfo]:
     return {name: info for split in splits for name, info in split.files.items()}
 
 
+def documents_path(prefix: Path) -> Path:
+    """Give the file that tells where the documents of a held-out split come from."""
+    return prefix.with_name(prefix.name + ".documents.npy")
+
+
 def hash_file(path: Path) -> FileInfo:
     """Give size and xxh3_128 of a file."""
     digest, size_bytes = xxhash.xxh3_128(), 0

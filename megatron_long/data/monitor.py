@@ -47,7 +47,7 @@ class Monitor:
 
     def __init__(self, work: Path, files: Sequence[InputFile], on_progress: OnProgress) -> None:
         self._work, self._files, self._on_progress = work, files, on_progress
-        self._total_bytes = sum(file.size_bytes for file in files)
+        self._total_bytes = sum(file.read_bytes for file in files)
         self._stage = ""
         self.expected: dict[str, int] = {}
         self._done: dict[str, dict[str, Any]] = {}
@@ -123,7 +123,7 @@ def _summary(info: dict[str, Any]) -> dict[str, Any]:
     for source, _, _, _, tokens in info["lengths"]:
         by_source[info["sources"][source]] += tokens
     return {
-        "read_bytes": info["size_bytes"],
+        "read_bytes": info["piece_bytes"],
         "text_bytes": info["text_bytes"],
         "tokens_by_source": dict(by_source),
     }

@@ -42,6 +42,39 @@ class TooTight(Exception):
         self.wider = wider
 
 
+class TooLittle(DataError):
+    """Sources cannot fill their budgets.
+
+    Args:
+        short: Tokens available and asked, of each such source.
+        most: Training tokens that the corpus can fill.
+        passes: Passes over the sources that would be enough; 0 if none are.
+        fraction: Share of the corpus that all counts are of.
+    """
+
+    def __init__(
+        self,
+        train_tokens: int,
+        short: Mapping[str, tuple[int, int]],
+        most: int,
+        passes: int,
+        fraction: float = 1.0,
+    ) -> None:
+        self.counts = train_tokens, short, most, passes
+        listed = "; ".join(
+            f"{name}: {round(usable / fraction):,} tokens available, {round(asked / fraction):,} asked"
+            for name, (usable, asked) in short.items()
+        )
+        estimate = f"by an estimate from {fraction:.2%} of it, " if fraction < 1 else ""
+        repeat = f" or --allow-repeat {passes}" if passes else ""
+        super().__init__(
+            f"--train-tokens {round(train_tokens / fraction)} is more than the corpus can fill after "
+            f"holding out validation documents and dropping short ones ({estimate}{listed}); use at most "
+            f"--train-tokens {int(most / fraction)}, other --source-shares, a higher "
+            f"--short-keep-ratio{repeat}"
+        )
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a dataset takes."""
@@ -220,21 +253,17 @@ def _check_supply(
 ) -> None:
     budgets = {name: group.budget for name, group in zip(available, groups, strict=True)}
     usable = {name: tokens * mixture.allow_repeat for name, tokens in available.items()}
-    short = [name for name in budgets if budgets[name] > usable[name]]
+    short = {
+        name: (usable[name], budgets[name]) for name in budgets if budgets[name] > usable[name]
+    }
     if not short:
         return
     weights = {"all sources": 1.0} if mixture.rules.is_pooled else shares
     most = min(int(usable[name] / share) for name, share in weights.items() if share > 0)
-    listed = "; ".join(
-        f"{name}: {usable[name]:,} tokens available, {budgets[name]:,} asked" for name in short
-    )
-    passes = max(math.ceil(budgets[name] / max(available[name], 1)) for name in short)
-    repeat = f" or --allow-repeat {passes}" if all(available[name] for name in short) else ""
-    raise DataError(
-        f"--train-tokens {mixture.train_tokens} is more than the corpus can fill after holding out "
-        f"validation documents and dropping short ones ({listed}); use at most --train-tokens {most}, "
-        f"other --source-shares, a higher --short-keep-ratio{repeat}"
-    )
+    passes = 0
+    if all(available[name] for name in short):
+        passes = max(math.ceil(budgets[name] / available[name]) for name in short)
+    raise TooLittle(mixture.train_tokens, short, most, passes)
 
 
 def _choose_and_order(

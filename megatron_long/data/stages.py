@@ -14,6 +14,7 @@ import orjson
 from numpy.typing import NDArray
 
 from megatron_long.data.inputs import InputFile
+from megatron_long.data.memory import give_memory_back, keep_freed_memory
 from megatron_long.data.selection import CHOSEN_DTYPE
 from megatron_long.data.tokenize_file import (
     TOKENS_FILE,
@@ -22,6 +23,7 @@ from megatron_long.data.tokenize_file import (
     tokenize_file,
 )
 from megatron_long.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_long.errors import DataError
 from megatron_long.files import atomic_path
 
 PART_TOKENS = 32 << 20
@@ -41,7 +43,7 @@ class TokenizeJob:
 
 @dataclass(frozen=True)
 class TokenizeStage:
-    """Item i is file i of the corpus."""
+    """Item i is file i of the corpus, or piece i if there are large files."""
 
     work: Path
     round: int
@@ -66,6 +68,7 @@ class TokenizeStage:
 
     def run(self, index: int) -> None:
         """Tokenize a file."""
+        keep_freed_memory()
         job: TokenizeJob = _load_job(self.job_path, self.job_path.stat().st_mtime_ns)
         tokenizer = _load_tokenizer(job.tokenizer, job.engine)
         report = _reporter(self.work / "progress" / f"{self.name}.{index:06d}.json")
@@ -132,21 +135,28 @@ def gather_tokens(rows: NDArray, job: WriteJob) -> NDArray:
     tokens[ends - 1] = job.eod_id  # after BOS: a document cut to one token is EOD alone
     has_bos = int(job.bos_id is not None)
     order = np.lexsort((rows["offset"], rows["file"]))
-    size = job.dtype.itemsize
+    size, places = job.dtype.itemsize, memoryview(tokens).cast("B")
     for group in np.split(order, np.flatnonzero(np.diff(rows["file"][order])) + 1):
         if not len(group):
             continue
         path = job.tokens / f"{int(rows['file'][group[0]]):06d}" / TOKENS_FILE
-        begins = (starts[group] + has_bos).tolist()
-        stops = (ends[group] - 1).tolist()
+        begins = ((starts[group] + has_bos) * size).tolist()
+        stops = ((ends[group] - 1) * size).tolist()
         offsets = (rows["offset"][group].astype(np.int64) * size).tolist()
         with open(path, "rb", buffering=0) as file:
             number = file.fileno()
             for begin, stop, offset in zip(begins, stops, offsets, strict=True):
-                if stop > begin:
-                    part = os.pread(number, (stop - begin) * size, offset)
-                    tokens[begin:stop] = np.frombuffer(part, job.dtype)
+                _read_into(number, places[begin:stop], offset, path)
     return tokens
+
+
+def _read_into(number: int, place: memoryview, offset: int, path: Path) -> None:
+    """Fill a part of an array from an open file; one read may give less than was asked."""
+    while len(place):
+        count = os.preadv(number, [place], offset)
+        if not count:
+            raise DataError(f"{path} is cut off; start again with --force")
+        place, offset = place[count:], offset + count
 
 
 def split_parts(order: NDArray, part_tokens: int = PART_TOKENS) -> list[tuple[int, int]]:
@@ -165,6 +175,12 @@ def split_parts(order: NDArray, part_tokens: int = PART_TOKENS) -> list[tuple[in
 @functools.lru_cache(maxsize=4)
 def _load_job(path: Path, modified_ns: int) -> Any:
     return pickle.loads(path.read_bytes())
+
+
+def forget_tokenizers() -> None:
+    """Free what tokenizing has left in this process: what follows needs memory of its own."""
+    _load_tokenizer.cache_clear()
+    give_memory_back()
 
 
 @functools.lru_cache(maxsize=2)

@@ -4,6 +4,7 @@ The sample is the beginning of files that lie evenly over the list of inputs, so
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,16 +48,19 @@ def survey_corpus(
 ) -> Survey:
     """Tokenize a sample into `folder`, everything admitted; a small corpus is its own sample."""
     count = min(len(files), SURVEY_FILES)
-    chosen = sorted({index * len(files) // count for index in range(count)})
-    whole = len(chosen) == len(files) and sum(file.size_bytes for file in files) <= text_bytes // 4
-    limit = None if whole else -(-text_bytes // count)
-    options = dataclasses.replace(options, admission=Admission(), max_text_bytes=limit)
+    bounds = [index * len(files) // count for index in range(count + 1)]
+    total = sum(file.read_bytes for file in files)
+    whole = count == len(files) and total <= text_bytes // 4
     folders = []
-    for index in chosen:
+    for index, end in itertools.pairwise(bounds):
+        # Each file stands for those up to the next, and the same share is read of all: a corpus may have
+        # one file a source, of any sizes.
+        stands_for = sum(file.read_bytes for file in files[index:end])
+        limit = None if whole else max(-(-text_bytes * stands_for // max(total, 1)), 1)
+        mine = dataclasses.replace(options, admission=Admission(), max_text_bytes=limit)
         folders.append(folder / f"{index:06d}")
-        tokenize_file(files[index], index, tokenizer, options, folders[-1])
+        tokenize_file(files[index], index, tokenizer, mine, folders[-1])
     infos = [read_info(path) for path in folders]
-    total = sum(file.size_bytes for file in files)
     read = sum(info["read_bytes"] for info in infos)
     return Survey(gather_stats(infos), folders, min(read / total, 1.0) if total else 1.0)
 

@@ -44,8 +44,10 @@ ROW_DTYPE = np.dtype(
 )
 """One row per document; `length_tokens` counts BOS and EOD, `offset` counts tokens of `tokens.bin`."""
 TOKENS_FILE, ROWS_FILE, INFO_FILE = "tokens.bin", "rows.npy", "info.json"
-RUN_TOKENS = 8 << 20
+RUN_TOKENS = 4 << 20
 """Tokens gathered before they are sorted by key and written, so that later reading goes forward."""
+WRITE_BYTES = 1 << 20
+"""Buffer of what is written: most documents are a few kilobytes."""
 
 Strata = dict[tuple[int, int, int], NDArray[np.int64]]
 """(source, proven short, log2 of bytes) -> documents, bytes, both of those tokenized, long tokens."""
@@ -114,12 +116,13 @@ def tokenize_file(
     Raises: DataError: the file or a document is bad, changed while it was read, or has an odd source.
     """
     got, bad, state = _Gathered(), BadDocuments(options.skip_bad), FileState()
-    state.batch_bytes = min(BATCH_BYTES, options.max_text_bytes or BATCH_BYTES)
+    if options.max_text_bytes is not None:  # in small steps, to end close to it
+        state.batch_bytes = min(BATCH_BYTES, max(options.max_text_bytes // 8, 1))
     progress = FileProgress(item.name)
     with atomic_path(folder, directory=True) as temporary:
         with (
-            open(temporary / TOKENS_FILE, "wb") as tokens,
-            open(temporary / ROWS_FILE, "wb") as rows,
+            open(temporary / TOKENS_FILE, "wb", WRITE_BYTES) as tokens,
+            open(temporary / ROWS_FILE, "wb", WRITE_BYTES) as rows,
         ):
             for documents in read_documents(item, options.keys, bad, state):
                 progress.text_bytes += _add(got, documents, item, index, tokenizer, options)
@@ -137,7 +140,7 @@ def tokenize_file(
             state.xxh3_128 = hash_input(item)
         info = _info(got, bad, item, state, progress)
         (temporary / INFO_FILE).write_bytes(orjson.dumps(info))
-    progress.done, progress.read_bytes = True, item.size_bytes
+    progress.done, progress.read_bytes = True, item.read_bytes
     on_progress(progress)
 
 
@@ -288,6 +291,7 @@ def _info(
     return {
         "name": item.name,
         "size_bytes": item.size_bytes,
+        "piece_bytes": item.read_bytes,
         "xxh3_128": state.xxh3_128,
         "read_bytes": state.position_bytes,
         "text_bytes": progress.text_bytes,

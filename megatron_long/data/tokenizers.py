@@ -1,6 +1,6 @@
-"""Text to token ids with the model's own tokenizer: SentencePiece, or a Hugging Face tokenizer.json.
+"""Text to token ids with the model's own tokenizer: SentencePiece, tiktoken or a Hugging Face tokenizer.json.
 
-Both give no special tokens of their own, and a literal `<s>` inside a text stays text; the caller adds
+They give no special tokens of their own, and a literal `<s>` inside a text stays text; the caller adds
 BOS and EOD. `vocabulary_sha256` lets tools check that a dataset and a model speak the same vocabulary.
 """
 
@@ -115,8 +115,8 @@ class SentencePieceTokenizer:
             self._processor.LoadFromSerializedProto(path.read_bytes())
         except RuntimeError:
             raise DataError(
-                f"--tokenizer {path} is not a SentencePiece model; if it is a tiktoken file (Llama 3), "
-                f"give the {HF_FILE} of the same model"
+                f"--tokenizer {path} is neither a SentencePiece model nor a tiktoken file; if the model "
+                f"has a {HF_FILE}, give that"
             ) from None
         processor, config = self._processor, _read_config(path.parent)
         if processor.eos_id() < 0:
@@ -223,7 +223,7 @@ class HFTokenizer:
 
 
 def load_tokenizer(path: Path, engine: str = "auto") -> Tokenizer:
-    """Load a tokenizer from a `*.model` file, a `tokenizer.json`, or a folder that holds one.
+    """Load a tokenizer from a SentencePiece or tiktoken `*.model`, a `tokenizer.json`, or their folder.
 
     In a folder with both, `tokenizer.model` is taken: it is the reference the other was made from.
 
@@ -234,13 +234,23 @@ def load_tokenizer(path: Path, engine: str = "auto") -> Tokenizer:
         or names no EOS token.
     """
     file = tokenizer_file(path)
-    kinds: dict[str, type[HFTokenizer | SentencePieceTokenizer]] = {".json": HFTokenizer}
-    reference = kinds.get(file.suffix, SentencePieceTokenizer)(file)
+    reference = open_reference(file)
     if engine == REFERENCE:
         return reference
     from megatron_long.data.engines import open_engine
 
     return open_engine(reference, engine)
+
+
+def open_reference(file: Path) -> ReferenceTokenizer:
+    """Open a tokenizer file with the package that it belongs to."""
+    from megatron_long.data.tiktoken_model import TiktokenTokenizer, is_tiktoken
+
+    if file.suffix == ".json":
+        return HFTokenizer(file)
+    if is_tiktoken(file.read_bytes()):
+        return TiktokenTokenizer(file)
+    return SentencePieceTokenizer(file)
 
 
 def tokenizer_file(path: Path) -> Path:
@@ -250,10 +260,11 @@ def tokenizer_file(path: Path) -> Path:
     """
     candidates = [path / SENTENCEPIECE_FILE, path / HF_FILE] if path.is_dir() else [path]
     for file in candidates:
-        if file.is_file() and file.suffix in (".model", ".json"):
+        # Mistral's are called tokenizer.model.v1, tokenizer.model.v3.
+        if file.is_file() and (file.suffix == ".json" or ".model" in file.suffixes):
             return file
     raise ConfigError(
-        f"--tokenizer {path}: no tokenizer there; give a SentencePiece *.model file, a {HF_FILE}, or a "
+        f"--tokenizer {path}: no tokenizer there; give a *.model file, a {HF_FILE}, or a "
         f"folder with {SENTENCEPIECE_FILE} or {HF_FILE}"
     )
 

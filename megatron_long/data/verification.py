@@ -12,6 +12,7 @@ from megatron_long.data.manifest import (
     TOKENIZER_FOLDER,
     Manifest,
     SplitInfo,
+    documents_path,
     read_manifest,
     verify_files,
 )
@@ -36,6 +37,10 @@ def verify_dataset(dataset: Path) -> Iterator[str]:
     yield f"every index fits its tokens ({len(splits)} splits)"
     yield "every document ends with EOD, and no token is outside the vocabulary"
     _verify_documents(dataset, manifest)
+    for split in manifest.valid.values():
+        path = documents_path(dataset / split.prefix)
+        if path.is_file():  # datasets of the first release have none
+            _verify_rows(path, dataset / split.prefix, manifest)
     yield "documents.npy fits the index, the inputs and the tokens of each source"
     found = load_tokenizer(dataset / TOKENIZER_FOLDER, REFERENCE).vocabulary_sha256
     if found != manifest.tokenizer.vocabulary_sha256:
@@ -86,15 +91,20 @@ def _verify_tokens(
 
 def _verify_documents(dataset: Path, manifest: Manifest) -> None:
     path = dataset / DOCUMENTS_FILE
-    rows, reader = np.load(path, "r"), IndexedDatasetReader(dataset / manifest.train.prefix)
-    if not np.array_equal(rows["length_tokens"], reader.lengths):
-        raise DataError(f"{path}: its lengths are not those of {idx_path(reader.prefix)}; {REMEDY}")
-    if len(rows) and int(rows["file"].max()) >= len(manifest.inputs):
-        raise _wrong(path, "file number", int(rows["file"].max()), f"below {len(manifest.inputs)}")
+    rows = _verify_rows(path, dataset / manifest.train.prefix, manifest)
     sums = np.bincount(rows["source"], rows["length_tokens"], len(manifest.sources)).tolist()
     kept = [manifest.sources[name].tokens_kept for name in manifest.source_names]
     if sums != kept:
         raise _wrong(path, "tokens of each source", [int(count) for count in sums], kept)
+
+
+def _verify_rows(path: Path, prefix: Path, manifest: Manifest) -> NDArray:
+    rows, reader = np.load(path, "r"), IndexedDatasetReader(prefix)
+    if not np.array_equal(rows["length_tokens"], reader.lengths):
+        raise DataError(f"{path}: its lengths are not those of {idx_path(reader.prefix)}; {REMEDY}")
+    if len(rows) and int(rows["file"].max()) >= len(manifest.inputs):
+        raise _wrong(path, "file number", int(rows["file"].max()), f"below {len(manifest.inputs)}")
+    return rows
 
 
 def _read_index(path: Path, count: int) -> tuple[NDArray, NDArray, NDArray]:

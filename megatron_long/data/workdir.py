@@ -5,11 +5,12 @@ changed, is refused.
 """
 
 import fcntl
+import functools
 import hashlib
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import orjson
 
 from megatron_long.data.corpus_stats import read_info
 from megatron_long.data.inputs import InputFile, hash_input
+from megatron_long.data.pieces import known_hashes
 from megatron_long.data.tokenizers import CONFIG_FILES, tokenizer_file
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.files import atomic_path
@@ -74,17 +76,16 @@ def only_run(work: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def check_unchanged(tokens: Path, files: Sequence[InputFile], now: Sequence[InputFile]) -> None:
+def check_unchanged(work: Path, files: Sequence[InputFile], now: Sequence[InputFile]) -> None:
     """Check at the end that the corpus is still the one that was read.
 
-    Args:
-        tokens: Folder with what was made of each file.
     Raises: DataError: a file has changed.
     """
     latest = {item.name: item for item in now}
-    for index, item in enumerate(files):
+    hashes = functools.cache(lambda: _known_hashes(work))
+    for item in files:
         current = latest.get(item.name)
-        if current is None or not _is_same(item, current, tokens / f"{index:06d}"):
+        if current is None or not _is_same(item, current, hashes):
             raise _changed(item.name, "changed while it was read")
 
 
@@ -129,25 +130,31 @@ def _check_inputs(work: Path, files: Sequence[InputFile]) -> None:
         for row in orjson.loads((work / INPUTS_FILE).read_bytes())
     ]
     now = {item.name: item for item in files}
-    for index, item in enumerate(before):
+    hashes = functools.cache(lambda: _known_hashes(work))
+    for item in before:
         if item.name not in now:
             raise _changed(item.name, "is gone")
-        done = [path / f"{index:06d}" for path in sorted(work.glob("tokens.*"))]
-        found = next((path for path in done if path.exists()), work / "none")
-        if not _is_same(item, now[item.name], found):
+        if not _is_same(item, now[item.name], hashes):
             raise _changed(item.name, "is not what it was")
     added = sorted(set(now) - {item.name for item in before})
     if added:
         raise _changed(added[0], "is new")
 
 
-def _is_same(before: InputFile, now: InputFile, done: Path) -> bool:
+def _is_same(before: InputFile, now: InputFile, hashes: Callable[[], dict[str, str]]) -> bool:
     """Compare by size and time; where only the time differs and the hash is known, by the hash."""
     if before.size_bytes != now.size_bytes:
         return False
     if before.version == now.version:
         return True
-    return done.exists() and read_info(done)["xxh3_128"] == hash_input(now)
+    known = hashes().get(before.name)
+    return known is not None and known == hash_input(now)
+
+
+def _known_hashes(work: Path) -> dict[str, str]:
+    """Give the hashes of all files that were read to their end."""
+    infos = map(read_info, sorted(work.glob("tokens.*/[0-9]*")))
+    return known_hashes(work) | {info["name"]: info["xxh3_128"] for info in infos}
 
 
 def _changed(name: str, what: str) -> DataError:

@@ -11,7 +11,8 @@ import pytest
 from megatron_long.data.indexed import IndexedDatasetReader
 from megatron_long.data.manifest import read_manifest
 from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import PreprocessConfig, preprocess
+from megatron_long.data.preprocess import preprocess
+from megatron_long.data.preprocess_config import PreprocessConfig
 from megatron_long.data.tokenize_file import _check_ids
 from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.errors import ConfigError, DataError
@@ -126,12 +127,12 @@ def test_a_tokenizer_larger_than_the_dtype(config, tmp_path, corpus, model_file)
         vocab_size = 128_256
         bos_id = None
 
-    from megatron_long.data.preprocess import _dtype
+    from megatron_long.data.preprocess_config import choose_dtype
 
     two_bytes = dataclasses.replace(config, token_dtype="uint16")
     with pytest.raises(ConfigError, match=r"--token-dtype uint16 is too small .* 128,256 ids"):
-        _dtype(two_bytes, Large())
-    assert _dtype(config, Large()) == np.int32
+        choose_dtype(two_bytes, Large())
+    assert choose_dtype(config, Large()) == np.int32
     wide = dataclasses.replace(config, inputs=[corpus], token_dtype="int32")
     preprocess(wide, tmp_path / "wide")
     preprocess(dataclasses.replace(wide, token_dtype="uint16"), tmp_path / "narrow")

@@ -6,7 +6,8 @@ from megatron_long.data.engines import SAMPLE_BYTES
 from megatron_long.data.inputs import find_inputs
 from megatron_long.data.manifest import read_manifest
 from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import PreprocessConfig, preprocess
+from megatron_long.data.preprocess import preprocess
+from megatron_long.data.preprocess_config import PreprocessConfig
 
 
 def test_texts_of_every_file_of_a_small_corpus(corpus, records):

@@ -188,3 +188,20 @@ def test_folders_as_labels(tmp_path, write_jsonl):
     assert labels(tmp_path / "in") == ["C4", "Book"]
     assert labels(tmp_path / "in" / "C4", tmp_path / "in" / "RedPajamaBook" / "x") == ["x", "C4"]
     assert labels(tmp_path / "in" / "C4" / "b.jsonl") == ["C4"]
+
+
+def test_a_parquet_row_that_is_not_utf8_is_left_out_alone(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = arrow.array([b"one", b"tw\xffo", b"three"], arrow.binary()).view(arrow.string())
+    table = arrow.table({"text": texts, "source": ["x", "x", "x"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    item = find_inputs([tmp_path / "a.parquet"])[0]
+    bad = BadDocuments(skip=True)
+    batches = list(read_documents(item, RecordKeys(), bad, FileState()))
+    found = [(document.line, document.text) for batch in batches for document in batch]
+    assert found == [(1, "one"), (3, "three")]
+    assert [(row["line"], row["reason"][:12]) for row in bad.listed] == [(2, "is not UTF-8")]
+    with pytest.raises(DataError, match=r"a\.parquet:2 is not UTF-8 .* mend or delete the row"):
+        list(read_documents(item, RecordKeys(), BadDocuments(), FileState()))

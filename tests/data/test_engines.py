@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_long.data import engines
+from megatron_long.data import engines, gigatoken_engine
 from megatron_long.data.engines import ENGINES, HARD_STRINGS, check_sample, find_difference
 from megatron_long.data.sentencepiece_json import NotConvertible, sentencepiece_to_json
 from megatron_long.data.tokenizers import load_tokenizer
@@ -249,8 +249,8 @@ def test_name_of_the_reference_is_an_engine(vocabulary):
 
 def test_cache_is_bounded(llama3_like, monkeypatch):
     """Random words fill the cache; the engine is made anew and its ids stay the same."""
-    monkeypatch.setattr(engines, "CACHE_CHECK_BYTES", 200_000)
-    monkeypatch.setattr(engines, "CACHE_GROWTH_BYTES", 1 << 20)
+    monkeypatch.setattr(gigatoken_engine, "CACHE_CHECK_BYTES", 200_000)
+    monkeypatch.setattr(gigatoken_engine, "CACHE_GROWTH_BYTES", 1 << 20)
     generator = random.Random(0)
     engine = ENGINES["gigatoken"](engines.plain_json(load_tokenizer(llama3_like, "reference")))
     texts = ["".join(generator.choices("abcdefgh ", k=100_000)) for _ in range(40)]
@@ -258,6 +258,35 @@ def test_cache_is_bounded(llama3_like, monkeypatch):
     assert 1 <= engine.num_rebuilds <= 20
     fresh = ENGINES["gigatoken"](engines.plain_json(load_tokenizer(llama3_like, "reference")))
     np.testing.assert_array_equal(np.concatenate(parts), fresh.encode_flat(texts)[0])
+
+
+def test_words_are_divided_only_at_characters_that_never_merge():
+    """Digits merge in the second vocabulary; a vocabulary of another kind is left alone."""
+    content = {
+        "normalizer": gigatoken_engine.LLAMA_NORMALIZER,
+        "pre_tokenizer": None,
+        "added_tokens": [],
+        "model": {
+            "byte_fallback": True,
+            "vocab": {"<0x0A>": 0, "▁": 1, "a": 2, "1": 3, "2": 4, "12": 5, "▁a": 6},
+            "merges": [["▁", "a"]],
+        },
+    }
+    found, has_no_prefix = gigatoken_engine.separate_characters(json.dumps(content))
+    tokens = {token["content"]: token["id"] for token in json.loads(found)["added_tokens"]}
+    assert (tokens, has_no_prefix) == ({"\n": 0, "1": 3, "2": 4}, True)
+    content["model"]["merges"].append(["1", "2"])
+    found, _ = gigatoken_engine.separate_characters(json.dumps(content))
+    assert [token["content"] for token in json.loads(found)["added_tokens"]] == ["\n"]
+    text = json.dumps(content | {"normalizer": None})
+    assert gigatoken_engine.separate_characters(text) == (text, False)
+
+
+def test_a_released_engine_is_made_anew(llama_like):
+    tokenizer = load_tokenizer(llama_like, "gigatoken")
+    before = tokenizer.encode("the quick brown fox")
+    engines.release_engine(tokenizer)
+    np.testing.assert_array_equal(tokenizer.encode("the quick brown fox"), before)
 
 
 def _byte_letters():

@@ -13,7 +13,8 @@ import pytest
 
 from megatron_long.data.executors import ExecutorOptions
 from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import PreprocessConfig, preprocess
+from megatron_long.data.preprocess import preprocess
+from megatron_long.data.preprocess_config import PreprocessConfig
 from megatron_long.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]

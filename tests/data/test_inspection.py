@@ -88,7 +88,7 @@ def test_windows_are_covered_by_their_parts(dataset):
 
 def test_held_out_documents_can_be_read(dataset):
     browser = DatasetBrowser(dataset, "Book")
-    assert "Book, held out" in browser.describe_document(0)
+    assert "of Book: Book, a.jsonl:" in browser.describe_document(0)
     with pytest.raises(ConfigError, match="--split Nothing: the dataset has train, Book"):
         DatasetBrowser(dataset, "Nothing")
 

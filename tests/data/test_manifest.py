@@ -1,11 +1,15 @@
+import hashlib
 import json
 import shutil
 
 import pytest
 
+from megatron_long.data.inspection import DatasetBrowser
 from megatron_long.data.manifest import read_manifest, verify_files
 from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import PreprocessConfig, preprocess
+from megatron_long.data.preprocess import preprocess
+from megatron_long.data.preprocess_config import PreprocessConfig
+from megatron_long.data.verification import verify_dataset
 from megatron_long.errors import DataError
 
 
@@ -67,3 +71,40 @@ def test_missing_short_and_damaged_files(dataset):
     path.unlink()
     with pytest.raises(DataError, match=r"train\.bin is missing"):
         read_manifest(dataset)
+
+
+FIRST_RELEASE = {
+    "manifest": "format_version seed mixture tokenizer dtype train valid sources inputs fingerprint",
+    "sources": "index share_asked share_got documents_in tokens_in documents_valid tokens_valid "
+    "documents_kept tokens_kept long_share_before long_share_after tokens_by_length_before "
+    "tokens_by_length_after",
+    "inputs": "name size_bytes num_documents",
+}
+
+
+def as_first_release(dataset):
+    """Make a dataset what the first release would have written: fewer keys, no rows of held-out documents."""
+    content = json.loads((dataset / "manifest.json").read_text("utf-8"))
+    content = {key: content[key] for key in FIRST_RELEASE["manifest"].split()}
+    kept = FIRST_RELEASE["sources"].split()
+    content["sources"] = {
+        name: {key: info[key] for key in kept} for name, info in content["sources"].items()
+    }
+    kept = FIRST_RELEASE["inputs"].split()
+    content["inputs"] = [{key: info[key] for key in kept} for info in content["inputs"]]
+    for split in content["valid"].values():
+        (dataset / f"{split['prefix']}.documents.npy").unlink()
+        split["files"].pop(f"{split['prefix']}.documents.npy")
+    del content["fingerprint"]
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    content["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()
+    (dataset / "manifest.json").write_text(json.dumps(content), "utf-8")
+
+
+def test_datasets_of_the_first_release_stay_readable(dataset):
+    as_first_release(dataset)
+    manifest = read_manifest(dataset)
+    assert manifest.order is None
+    assert manifest.inputs[0].xxh3_128 == ""
+    assert len(list(verify_dataset(dataset))) == 5
+    assert DatasetBrowser(dataset, "Book").place(0) == "held out"

@@ -5,7 +5,8 @@ import itertools
 from megatron_long.data import monitor as module
 from megatron_long.data.inputs import find_inputs
 from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import PreprocessConfig, preprocess
+from megatron_long.data.preprocess import preprocess
+from megatron_long.data.preprocess_config import PreprocessConfig
 from megatron_long.data.stages import _reporter
 from megatron_long.data.tokenize_file import FileProgress
 

@@ -5,15 +5,13 @@ import numpy as np
 import pytest
 
 from megatron_long.data.documents import RecordKeys
+from megatron_long.data.dry_run import plan_dataset
 from megatron_long.data.indexed import IndexedDatasetReader
 from megatron_long.data.keys import document_keys
 from megatron_long.data.manifest import read_manifest, verify_files
 from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import (
-    PreprocessConfig,
-    plan_dataset,
-    preprocess,
-)
+from megatron_long.data.preprocess import preprocess
+from megatron_long.data.preprocess_config import PreprocessConfig
 from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.errors import ConfigError, DataError
 
@@ -60,7 +58,11 @@ def test_folder_is_as_documented(dataset):
             "tokenizer/tokenizer.model",
             "report/index.html",
             "report/lengths_and_sources.png",
-            *(f"valid/{name}.{end}" for name in ("Book", "C4", "GitHub") for end in ("bin", "idx")),
+            *(
+                f"valid/{name}.{end}"
+                for name in ("Book", "C4", "GitHub")
+                for end in ("bin", "idx", "documents.npy")
+            ),
         ]
     )
     assert not list(dataset.parent.glob(".*"))

@@ -15,7 +15,8 @@ import pytest
 from megatron_long.data import preprocess as preprocess_module
 from megatron_long.data.manifest import read_manifest, verify_files
 from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import PreprocessConfig, preprocess
+from megatron_long.data.preprocess import preprocess
+from megatron_long.data.preprocess_config import PreprocessConfig
 from megatron_long.data.stages import TokenizeStage, WriteStage, split_parts
 from megatron_long.data.workdir import only_run
 from megatron_long.errors import ConfigError, DataError

@@ -8,9 +8,12 @@ import pytest
 
 from megatron_long.data import preprocess as preprocess_module
 from megatron_long.data import survey as survey_module
+from megatron_long.data.dry_run import plan_dataset
+from megatron_long.data.inputs import find_inputs
 from megatron_long.data.manifest import read_manifest
 from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import PreprocessConfig, plan_dataset, preprocess
+from megatron_long.data.preprocess import preprocess
+from megatron_long.data.preprocess_config import PreprocessConfig
 
 NAMES = {"Book": 0.3, "C4": 0.7}
 
@@ -99,13 +102,12 @@ def test_short_documents_are_dropped_before_they_are_tokenized(config, tmp_path)
     """Without a survey everything could be held out, so only a limit on that shows the bound at work."""
     from megatron_long.data.admission import Admission, Limits
     from megatron_long.data.corpus_stats import gather_stats, read_info
-    from megatron_long.data.inputs import find_inputs
-    from megatron_long.data.preprocess import _options
+    from megatron_long.data.preprocess_config import tokenize_options
     from megatron_long.data.tokenize_file import ROW_DTYPE, tokenize_file
     from megatron_long.data.tokenizers import load_tokenizer
 
     tokenizer, item = load_tokenizer(config.tokenizer, "reference"), find_inputs(config.inputs)[0]
-    options = _options(config, tokenizer, Admission(default=Limits(1.0, 0.1, 0.0)))
+    options = tokenize_options(config, tokenizer, Admission(default=Limits(1.0, 0.1, 0.0)))
     rows = {}
     for name, extra in (("bound", options.extra_tokens), ("none", None)):
         changed = dataclasses.replace(options, extra_tokens=extra)
@@ -125,7 +127,8 @@ def test_dry_run_estimates_from_a_sample(config, tmp_path):
     config = with_mixture(config, train_tokens=200_000)
     manifest = preprocess(config, tmp_path / "out")
     sources, fraction = plan_dataset(config, text_bytes=1 << 20)
-    assert 0.2 < fraction < 0.6
+    size = sum(item.size_bytes for item in find_inputs(config.inputs))
+    assert fraction == pytest.approx((1 << 20) / size, rel=0.4)
     for name, info in sources.items():
         made = manifest.sources[name]
         assert info.tokens_kept == pytest.approx(made.tokens_kept, rel=0.01)

@@ -122,7 +122,7 @@ def test_missing_and_damaged_tokenizers(tmp_path):
     with pytest.raises(ConfigError, match="no tokenizer there"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(DataError, match="is not a SentencePiece model"):
+    with pytest.raises(DataError, match="is neither a SentencePiece model nor"):
         load_tokenizer(tmp_path)
     (tmp_path / "x.json").write_text("{}", encoding="utf-8")
     with pytest.raises(DataError, match=r"x\.json cannot be loaded"):
