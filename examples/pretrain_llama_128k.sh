@@ -5,7 +5,8 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --requeue
-#SBATCH --signal=TERM@300
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
 #
 # Continual pretraining of a Llama on 131,072-token windows, by torchrun on this node or inside a SLURM
 # allocation (sbatch --nodes N examples/pretrain_llama_128k.sh, or run it from salloc).
@@ -19,7 +20,12 @@
 # RECIPE       llama3_8b_128k (default), llama2_7b_80k, llama2_7b_128k, llama2_13b_64k, llama3_70b_128k
 # NPROC_PER_NODE  processes on each node (default: its GPUs; 1 without any)
 # PYTHON       interpreter (default: python3)
+# REQUEUE=0    do not queue the job again when its time limit comes
 # DRY_RUN=1    print the command and leave
+#
+# Inside SLURM each node writes OUTPUT/logs/JOB-NODE.log. Five minutes before the time limit (--signal above)
+# the run is told to save and leave, and the job goes back into the queue, to go on from there; so it does after
+# a lost node.
 set -euo pipefail
 
 : "${CHECKPOINT:?set CHECKPOINT to the Megatron checkpoint to start from}"
@@ -53,7 +59,9 @@ LAUNCH=("$PYTHON" -m megatron_long.launch --nproc-per-node "$NPROC_PER_NODE")
 if [ "${SLURM_JOB_ID:-}" ]; then
     HEAD_NODE=${HEAD_NODE:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
-    LAUNCH=(srun --ntasks-per-node 1 --kill-on-bad-exit 1 "${LAUNCH[@]}" --nnodes "$NUM_NODES"
+    # A step of one task would be bound to one core.
+    LAUNCH=(srun --nodes "$NUM_NODES" --ntasks-per-node 1 --cpu-bind none --kill-on-bad-exit 1
+        --open-mode append --output "$OUTPUT/logs/%j-%N.log" "${LAUNCH[@]}" --nnodes "$NUM_NODES"
         --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$HEAD_NODE:$PORT")
 else
     LAUNCH+=(--standalone)
@@ -68,4 +76,26 @@ fi
 "$PYTHON" "$REPOSITORY/tools/check_layout.py" --world-size $((NUM_NODES * NPROC_PER_NODE)) "${TRAIN_ARGS[@]}"
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-exec "${COMMAND[@]}"
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+    exec "${COMMAND[@]}"
+fi
+
+# The shell alone gets SLURM's signal: it hands it on as SIGTERM, which srun sends to every node.
+mkdir -p "$OUTPUT/logs"
+echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $NUM_NODES nodes: logs in $OUTPUT/logs"
+TIME_IS_UP=0
+"${COMMAND[@]}" &
+STEP=$!
+trap 'TIME_IS_UP=1; kill -TERM "$STEP" 2>/dev/null || true' USR1
+trap 'kill -TERM "$STEP" 2>/dev/null || true' TERM
+STATUS=0
+wait "$STEP" || STATUS=$?
+while kill -0 "$STEP" 2>/dev/null; do  # a trapped signal ends `wait` while the step still saves
+    STATUS=0
+    wait "$STEP" || STATUS=$?
+done
+if [ "$TIME_IS_UP" = 1 ] && [ "${REQUEUE:-1}" = 1 ]; then
+    echo "job $SLURM_JOB_ID: time is up, queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$STATUS"

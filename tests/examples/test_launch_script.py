@@ -1,8 +1,12 @@
 """examples/pretrain_llama_128k.sh prints a command that the real parser takes, alone and under SLURM."""
 
+import json
 import os
 import shlex
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +66,7 @@ def test_slurm_starts_one_launcher_a_node(paths):
     text = " ".join(command)
     assert command[0] == "srun"
     assert "--nnodes 4" in text
+    assert "srun --nodes 4" in text
     assert "--rdzv-endpoint node-a:20077" in text
     assert "--ntasks-per-node 1" in text
 
@@ -71,3 +76,113 @@ def test_missing_variable_is_named(paths):
     with pytest.raises(subprocess.CalledProcessError) as refused:
         dry_run(**paths)
     assert "set DATASET to the folder" in refused.value.stderr
+
+
+FAKE_SRUN = """#!{python}
+# Two "nodes" on this machine: each runs the command, with a log of its own; signals go to both.
+import os, signal, subprocess, sys
+words = sys.argv[1:]
+pattern = words[words.index("--output") + 1]
+command = words[words.index("--output") + 2 :]
+children = []
+for node in range(int(words[words.index("--nodes") + 1])):
+    name = f"node{{node}}"
+    path = pattern.replace("%j", os.environ["SLURM_JOB_ID"]).replace("%N", name)
+    environment = os.environ | {{"SLURM_NODEID": str(node), "SLURMD_NODENAME": name}}
+    log = open(path, "a")
+    children.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
+sys.exit(max(abs(child.wait()) for child in children))
+"""
+FAKE_SCONTROL = """#!/bin/sh
+if [ "$1" = show ]; then echo localhost; else echo "$@" >>"$FAKE_SLURM/requeued"; fi
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, tiny_dataset: Path):
+    """Start the script as `sbatch` would, on two nodes that are this machine."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name, text in (
+        ("srun", FAKE_SRUN.format(python=sys.executable)),
+        ("scontrol", FAKE_SCONTROL),
+    ):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "batch_script").write_text(SCRIPT.read_text())  # SLURM runs a copy
+
+    def start(checkpoint: Path, output: Path, *argv: object) -> subprocess.Popen[str]:
+        environment = os.environ | {
+            "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "FAKE_SLURM": str(folder),
+            "SLURM_JOB_ID": str(os.getpid()),
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_NODELIST": "node[0-1]",
+            "SLURM_SUBMIT_DIR": str(REPOSITORY),
+            "NPROC_PER_NODE": "1",
+            "RECIPE": "tiny_debug",
+            "CHECKPOINT": str(checkpoint),
+            "DATASET": str(tiny_dataset),
+            "OUTPUT": str(output),
+            "OMP_NUM_THREADS": "1",
+        }
+        return subprocess.Popen(
+            ["bash", folder / "batch_script", *map(str, argv)],
+            env=environment,
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+def losses(output: Path) -> list[dict]:
+    log = output / "loss.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+@pytest.mark.slow
+def test_time_limit_saves_queues_again_and_goes_on(slurm, tmp_path, tiny_dataset, run_job):
+    small = ["--hidden-size", 64, "--kv-channels", 16, "--ffn-hidden-size", 128, "--num-layers", 2]
+    small += ["--padded-vocab-size", 512, "--seq-length", 128, "--global-batch-size", 2]
+    small += ["--context-parallel-size", 2, "--allow-repeat", "--override-opt-param-scheduler"]
+    first = ["-m", "megatron_long.pretrain", "--recipe", "tiny_debug", "--dataset", tiny_dataset]
+    first += [*small[:-3], "1", "--allow-repeat", "--train-iters", 1, "--save", tmp_path / "start"]
+    run_job(1, first)
+    output = tmp_path / "output"
+    job = slurm(tmp_path / "start", output, *small, "--train-iters", 100_000)
+    deadline = time.monotonic() + 200
+    while len(losses(output)) < 2 and time.monotonic() < deadline and job.poll() is None:
+        time.sleep(0.2)
+    job.send_signal(signal.SIGUSR1)  # to the shell alone, as --signal=B:USR1@300 does
+    text, _ = job.communicate(timeout=100)
+    logs = sorted(path.name for path in (output / "logs").iterdir())
+    assert logs == [f"{os.getpid()}-node0.log", f"{os.getpid()}-node1.log"]
+    said = "".join(path.read_text() for path in (output / "logs").iterdir())
+    assert "time is up, queued again" in text, text + said
+    requeued = (tmp_path / "slurm" / "requeued").read_text().split()
+    assert requeued == ["requeue", str(os.getpid())]
+    saved = int((output / "latest_checkpointed_iteration.txt").read_text())
+    steps = len(losses(output))
+    assert saved == steps >= 2, said
+
+    again = slurm(tmp_path / "start", output, *small, "--train-iters", saved + 2)
+    text, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, text
+    assert [record["iteration"] for record in losses(output)] == list(range(1, saved + 3))
+    assert int((output / "latest_checkpointed_iteration.txt").read_text()) == saved + 2
+    assert len((tmp_path / "slurm" / "requeued").read_text().split()) == 2  # a finished run is not
+    size = (output / "logs" / f"{os.getpid()}-node0.log").stat().st_size
+    assert size > 0
+
+
+@pytest.mark.slow
+def test_failed_job_is_not_queued_again(slurm, tmp_path, paths):
+    job = slurm(paths["CHECKPOINT"], tmp_path / "output", "--context-parallel-size", 3)
+    text, _ = job.communicate(timeout=100)
+    assert job.returncode == 2
+    assert "cannot hold whole replicas" in " ".join(text.split())
+    assert not (tmp_path / "slurm" / "requeued").exists()
