@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_long.evaluation.loss_report import format_tokens
-from megatron_long.evaluation.needle import NeedleResult
+from megatron_long.evaluation.needle_scores import NeedleResult
 from megatron_long.evaluation.position_loss import PositionLoss
 from megatron_long.files import atomic_path
 
@@ -52,7 +52,7 @@ def plot_heatmap(
     training_length: int | None = None,
 ) -> None:
     """Write the needle heatmap as PNG; see `heatmap_figure`."""
-    _save(heatmap_figure(results, title=title, training_length=training_length), path)
+    save_figure(heatmap_figure(results, title=title, training_length=training_length), path)
 
 
 def plot_position_curves(
@@ -64,7 +64,7 @@ def plot_position_curves(
     training_length: int | None = None,
 ) -> None:
     """Write the loss curves as PNG; see `position_figure`."""
-    _save(position_figure(after, before, title=title, training_length=training_length), path)
+    save_figure(position_figure(after, before, title=title, training_length=training_length), path)
 
 
 def heatmap_figure(
@@ -259,6 +259,7 @@ def _mark_column(axes: Axes, lengths: Sequence[int], training_length: int) -> No
         axes.axvline(column, color="black", linestyle="--", linewidth=2.5)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=RESOLUTION_DPI)

@@ -174,7 +174,7 @@ def load_model_for_scoring(args: Namespace) -> torch.nn.Module:
     """Join the process group, build this rank's part of the model and load its weights.
 
     Args:
-        args: Flags after `validate_flags`, with `load` set.
+        args: Flags after `validate_flags`; without `load` the weights stay as they were initialised.
     Returns: The model chunk of this rank, in evaluation mode.
     Raises: ConfigError: virtual pipeline stages were asked for.
     """
@@ -194,7 +194,8 @@ def load_model_for_scoring(args: Namespace) -> torch.nn.Module:
         wrap_with_ddp=False,
         data_parallel_random_init=False,
     )
-    load_checkpoint(chunks, None, None)
+    if args.load is not None:
+        load_checkpoint(chunks, None, None)
     return chunks[0].eval()
 
 

@@ -34,9 +34,7 @@ def main() -> None:
     """Load, run one forward pass, write."""
     checkpoint, tokens_path, output, *flags = sys.argv[1:]
     tokens = torch.load(tokens_path)
-    scorer = open_scorer(
-        Path(checkpoint), context_length=tokens.size(1), micro_batch_size=1, megatron_argv=flags
-    )
+    scorer = open_scorer(Path(checkpoint), context_length=tokens.size(1), megatron_argv=flags)
     positions = torch.arange(tokens.size(1))[None].expand_as(tokens)
     with torch.no_grad():
         logits = scorer.model(tokens, positions, None).float()

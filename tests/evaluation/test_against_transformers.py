@@ -1,6 +1,5 @@
 """Both tools on a real Megatron checkpoint, split over processes, against transformers."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import torch
 from megatron_long.data.indexed import IndexedDatasetReader
 from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.evaluation.loss_report import read_loss_report
-from megatron_long.evaluation.needle import NeedleTask, build_cases
 from megatron_long.evaluation.needle_report import read_needle_report
+from megatron_long.evaluation.needle_tasks import TASK_NAMES
 
 from .fakes import make_story
 
@@ -81,20 +80,53 @@ def test_loss_by_position(llama, checkpoint, tiny_dataset, run_job, tmp_path):
     assert result.stdout.count("Loss in nats per token") == 1  # one rank prints
 
 
-def test_needle(llama, checkpoint, run_job, tmp_path):
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, run_job) -> Path:
+    """The checkpoint as a Hugging Face folder again."""
+    output = checkpoint.parent / "export"
+    convert = ["tools/convert_checkpoint.py", "megatron-to-hf", "--input", checkpoint]
+    run_job(1, [*convert, "--output", output])
+    return output
+
+
+def test_needle_cell_by_cell(checkpoint, exported, run_job, tmp_path):
+    """Every task, split over processes, against transformers on the exported model, which generates too."""
+    pytest.importorskip("rouge_score", reason="an optional package: pip install rouge-score")
     story = tmp_path / "story.txt"
     story.write_text(make_story(200))
-    output, lengths = tmp_path / "needle", (500, 700)
-    command = ["tools/evaluate_needle.py", "--checkpoint", checkpoint, "--haystack", story]
-    command += ["--context-lengths", *lengths, "--num-depths", 3, "--output-dir", output]
-    run_job(2, [*command, "--context-parallel-size", 2])
-    report = read_needle_report(output / "needle.json")
-    tokenizer = load_tokenizer(checkpoint / "tokenizer")
-    cases = build_cases(story.read_text(), tokenizer, NeedleTask(), lengths, report.settings.depths)
-    assert len(report.results) == len(cases) == 6
-    for case, result in zip(cases, report.results, strict=True):
-        losses = token_losses(llama, case.row().tokens)[-case.num_answer_tokens :]
-        assert abs(result.log_likelihood + losses.mean()) < TOLERANCE_NATS
-        assert not result.is_exact  # random weights
-    assert len({result.log_likelihood for result in report.results}) == 6
-    assert json.loads((output / "needle.json").read_text())["settings"]["iteration"] == "release"
+    grid = ["--haystack", story, "--context-lengths", 600, 700, "--num-depths", 3]
+    grid += ["--tasks", *TASK_NAMES, "--num-seeds", 2]
+    tool = "tools/evaluate_needle.py"
+    layout = ["--context-parallel-size", 2]
+    ours = [tool, "--checkpoint", checkpoint, *grid, "--output-dir", tmp_path / "ours", *layout]
+    run_job(2, ours)
+    theirs = [tool, "--checkpoint", exported, *grid, "--output-dir", tmp_path / "hf"]
+    printed = run_job(1, [*theirs, "--backend", "hf"]).stdout
+    seen = read_needle_report(tmp_path / "ours" / "needle.json").results
+    expected = read_needle_report(tmp_path / "hf" / "needle.json").results
+    assert len(seen) == len(expected) == 6 * 2 * 2 * 3
+    for cell, other in zip(seen, expected, strict=True):
+        assert cell.key == other.key
+        assert abs(cell.log_likelihood - other.log_likelihood) < TOLERANCE_NATS
+        assert (cell.is_exact, cell.token_accuracy) == (other.is_exact, other.token_accuracy)
+        assert cell.generated is None
+        assert other.generated
+        assert 0 <= other.rouge1 <= 1
+    assert len({cell.log_likelihood for cell in seen}) == len(seen)
+    assert "ROUGE-1" in printed
+
+
+def test_loss_of_both_backends(checkpoint, exported, tiny_dataset, run_job, tmp_path):
+    """The whole curve, pipeline stages and replicas against transformers."""
+    tool = ["tools/evaluate_loss.py", "--dataset", tiny_dataset, "--context-length", LENGTH]
+    run_job(
+        1, [*tool, "--checkpoint", exported, "--backend", "hf", "--output", tmp_path / "hf.json"]
+    )
+    ours = [*tool, "--checkpoint", checkpoint, "--output", tmp_path / "ours.json"]
+    layout = ["--pipeline-model-parallel-size", 2, "--compare", tmp_path / "hf.json"]
+    printed = run_job(4, [*ours, *layout]).stdout
+    seen, expected = (read_loss_report(tmp_path / f"{name}.json").loss for name in ("ours", "hf"))
+    assert seen.edges == expected.edges
+    for source in ("Book", "GitHub", None):
+        np.testing.assert_allclose(seen.curve(source), expected.curve(source), atol=TOLERANCE_NATS)
+    assert "*" not in printed.partition("differences to it")[2].partition("* beyond")[0]

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_long.evaluation.needle import NeedleResult
+from megatron_long.evaluation.needle_scores import NeedleResult
 from megatron_long.evaluation.plots import (
     heatmap_figure,
     plot_heatmap,
