@@ -62,24 +62,6 @@ def token_losses(llama: Path, tokens: np.ndarray) -> np.ndarray:
     return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").numpy()
 
 
-def test_loss_by_position(llama, checkpoint, tiny_dataset, run_job, tmp_path):
-    output = tmp_path / "loss.json"
-    command = ["tools/evaluate_loss.py", "--checkpoint", checkpoint, "--dataset", tiny_dataset]
-    command += ["--context-length", LENGTH, "--buckets", "0-20,20-96", "--output", output]
-    command += ["--micro-batch-size", 2, "--tensor-model-parallel-size", 2]
-    result = run_job(4, command)
-    report = read_loss_report(output)
-    for source in ("Book", "GitHub"):
-        reader = IndexedDatasetReader(tiny_dataset / "valid" / source)
-        losses = [token_losses(llama, reader.read(i)[: LENGTH + 1]) for i in range(len(reader))]
-        for start, stop in ((0, 20), (20, 96)):
-            expected = np.concatenate([part[start:stop] for part in losses])
-            assert report.loss.num_tokens(start, stop, source) == len(expected)
-            difference = report.loss.mean(start, stop, source) - expected.mean(dtype=np.float64)
-            assert abs(difference) < TOLERANCE_NATS
-    assert result.stdout.count("Loss in nats per token") == 1  # one rank prints
-
-
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path, run_job) -> Path:
     """The checkpoint as a Hugging Face folder again."""
@@ -116,17 +98,27 @@ def test_needle_cell_by_cell(checkpoint, exported, run_job, tmp_path):
     assert "ROUGE-1" in printed
 
 
-def test_loss_of_both_backends(checkpoint, exported, tiny_dataset, run_job, tmp_path):
-    """The whole curve, pipeline stages and replicas against transformers."""
+def test_loss_by_source_and_position(llama, checkpoint, exported, tiny_dataset, run_job, tmp_path):
+    """The whole curve, tensor-parallel replicas against transformers; transformers against itself."""
     tool = ["tools/evaluate_loss.py", "--dataset", tiny_dataset, "--context-length", LENGTH]
+    tool += ["--buckets", "0-20,20-96"]
     run_job(
         1, [*tool, "--checkpoint", exported, "--backend", "hf", "--output", tmp_path / "hf.json"]
     )
     ours = [*tool, "--checkpoint", checkpoint, "--output", tmp_path / "ours.json"]
-    layout = ["--pipeline-model-parallel-size", 2, "--compare", tmp_path / "hf.json"]
-    printed = run_job(4, [*ours, *layout]).stdout
+    layout = ["--tensor-model-parallel-size", 2, "--compare", tmp_path / "hf.json"]
+    printed = run_job(4, [*ours, *layout, "--micro-batch-size", 2]).stdout
     seen, expected = (read_loss_report(tmp_path / f"{name}.json").loss for name in ("ours", "hf"))
     assert seen.edges == expected.edges
     for source in ("Book", "GitHub", None):
         np.testing.assert_allclose(seen.curve(source), expected.curve(source), atol=TOLERANCE_NATS)
+    assert printed.count("Loss in nats per token") == 1  # one rank prints
     assert "*" not in printed.partition("differences to it")[2].partition("* beyond")[0]
+    for source in ("Book", "GitHub"):
+        reader = IndexedDatasetReader(tiny_dataset / "valid" / source)
+        losses = [token_losses(llama, reader.read(i)[: LENGTH + 1]) for i in range(len(reader))]
+        for start, stop in ((0, 20), (20, 96)):
+            by_hand = np.concatenate([part[start:stop] for part in losses])
+            assert expected.num_tokens(start, stop, source) == len(by_hand)
+            difference = expected.mean(start, stop, source) - by_hand.mean(dtype=np.float64)
+            assert abs(difference) < TOLERANCE_NATS
