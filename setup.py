@@ -30,6 +30,7 @@ setup(
         "rich",
         "tensorboard",
         "matplotlib",
+        "jinja2",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.8"],

@@ -9,9 +9,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 PROGRAM_START = time.time()
 
@@ -37,6 +38,12 @@ from megatron_long.training.checkpoint_folder import (
     write_hf_config,
     write_run,
 )
+from megatron_long.training.live_evaluation import (
+    EvaluationArguments,
+    LiveEvaluation,
+    Logs,
+    plan_live_evaluation,
+)
 from megatron_long.training.recipe import build_recipe
 
 
@@ -60,7 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return 0
     listener = _LossLog(Path(arguments.loss_log)) if arguments.loss_log else None
-    megatron_adapter.install_patches(listener, output_layer_is_called=arguments.megatron_loss)
+    live = plan_live_evaluation(args, arguments.dataset, _tokenizer_dir(arguments, args))
+    megatron_adapter.install_patches(
+        listener,
+        output_layer_is_called=arguments.megatron_loss,
+        after_step=None if live is None else (live.is_due, _evaluator(live, arguments, args)),
+    )
     megatron_adapter.validate_flags(args)
     if args.save and args.rank == 0:
         write_sidecars(Path(args.save), arguments, args, user_argv)
@@ -87,9 +99,7 @@ def parse(
     argv = [*_recipe_argv(arguments, model, backend), *_dataset_argv(arguments)]
     args = megatron_adapter.parse_flags(
         [*argv, *user_argv],
-        lambda parser: megatron_adapter.add_dataclass_flags(
-            parser, LongContextArguments, "megatron_long"
-        ),
+        _add_own_flags,
     )
     if args.transformer_impl == "local" and not backend.apex:
         # Chosen by the user where Transformer Engine is: Megatron's own layers need Apex's kernel for it.
@@ -192,6 +202,33 @@ def _train(arguments: LongContextArguments, args: argparse.Namespace) -> None:
     )
     provider = dataset_provider(arguments, args)
     megatron_adapter.run_pretrain(args, provider, partial(forward_step, settings), PROGRAM_START)
+
+
+def _evaluator(
+    live: LiveEvaluation, arguments: LongContextArguments, args: argparse.Namespace
+) -> Callable[..., None]:
+    def evaluate(model: Any, iteration: int, tensorboard: Any, wandb: Any) -> None:
+        from megatron_long.evaluation.scoring import Scorer
+
+        scorer = Scorer(
+            model,
+            context_length=args.seq_length,
+            vocab_size=_vocab_size(arguments, args),
+            sequence_parallel=args.sequence_parallel,
+        )
+        live.run(scorer, iteration, Logs(tensorboard, wandb))
+
+    return evaluate
+
+
+def _add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    from megatron_long.training import megatron_adapter
+
+    for kind in (LongContextArguments, EvaluationArguments):
+        parser = megatron_adapter.add_dataclass_flags(
+            parser, kind, f"megatron_long: {kind.__name__}"
+        )
+    return parser
 
 
 class _LossLog:

@@ -38,6 +38,8 @@ MAX_WRITTEN_CELLS = 140
 
 MAX_LENGTH_TICKS = 20
 
+MAX_HISTORY_COLUMNS = 5
+
 LEAST_SPAN_NATS = 0.5
 """Range of colours for log-likelihoods: small differences are not blown up beyond it."""
 
@@ -104,6 +106,54 @@ def heatmap_figure(
         exact.set_title(f"{exact.get_title()} (trained to {format_tokens(training_length)} tokens)")
         for axes in (exact, likelihood):
             _mark_column(axes, lengths, training_length)
+    return figure
+
+
+def needle_history_figure(history: Sequence[tuple[str, Sequence[NeedleResult]]]) -> Figure:
+    """Draw how the heatmap filled during training: a panel a measurement, and the means below.
+
+    Args:
+        history: Label and results of each measurement, in order of training.
+    Source: Fu et al. 2024, figure 3.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    columns = min(MAX_HISTORY_COLUMNS, len(history))
+    num_rows = -(-len(history) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.5 * num_rows + 3.2), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(2.5 * num_rows, 3.0))
+    panels = top.subplots(num_rows, columns, squeeze=False).flat
+    colours = LinearSegmentedColormap.from_list("exact", EXACT_COLOURS)
+    shares, likelihoods = [], []
+    for axes, (label, results) in zip(panels, history, strict=False):
+        grid = _grid(results, lambda result: float(result.is_exact))
+        axes.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        lengths = sorted({result.context_length for result in results})
+        ends = sorted({0, len(lengths) - 1})
+        axes.set_xticks(ends, [format_tokens(lengths[end]) for end in ends])
+        axes.set_yticks([0, grid.shape[0] - 1], ["0%", "100%"])
+        shares.append(float(np.mean([result.is_exact for result in results])))
+        likelihoods.append(float(np.mean([result.log_likelihood for result in results])))
+        axes.set_title(f"{label}: {shares[-1]:.0%}", fontsize=10)
+    for axes in list(panels)[len(history) :]:
+        axes.axis("off")
+    top.supxlabel("context length (tokens)", fontsize=9)
+    top.supylabel("depth", fontsize=9)
+    axes = bottom.subplots()
+    places = range(len(history))
+    (exact,) = axes.plot(
+        places, shares, "o-", color=SOURCE_COLOURS[2], label="answers given exactly"
+    )
+    axes.set(ylim=(-0.03, 1.03), ylabel="share of cells")
+    axes.set_xticks(places, [label for label, _ in history], rotation=20, ha="right")
+    twin = axes.twinx()
+    (likely,) = twin.plot(
+        places, likelihoods, "s--", color=SOURCE_COLOURS[0], label="log-likelihood of the answer"
+    )
+    twin.set_ylabel("nats per token")
+    axes.legend(handles=[exact, likely], frameon=False, fontsize=9)
+    axes.grid(alpha=0.25)
     return figure
 
 

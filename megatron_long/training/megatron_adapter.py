@@ -27,6 +27,7 @@ PATCHED_SYMBOLS = {
         "initialize_megatron",
         "set_jit_fusion_options",
         "training_log",
+        "post_training_step_callbacks",
     ),
     "megatron.core.tensor_parallel.layers": ("_grad_accum_fusion_available",),
     "megatron.core.optimizer.distrib_optimizer": (
@@ -36,10 +37,15 @@ PATCHED_SYMBOLS = {
     ),
 }
 """What is replaced, by module: `compile_helpers` always, `training_log` where step losses are asked for,
+`post_training_step_callbacks` where something is evaluated during training,
 `_grad_accum_fusion_available` where the output layer is not called, the others on the host backend only."""
 
 StepListener = Callable[[int, dict[str, torch.Tensor], float | None], None]
 """Called after each step with the iteration, the reduced losses and the gradient norm."""
+
+AfterStep = Callable[[torch.nn.Module, int, Any, Any], None]
+"""Called between two steps with the model chunk in evaluation mode, the iteration, and the writers of
+TensorBoard and W&B (None on ranks that do not log)."""
 
 
 def check_version() -> None:
@@ -127,13 +133,17 @@ def build_model_config(args: Namespace) -> Any:
 
 
 def install_patches(
-    step_listener: StepListener | None = None, *, output_layer_is_called: bool = True
+    step_listener: StepListener | None = None,
+    *,
+    output_layer_is_called: bool = True,
+    after_step: tuple[Callable[[int], bool], AfterStep] | None = None,
 ) -> None:
     """Put the changes of `PATCHED_SYMBOLS` in place.
 
     Args:
         step_listener: Told the figures of each step.
         output_layer_is_called: False where an output processor takes the layer's place in training.
+        after_step: Which iterations are followed by an evaluation, and the evaluation.
     """
     check_version()
     # The wheel ships the compiled helpers but no Makefile: compile_helpers() would end the process.
@@ -142,6 +152,10 @@ def install_patches(
     training: Any = importlib.import_module("megatron.training.training")
     if step_listener is not None:
         training.training_log = _listening(training.training_log, step_listener)
+    if after_step is not None:
+        training.post_training_step_callbacks = _evaluating(
+            training.post_training_step_callbacks, *after_step
+        )
     if not output_layer_is_called:
         # Its constructor refuses in-place weight gradients without Apex's kernel, which it will not run.
         layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
@@ -225,6 +239,48 @@ def _listening(training_log: Callable, listener: StepListener) -> Callable:
         return training_log(*args, **kwargs)
 
     return log_and_tell
+
+
+def _evaluating(
+    callbacks: Callable, is_due: Callable[[int], bool], evaluate: AfterStep
+) -> Callable:
+    """`post_training_step_callbacks` that evaluates first, as Megatron's loop brackets its own evaluation."""
+    signature = inspect.signature(callbacks)
+
+    @functools.wraps(callbacks)
+    def evaluate_and_call(*args, **kwargs):
+        values = signature.bind(*args, **kwargs).arguments
+        if is_due(values["iteration"]):
+            _evaluate_between_steps(
+                values["model"], values["optimizer"], values["iteration"], evaluate
+            )
+        return callbacks(*args, **kwargs)
+
+    return evaluate_and_call
+
+
+def _evaluate_between_steps(
+    chunks: list[torch.nn.Module], optimizer: Any, iteration: int, evaluate: AfterStep
+) -> None:
+    from megatron.core.utils import get_model_config
+    from megatron.training import global_vars, training
+
+    timers, config = global_vars.get_timers(), get_model_config(chunks[0])
+    has_hook = training.should_disable_forward_pre_hook(global_vars.get_args())
+    timers("interval-time").stop()
+    if has_hook:  # gathers the parameters that the next forward pass would gather
+        training.disable_forward_pre_hook(chunks, optimizer=optimizer)
+    config_timers, config.timers = config.timers, None
+    chunks[0].eval()
+    try:
+        writers = global_vars.get_tensorboard_writer(), global_vars.get_wandb_writer()
+        evaluate(chunks[0], iteration, *writers)
+    finally:
+        chunks[0].train()
+        config.timers = config_timers
+    if has_hook:
+        training.enable_forward_pre_hook(chunks)
+    timers("interval-time", log_level=0).start(barrier=True)
 
 
 def _mend_torch_adamw_resume() -> None:
