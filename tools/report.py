@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run_dir", type=Path, help="folder of --save, or one around it")
     add("--dataset", type=Path, help="folder of the mixture (default: what run.json names)")
+    add("--baseline", type=Path, help="loss JSON to compare with (default: the first one found)")
     add("--output", type=Path, help="HTML file to write (default: RUN_DIR/report.html)")
     add("--force", action="store_true", help="replace a file that exists")
     return parser
@@ -41,7 +42,7 @@ def main() -> None:
     from megatron_long.evaluation.run_files import collect
     from megatron_long.evaluation.run_report import write_run_report
 
-    found = collect(args.run_dir, args.dataset)
+    found = collect(args.run_dir, args.dataset, args.baseline)
     write_run_report(output, found)
     counts = {
         "training curves": len(found.curves),

@@ -124,10 +124,10 @@ def table_figure(table: LossTable) -> Figure:
     from matplotlib.transforms import Bbox
 
     num_rows = len(table.buckets) * (len(table.names) + 1) + 1
-    widest_name = max(len(name) for name in table.names) / 9 + 0.4
-    figure = Figure(
-        figsize=(max(widest_name, 1.6) + 1.15 * len(table.sources), 0.36 * num_rows + 0.7)
-    )
+    name_width = max(1.6, max(map(len, table.names)) / 9 + 0.4)
+    column_width = max(1.15, max(map(len, table.sources)) / 9 + 0.3)
+    width = name_width + column_width * len(table.sources)
+    figure = Figure(figsize=(width, 0.36 * num_rows + 0.7))
     axes = figure.subplots()
     axes.axis("off")
     text, colours = [["", *table.sources]], [[NEITHER] * (len(table.sources) + 1)]
@@ -138,8 +138,7 @@ def table_figure(table: LossTable) -> Figure:
             columns = range(len(table.sources))
             text.append([name, *(_cell(table, bucket, report, i) for i in columns)])
             colours.append([NEITHER, *(_colour(table, bucket, report, i) for i in columns)])
-    share = max(widest_name, 1.6) / figure.get_figwidth()
-    widths = [share, *([(1 - share) / len(table.sources)] * len(table.sources))]
+    widths = [name_width / width, *([column_width / width] * len(table.sources))]
     drawn = axes.table(
         text, cellColours=colours, colWidths=widths, cellLoc="right", bbox=Bbox.unit()
     )

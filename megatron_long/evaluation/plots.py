@@ -122,11 +122,11 @@ def needle_history_figure(history: Sequence[tuple[str, Sequence[NeedleResult]]])
     columns = min(MAX_HISTORY_COLUMNS, len(history))
     num_rows = -(-len(history) // columns)
     figure = Figure(figsize=(3.1 * columns, 2.5 * num_rows + 3.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(2.5 * num_rows, 3.0))
-    panels = top.subplots(num_rows, columns, squeeze=False).flat
+    parts = figure.add_gridspec(num_rows + 1, columns, height_ratios=[2.5] * num_rows + [3.0])
+    panels = [figure.add_subplot(parts[divmod(i, columns)]) for i in range(len(history))]
     colours = LinearSegmentedColormap.from_list("exact", EXACT_COLOURS)
     shares, likelihoods = [], []
-    for axes, (label, results) in zip(panels, history, strict=False):
+    for axes, (label, results) in zip(panels, history, strict=True):
         grid = _grid(results, lambda result: float(result.is_exact))
         axes.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         lengths = sorted({result.context_length for result in results})
@@ -136,11 +136,9 @@ def needle_history_figure(history: Sequence[tuple[str, Sequence[NeedleResult]]])
         shares.append(float(np.mean([result.is_exact for result in results])))
         likelihoods.append(float(np.mean([result.log_likelihood for result in results])))
         axes.set_title(f"{label}: {shares[-1]:.0%}", fontsize=10)
-    for axes in list(panels)[len(history) :]:
-        axes.axis("off")
-    top.supxlabel("context length (tokens)", fontsize=9)
-    top.supylabel("depth", fontsize=9)
-    axes = bottom.subplots()
+        axes.set_xlabel("context length", fontsize=8, labelpad=-8)
+        axes.set_ylabel("depth", fontsize=8, labelpad=-16)
+    axes = figure.add_subplot(parts[num_rows, :])
     places = range(len(history))
     (exact,) = axes.plot(
         places, shares, "o-", color=SOURCE_COLOURS[2], label="answers given exactly"

@@ -1,9 +1,9 @@
-"""What a run left in its folder: dataset, training curves, needle and loss reports, found by what they hold."""
+"""What a run left in its folder, found by what files hold: dataset, training curves, needle and loss."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,10 +67,11 @@ class RunFiles:
     """Files that look like ours and could not be read, with the reason."""
 
 
-def collect(folder: Path, dataset: Path | None = None) -> RunFiles:
+def collect(folder: Path, dataset: Path | None = None, baseline: Path | None = None) -> RunFiles:
     """Look through a run's folder.
 
     Args:
+        baseline: Loss report that the others are compared with; None is the first one.
         dataset: Folder of the mixture; None looks for one in `folder` and in what run.json names.
     Raises: ConfigError: no folder there, or nothing of a run in it.
     """
@@ -79,12 +80,16 @@ def collect(folder: Path, dataset: Path | None = None) -> RunFiles:
     found = RunFiles(folder)
     for path in sorted(folder.rglob("*.json")):
         _add_report(found, path)
-    found.curves = [*_event_curves(folder), *_log_curves(folder)]
+    found.curves = _event_curves(folder)
+    found.curves += [curve for curve in _log_curves(folder) if not _is_known(curve, found.curves)]
     _add_dataset(found, dataset)
-    for reports in (found.needles, found.losses):
-        reports.sort(
-            key=lambda item: (item.iteration if item.iteration is not None else -1, item.path)
-        )
+    found.needles = _in_order(found.needles, lambda report: report.settings.model)
+    found.losses = _in_order(found.losses, lambda report: report.settings.checkpoint)
+    if baseline is not None:
+        report = read_loss_report(baseline, "--baseline")
+        first = _measured(baseline, report, report.settings.iteration)
+        others = [item for item in found.losses if item.path.resolve() != baseline.resolve()]
+        found.losses = [first, *others]
     if not (found.curves or found.needles or found.losses or found.manifest):
         raise ConfigError(
             f"{folder} holds nothing of a run: no TensorBoard events, no --loss-log, no needle or loss "
@@ -106,6 +111,22 @@ def _add_report(found: RunFiles, path: Path) -> None:
         found.left_out.append(str(error))
 
 
+def _in_order[Report](
+    items: list[Measured[Report]], model_of: Callable[[Report], str]
+) -> list[Measured[Report]]:
+    """Sort by step within each training, trainings by when they were first measured."""
+    first: dict[str, float] = {}
+    for item in items:
+        model, time = model_of(item.report), item.path.stat().st_mtime
+        first[model] = min(time, first.get(model, time))
+
+    def place(item: Measured[Report]) -> tuple[float, int, Path]:
+        iteration = -1 if item.iteration is None else item.iteration
+        return first[model_of(item.report)], iteration, item.path
+
+    return sorted(items, key=place)
+
+
 def _kind_of(path: Path) -> str | None:
     """What a JSON file of ours says it is, from its beginning."""
     with path.open("rb") as file:
@@ -122,7 +143,7 @@ def _measured[Report](path: Path, report: Report, iteration: str) -> Measured[Re
 
 
 def _log_curves(folder: Path) -> list[Curve]:
-    """Curves of `--loss-log` files, but for those that TensorBoard has in full."""
+    """Curves of `--loss-log` files."""
     curves = []
     for path in sorted(folder.rglob("*.jsonl")):
         records = _read_log(path)
@@ -131,6 +152,15 @@ def _log_curves(folder: Path) -> list[Curve]:
             losses = [float(record[LOSS_TAG]) for record in records]
             curves.append(Curve(str(path.relative_to(folder)), steps, losses))
     return curves
+
+
+def _is_known(curve: Curve, others: Sequence[Curve]) -> bool:
+    """Whether another curve shows the same training (TensorBoard rounds to float32)."""
+    return any(
+        curve.steps == other.steps
+        and all(abs(a - b) < 1e-4 for a, b in zip(curve.losses, other.losses, strict=True))
+        for other in others
+    )
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto;
+       padding: 0 1em; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; } img { max-width: 100%; }
 pre { background: #f4f4f4; padding: .7em 1em; overflow-x: auto; } .note { color: #666; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -43,7 +44,8 @@ thead th { border-bottom: 1px solid #888; } tbody tr:nth-child(even) { backgroun
 {% endfor %}</tbody></table></div>{% endif %}
 {% for alt, data in section.images %}<p><img alt="{{ alt }}" src="data:image/png;base64,{{ data }}"></p>
 {% endfor %}{% if section.plain %}<pre>{{ section.plain }}</pre>{% endif %}
-{% endfor %}{% if notes %}<h2>Left out</h2>{% for note in notes %}<p class="note">{{ note }}</p>{% endfor %}{% endif %}
+{% endfor %}{% if notes %}<h2>Left out</h2>
+{% for note in notes %}<p class="note">{{ note }}</p>{% endfor %}{% endif %}
 </body></html>
 """
 """Filled by Jinja2, which escapes whatever comes from files."""
@@ -129,8 +131,7 @@ def _training_sections(curves: Sequence[Curve]) -> list[Section]:
         tokens = format_count(curve.tokens[-1]) if curve.tokens else "-"
         losses = [f"{curve.losses[0]:.4f}", f"{curve.losses[-1]:.4f}"]
         section.rows.append([curve.name, str(curve.steps[-1]), tokens, *losses])
-    drawn = [curve for curve in curves if curve.tokens] or curves
-    section.add_figure("training loss by step", _loss_figure(drawn))
+    section.add_figure("training loss by step", _loss_figure(curves))
     rated = [curve for curve in curves if curve.tokens_per_second]
     if not rated:
         return [section]
