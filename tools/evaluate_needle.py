@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from megatron_long.cli import run_tool
 from megatron_long.data.tokenizers import Tokenizer
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.batches import TokenScorer, plan_batches
-from megatron_long.evaluation.cell_log import append_cells, open_cell_log, start_cell_log
 from megatron_long.evaluation.haystack import read_haystack
 from megatron_long.evaluation.inputs import (
     check_context_length,
@@ -65,6 +64,7 @@ from megatron_long.evaluation.needle_tasks import (
     choose_tasks,
     read_needles,
 )
+from megatron_long.evaluation.progress_log import append_records, open_log, start_log
 from megatron_long.evaluation.work import count_work
 
 CELLS, REPORT, HEATMAP = "cells.jsonl", "needle.json", "needle.png"
@@ -196,7 +196,8 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
         layout_argv=layout,
     )
     cells = args.output_dir / CELLS
-    done = [] if args.force else open_cell_log(cells, settings)
+    records = [] if args.force else open_log(cells, settings.identity(), "--output-dir")
+    done = {result.key: result for result in (NeedleResult(**record) for record in records)}
     _refuse_foreign_report(args, is_ours=args.force or cells.exists())
     cases = build_cases(
         text,
@@ -208,7 +209,7 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
         prompt=args.prompt,
     )
     warn_beyond_rope(choice, max(lengths), megatron_argv)
-    return Preparation(choice, settings, context_length, tokenizer, cases, done)
+    return Preparation(choice, settings, context_length, tokenizer, cases, list(done.values()))
 
 
 def _refuse_foreign_report(args: argparse.Namespace, *, is_ours: bool) -> None:
@@ -262,7 +263,7 @@ def score(args: argparse.Namespace, preparation: Preparation, argv: Sequence[str
     deadline = Deadline(None if minutes is None else 60 * minutes, PROGRAM_START)
     cells, done = args.output_dir / CELLS, list(preparation.done)
     if scorer.is_writer:
-        start_cell_log(cells, preparation.settings, done)
+        start_log(cells, preparation.settings.identity(), [asdict(result) for result in done])
     left = preparation.cases_left
     with tqdm(
         total=len(left), unit="case", disable=not scorer.is_writer, mininterval=1
@@ -271,7 +272,7 @@ def score(args: argparse.Namespace, preparation: Preparation, argv: Sequence[str
         def keep(results: list[NeedleResult]) -> None:
             done.extend(results)
             if scorer.is_writer:
-                append_cells(cells, results)
+                append_records(cells, [asdict(result) for result in results])
                 progress.update(len(results))
 
         score_cases(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,13 @@ class NeedleSettings:
     megatron_argv: tuple[str, ...] = ()
     """Flags for Megatron, but for those of the layout."""
     layout_argv: tuple[str, ...] = ()
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the cells; how they are computed and drawn does not."""
+        values = asdict(self)
+        for name in ("training_length", "layout_argv"):
+            del values[name]
+        return values
 
     @property
     def num_cells(self) -> int:

@@ -156,7 +156,7 @@ def test_needle(run, opened, checkpoint, haystack, tmp_path, capsys):
     lengths = ["--context-lengths", 620, 610, "--num-depths", 1]
     assert run("needle", *flags, *lengths) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert "holds cells of another command" in error
+    assert "holds results of another command" in error
     assert 'megatron_argv ["--rotary-base", "9"] there, [] here' in error
     assert "context_lengths [600, 750, 900] there, [610, 620] here" in error
     assert "--force" in error
