@@ -36,9 +36,10 @@ setup(
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.8"],
         "cluster": ["datatrove>=0.10,<0.11", "ray", "fsspec"],
         "parquet": ["pyarrow"],
-        "eval": ["rouge-score", "lm-eval"],
+        "eval": ["rouge-score", "lm-eval[hf]>=0.4.13"],
         "dev": [
             *("pytest", "hypothesis", "tiktoken", "datatrove>=0.10,<0.11", "pyarrow"),
+            "rouge-score",
             *("ruff", "mypy", "types-tqdm", "types-PyYAML"),
         ],
     },
