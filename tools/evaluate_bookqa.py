@@ -17,8 +17,10 @@ import time
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_long.cli import run_tool
+from megatron_long.data.tokenizers import Tokenizer
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.bookqa import (
     MAX_NEW_TOKENS,
@@ -33,6 +35,9 @@ from megatron_long.evaluation.models import HF, ModelChoice, open_generator, war
 from megatron_long.evaluation.needle_scores import Deadline
 from megatron_long.evaluation.progress_log import append_records, open_log, start_log
 from megatron_long.files import atomic_path
+
+if TYPE_CHECKING:
+    from megatron_long.evaluation.hf_scorer import HFScorer
 
 ANSWERS, REPORT = "answers.jsonl", "bookqa.json"
 PROGRAM_START = time.monotonic()
@@ -95,7 +100,13 @@ def main() -> None:
     model.close()
 
 
-def answer_all(args, model, tokenizer, left: list[BookQuestion], log: Path) -> list[BookAnswer]:
+def answer_all(
+    args: argparse.Namespace,
+    model: HFScorer,
+    tokenizer: Tokenizer,
+    left: list[BookQuestion],
+    log: Path,
+) -> list[BookAnswer]:
     """Answer what is left, a question a process at a time."""
     minutes = args.stop_after_minutes
     deadline = Deadline(None if minutes is None else 60 * minutes, PROGRAM_START)

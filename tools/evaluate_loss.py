@@ -96,6 +96,13 @@ def build_parser() -> argparse.ArgumentParser:
         "at 4096 tokens, or at an eighth of --context-length if that is less",
     )
     add("--training-length", type=positive_int, help="old context in tokens, marked in the plot")
+    _add_document_flags(parser)
+    add("--force", action="store_true", help="replace files that exist")
+    return parser
+
+
+def _add_document_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--min-document-tokens",
         type=positive_int,
@@ -104,8 +111,6 @@ def build_parser() -> argparse.ArgumentParser:
         "at every position (default: %(default)s)",
     )
     add("--max-documents-per-source", type=positive_int, help="take only the first so many")
-    add("--force", action="store_true", help="replace files that exist")
-    return parser
 
 
 def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparation:
@@ -133,18 +138,7 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
         choice.folder,
     )
     length = args.context_length
-    settings = LossSettings(
-        checkpoint=str(choice.folder.path),
-        iteration=choice.folder.iteration,
-        dataset=str(args.dataset),
-        dataset_fingerprint=manifest.fingerprint,
-        context_length=length,
-        buckets=parse_buckets(args.buckets, length) if args.buckets else default_buckets(length),
-        min_document_tokens=args.min_document_tokens,
-        max_documents_per_source=args.max_documents_per_source,
-        training_length=args.training_length,
-        megatron_argv=tuple(megatron_argv),
-    )
+    settings = describe_settings(args, megatron_argv, choice, manifest.fingerprint)
     earlier = [(path.stem, read_loss_report(path)) for path in args.compare]
     for path, (_, report) in zip(args.compare, earlier, strict=True):
         check_comparable(settings, report, path)
@@ -155,6 +149,25 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
     )
     warn_beyond_rope(choice, length, megatron_argv)
     return Preparation(settings, choice, documents, earlier)
+
+
+def describe_settings(
+    args: argparse.Namespace, megatron_argv: Sequence[str], choice: ModelChoice, fingerprint: str
+) -> LossSettings:
+    """Give what is measured, so that reports can be compared, or refused."""
+    length = args.context_length
+    return LossSettings(
+        checkpoint=str(choice.folder.path),
+        iteration=choice.folder.iteration,
+        dataset=str(args.dataset),
+        dataset_fingerprint=fingerprint,
+        context_length=length,
+        buckets=parse_buckets(args.buckets, length) if args.buckets else default_buckets(length),
+        min_document_tokens=args.min_document_tokens,
+        max_documents_per_source=args.max_documents_per_source,
+        training_length=args.training_length,
+        megatron_argv=tuple(megatron_argv),
+    )
 
 
 def table_paths(output: Path) -> tuple[Path, Path]:

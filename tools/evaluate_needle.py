@@ -16,7 +16,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -61,6 +61,7 @@ from megatron_long.evaluation.needle_tasks import (
     SENTENCE,
     TASK_NAMES,
     NeedleTask,
+    Task,
     choose_tasks,
     read_needles,
 )
@@ -176,8 +177,36 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
     tasks = choose_tasks(tuple(args.tasks), sentence, needles)
     text = read_haystack(args.haystack)
     tokenizer = open_tokenizer(args.tokenizer, choice.folder)
+    settings = describe_settings(args, megatron_argv, choice, tasks, lengths, text, tokenizer)
+    cells = args.output_dir / CELLS
+    records = [] if args.force else open_log(cells, settings.identity(), "--output-dir")
+    done = {result.key: result for result in (NeedleResult(**record) for record in records)}
+    _refuse_foreign_report(args, is_ours=args.force or cells.exists())
+    cases = build_cases(
+        text,
+        tokenizer,
+        tasks,
+        lengths,
+        settings.depths,
+        num_seeds=args.num_seeds,
+        prompt=args.prompt,
+    )
+    warn_beyond_rope(choice, max(lengths), megatron_argv)
+    return Preparation(choice, settings, context_length, tokenizer, cases, list(done.values()))
+
+
+def describe_settings(
+    args: argparse.Namespace,
+    megatron_argv: Sequence[str],
+    choice: ModelChoice,
+    tasks: Mapping[str, Task],
+    lengths: tuple[int, ...],
+    text: str,
+    tokenizer: Tokenizer,
+) -> NeedleSettings:
+    """Give what is measured, for the report and for the next run of the same command."""
     others, layout = split_layout(megatron_argv)
-    settings = NeedleSettings(
+    return NeedleSettings(
         model=str(choice.folder.path),
         backend=choice.backend,
         iteration=choice.folder.iteration,
@@ -195,21 +224,6 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
         megatron_argv=others,
         layout_argv=layout,
     )
-    cells = args.output_dir / CELLS
-    records = [] if args.force else open_log(cells, settings.identity(), "--output-dir")
-    done = {result.key: result for result in (NeedleResult(**record) for record in records)}
-    _refuse_foreign_report(args, is_ours=args.force or cells.exists())
-    cases = build_cases(
-        text,
-        tokenizer,
-        tasks,
-        lengths,
-        settings.depths,
-        num_seeds=args.num_seeds,
-        prompt=args.prompt,
-    )
-    warn_beyond_rope(choice, max(lengths), megatron_argv)
-    return Preparation(choice, settings, context_length, tokenizer, cases, list(done.values()))
 
 
 def _refuse_foreign_report(args: argparse.Namespace, *, is_ours: bool) -> None:

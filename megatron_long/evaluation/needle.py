@@ -144,15 +144,7 @@ def build_cases(
         for depth in depths
     ]
     fixed = _encode_probes(tokenizer, drawn, prompt)
-    most_fixed = max(part.num_tokens for part in fixed)
-    if min(context_lengths) <= most_fixed:
-        raise ConfigError(
-            f"context length {min(context_lengths)} is too short: needle, question and answer alone "
-            f"take {most_fixed} tokens; give --min-length or --context-lengths above {most_fixed}"
-        )
-    num_wanted = max(
-        d.context_length - part.num_tokens for d, part in zip(drawn, fixed, strict=True)
-    )
+    num_wanted = _haystack_needed(drawn, fixed)
     haystack = tokenize_haystack(text, tokenizer, num_wanted * min(num_seeds, 2))
     if len(haystack.tokens) < num_wanted:
         possible = len(haystack.tokens) + min(part.num_tokens for part in fixed)
@@ -192,6 +184,19 @@ class _Parts:
     def num_tokens(self) -> int:
         pieces = (self.opening, *self.inserts, self.question, self.lead, self.answer)
         return sum(map(len, pieces))
+
+
+def _haystack_needed(drafts: Sequence[_Draft], fixed: Sequence[_Parts]) -> int:
+    """Most tokens of the haystack that a case takes; refuses lengths that leave none."""
+    most_fixed = max(part.num_tokens for part in fixed)
+    shortest = min(draft.context_length for draft in drafts)
+    if shortest <= most_fixed:
+        raise ConfigError(
+            f"context length {shortest} is too short: needle, question and answer alone take "
+            f"{most_fixed} tokens; give --min-length (in training --needle-min-length) or "
+            f"--context-lengths above {most_fixed}"
+        )
+    return max(d.context_length - part.num_tokens for d, part in zip(drafts, fixed, strict=True))
 
 
 def _draw_probe(task: Task, plain_text: str, name: str) -> Probe:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from megatron_long.model.linear_cross_entropy import (
     multiply,
 )
 from megatron_long.training import host_backend
+
+if TYPE_CHECKING:
+    from megatron_long.model.geometry import LlamaGeometry
 
 KERNEL_TILE_TOKENS = 128
 """Padded lengths are multiples of it on GPUs, where kernels of attention and FP8 want whole tiles."""
@@ -277,30 +280,18 @@ def open_scorer(
     from megatron_long.training.backend import PRECISION_ARGV, detect_backend, join_or_start_job
     from megatron_long.training.checkpoint_folder import hf_config_path
 
-    start: list[str] = []
     if checkpoint is not None:
         check_checkpoint(str(checkpoint), "--checkpoint")
-        start = ["--load", str(checkpoint), "--no-load-optim", "--no-load-rng"]
-        start.append("--exit-on-missing-checkpoint")
         hf_config = hf_config or hf_config_path(checkpoint)
     assert hf_config is not None, "a model of random weights needs a shape"
     geometry = geometry_from_hf(hf_config)
     megatron_adapter.install_patches()
     world_size, backend = join_or_start_job(), detect_backend()
-    longest = max(context_length, geometry.max_position_embeddings)
+    precision = precision or ("bf16" if backend.cuda else "fp32")
+    argv = [*backend.to_argv(), *PRECISION_ARGV[precision], *geometry.to_argv()]
+    argv += _scoring_argv(checkpoint, geometry, context_length)
     args = megatron_adapter.parse_flags(
-        [
-            *backend.to_argv(),
-            *PRECISION_ARGV[precision or ("bf16" if backend.cuda else "fp32")],
-            *geometry.to_argv(),
-            *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(geometry.vocab_size)),
-            *start,
-            *("--skip-train", "--sequence-parallel", "--eval-iters", "0"),
-            *("--micro-batch-size", "1", "--train-iters", "1", "--lr", "0"),
-            *("--max-position-embeddings", str(longest)),
-            *megatron_argv,
-            *("--seq-length", str(context_length)),
-        ]
+        [*argv, *megatron_argv, "--seq-length", str(context_length)]
     )
     check_layout(args, world_size)
     megatron_adapter.validate_flags(args)
@@ -311,3 +302,19 @@ def open_scorer(
         vocab_size=geometry.vocab_size,
         sequence_parallel=args.sequence_parallel,
     )
+
+
+def _scoring_argv(
+    checkpoint: Path | None, geometry: "LlamaGeometry", context_length: int
+) -> list[str]:
+    longest = max(context_length, geometry.max_position_embeddings)
+    argv = [
+        *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(geometry.vocab_size)),
+        *("--skip-train", "--sequence-parallel", "--eval-iters", "0"),
+        *("--micro-batch-size", "1", "--train-iters", "1", "--lr", "0"),
+        *("--max-position-embeddings", str(longest)),
+    ]
+    if checkpoint is not None:
+        argv += ["--load", str(checkpoint), "--no-load-optim", "--no-load-rng"]
+        argv.append("--exit-on-missing-checkpoint")
+    return argv
