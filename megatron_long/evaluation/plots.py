@@ -91,10 +91,11 @@ def heatmap_figure(
     exact, likelihood = figure.subplots(2, 1)
     colours = LinearSegmentedColormap.from_list("exact", EXACT_COLOURS)
     grid = _grid(results, lambda result: float(result.is_exact))
-    _draw_grid(exact, grid, results, colours, (0.0, 1.0), "{:.0f}")
+    is_whole = np.isin(grid[~np.isnan(grid)], (0.0, 1.0)).all()  # not means of several cases
+    _draw_grid(exact, grid, results, colours, (0.0, 1.0), "{:.0f}" if is_whole else "{:.2f}")
     share = np.mean([result.is_exact for result in results])
     exact.set_title(f"{title}\nanswer given exactly by greedy decoding: {share:.0%} of the cells")
-    exact.images[0].colorbar.set_label("exact match (1 yes, 0 no)")
+    exact.images[0].colorbar.set_label("share answered exactly")
     grid = _grid(results, lambda result: result.log_likelihood)
     lowest, highest = float(np.nanmin(grid)), float(np.nanmax(grid))
     limits = (min(lowest, highest - LEAST_SPAN_NATS), highest)
