@@ -142,7 +142,7 @@ def test_means_of_several_seeds_are_written_as_means_and_missing_cells_stay_blan
     exact = heatmap_figure(left, title="Needle").axes[0]
     written = [text.get_text() for text in exact.texts]
     assert written == ["0.33"] * 11
-    assert np.isnan(exact.images[0].get_array()[2, 3])
+    assert np.ma.is_masked(exact.images[0].get_array()[2, 3])
     single = heatmap_figure(make_results(4, 3, 30_000), title="Needle").axes[0]
     assert {text.get_text() for text in single.texts} == {"0", "1"}
 
