@@ -87,7 +87,10 @@ def test_needle_cell_by_cell(checkpoint, exported, run_job, tmp_path):
     seen = read_needle_report(tmp_path / "ours" / "needle.json").results
     expected = read_needle_report(tmp_path / "hf" / "needle.json").results
     assert len(seen) == len(expected) == 6 * 2 * 2 * 3
-    for cell, other in zip(seen, expected, strict=True):
+    pairs = list(zip(seen, expected, strict=True))
+    largest = max(abs(cell.log_likelihood - other.log_likelihood) for cell, other in pairs)
+    print(f"needle: largest difference of {len(pairs)} cells {largest:.1e} nats per token")
+    for cell, other in pairs:
         assert cell.key == other.key
         assert abs(cell.log_likelihood - other.log_likelihood) < TOLERANCE_NATS
         assert (cell.is_exact, cell.token_accuracy) == (other.is_exact, other.token_accuracy)
@@ -110,6 +113,8 @@ def test_loss_by_source_and_position(llama, checkpoint, exported, tiny_dataset, 
     printed = run_job(4, [*ours, *layout, "--micro-batch-size", 2]).stdout
     seen, expected = (read_loss_report(tmp_path / f"{name}.json").loss for name in ("ours", "hf"))
     assert seen.edges == expected.edges
+    largest = np.nanmax(np.abs(seen.curve() - expected.curve()))
+    print(f"loss: largest difference of the curve {largest:.1e} nats")
     for source in ("Book", "GitHub", None):
         np.testing.assert_allclose(seen.curve(source), expected.curve(source), atol=TOLERANCE_NATS)
     assert printed.count("Loss in nats per token") == 1  # one rank prints
