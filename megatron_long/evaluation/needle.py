@@ -44,6 +44,8 @@ PROMPTS = {
 }
 """What comes before the haystack, and after it."""
 
+MOST_CHARACTERS_PER_TOKEN = 64
+
 MAX_DRAWS = 20
 """Tries to draw names and numbers that the haystack does not hold."""
 
@@ -133,10 +135,13 @@ def build_cases(
         room for the haystack, or the tokenizer cannot give the answer back.
     """
     named: Mapping[str, Task] = {SENTENCE: tasks} if isinstance(tasks, NeedleTask) else tasks
-    plain = " ".join(text.split())
+    for task in named.values():
+        if isinstance(task, NeedleTask):
+            _refuse_present(task(random.Random()), _plain(text))
+    used = _plain(text[: MOST_CHARACTERS_PER_TOKEN * max(context_lengths) * min(num_seeds, 2)])
     drawn = [
         _Draft(
-            name, seed, length, depth, _draw_probe(task, plain, f"{name} {seed} {length} {depth}")
+            name, seed, length, depth, _draw_probe(task, used, f"{name} {seed} {length} {depth}")
         )
         for name, task in named.items()
         for seed in range(num_seeds)
@@ -199,21 +204,31 @@ def _haystack_needed(drafts: Sequence[_Draft], fixed: Sequence[_Parts]) -> int:
     return max(d.context_length - part.num_tokens for d, part in zip(drafts, fixed, strict=True))
 
 
-def _draw_probe(task: Task, plain_text: str, name: str) -> Probe:
-    """Draw what is hidden until the haystack does not hold it already."""
+def _draw_probe(task: Task, used_text: str, name: str) -> Probe:
+    """Draw what is hidden, until the haystack does not hold it already."""
     generator = random.Random(name)
+    if isinstance(task, NeedleTask):
+        return task(generator)
     for _ in range(MAX_DRAWS):
         probe = task(generator)
-        present = [words for words in (*probe.inserts, probe.answer) if _plain(words) in plain_text]
-        if not present:
-            return probe
-        if isinstance(task, NeedleTask):
+        if not _present(probe, used_text):
             break
-    flag = "--needle" if present[0] in probe.inserts else "--answer"
-    raise ConfigError(
-        f"--haystack already contains {flag} {present[0]!r}, so the test would prove nothing; "
-        "use another text or another needle"
-    )
+    _refuse_present(probe, used_text)
+    return probe
+
+
+def _present(probe: Probe, plain_text: str) -> list[str]:
+    return [words for words in (*probe.inserts, probe.answer) if _plain(words) in plain_text]
+
+
+def _refuse_present(probe: Probe, plain_text: str) -> None:
+    present = _present(probe, plain_text)
+    if present:
+        flag = "--needle" if present[0] in probe.inserts else "--answer"
+        raise ConfigError(
+            f"--haystack already contains {flag} {present[0]!r}, so the test would prove nothing; "
+            "use another text or another needle"
+        )
 
 
 def _plain(words: str) -> str:
