@@ -204,7 +204,7 @@ def _loss_section(losses: Sequence[Measured[LossReport]]) -> Section | None:
         return None
     last, first = losses[-1], losses[0]
     comparable = [item for item in losses if _is_comparable(item.report, last.report)]
-    names = ", ".join(f"{item.path.name} ({item.label})" for item in comparable)
+    names = "; ".join(_name(item) for item in comparable)
     section = Section("Loss by source and position", f"On the same held-out documents: {names}.")
     table = build_table([(_name(item), item.report) for item in comparable])
     section.rows = _table_rows(table)
