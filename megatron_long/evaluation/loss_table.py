@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 BETTER, WORSE, NEITHER = "#C7E9C0", "#FCBBA1", "white"
 """Cells of significant differences: green below, red above."""
 
+LEAST_WIDTH = 7.0
+"""Inches; the title must fit."""
+
 
 @dataclass(frozen=True)
 class LossTable:
@@ -126,6 +129,7 @@ def table_figure(table: LossTable) -> Figure:
     num_rows = len(table.buckets) * (len(table.names) + 1) + 1
     name_width = max(1.6, max(map(len, table.names)) / 9 + 0.4)
     column_width = max(1.15, max(map(len, table.sources)) / 9 + 0.3)
+    column_width = max(column_width, (LEAST_WIDTH - name_width) / len(table.sources))
     width = name_width + column_width * len(table.sources)
     figure = Figure(figsize=(width, 0.36 * num_rows + 0.7))
     axes = figure.subplots()
@@ -151,7 +155,7 @@ def table_figure(table: LossTable) -> Figure:
         if row == 0 or text[row][1] == "":
             cell.set_text_props(weight="bold")
     axes.set_title(
-        f"Loss of {table.names[0]} in nats per token, and differences to it "
+        "First row: loss, nats per token; below: difference to it "
         f"(coloured beyond {SIGNIFICANT_NATS})",
         fontsize=10,
     )
