@@ -30,6 +30,7 @@ setup(
         "rich",
         "tensorboard",
         "matplotlib",
+        "jinja2",
     ],
     extras_require={
         "gpu": [
@@ -41,9 +42,10 @@ setup(
         "parquet": ["pyarrow"],
         "gguf": ["gguf>=0.17"],
         "tiktoken": ["tiktoken"],
-        "eval": ["rouge-score", "lm-eval"],
+        "eval": ["rouge-score", "lm-eval[hf]>=0.4.13"],
         "dev": [
             *("pytest", "hypothesis", "tiktoken", "datatrove>=0.10,<0.11", "pyarrow", "gguf"),
+            "rouge-score",
             *("ruff", "mypy", "types-tqdm", "types-PyYAML"),
         ],
     },

@@ -9,10 +9,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 PROGRAM_START = time.time()
 
@@ -52,6 +52,12 @@ from megatron_long.training.checkpoint_folder import (
 )
 from megatron_long.training.checkpoint_hashes import check_sidecars
 from megatron_long.training.checkpoint_saving import CheckpointKeeper
+from megatron_long.training.live_evaluation import (
+    EvaluationArguments,
+    LiveEvaluation,
+    Logs,
+    plan_live_evaluation,
+)
 from megatron_long.training.recipe import build_recipe
 from megatron_long.training.reliability import (
     Start,
@@ -84,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     check_export(arguments.export_hf)
     listener = _LossLog(Path(arguments.loss_log)) if arguments.loss_log else None
+    live = plan_live_evaluation(args, arguments.dataset, _tokenizer_dir(arguments, args))
     megatron_adapter.install_patches(listener, output_layer_is_called=arguments.megatron_loss)
     if start.choice is not None:
         megatron_adapter.load_from(start.choice, args)
@@ -91,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.save and args.rank == 0:
         write_sidecars(Path(args.save), arguments, args, user_argv)
         record_sidecars(Path(args.save), start)
-    _train(arguments, args, start, user_argv)
+    _train(arguments, args, start, user_argv, live)
     _export(arguments, args)
     return 0
 
@@ -136,9 +143,7 @@ def parse(
     argv += split_flags(GUARD_ARGV)
     args = megatron_adapter.parse_flags(
         [*argv, *user_argv],
-        lambda parser: megatron_adapter.add_dataclass_flags(
-            parser, LongContextArguments, "megatron_long"
-        ),
+        _add_own_flags,
     )
     arguments = LongContextArguments(
         **{field.name: getattr(args, field.name) for field in fields(LongContextArguments)}
@@ -235,7 +240,11 @@ def write_sidecars(
 
 
 def _train(
-    arguments: LongContextArguments, args: argparse.Namespace, start: Start, argv: list[str]
+    arguments: LongContextArguments,
+    args: argparse.Namespace,
+    start: Start,
+    argv: list[str],
+    live: LiveEvaluation | None,
 ) -> None:
     from functools import partial
 
@@ -264,6 +273,9 @@ def _train(
     snapshot = make_snapshot(guard, args.save, args.rank, write_beside)
     megatron_adapter.install_keeper(keeper, args, watchdog)
     megatron_adapter.install_guard(guard, losses, args, watchdog, snapshot)
+    if live is not None:
+        evaluate = _evaluator(live, arguments, args, watchdog.beat)
+        megatron_adapter.install_evaluation(live.is_due, evaluate)
     settings = StepSettings(
         args.micro_batch_size,
         args.eval_micro_batch_size,
@@ -300,6 +312,37 @@ def _export(arguments: LongContextArguments, args: argparse.Namespace) -> None:
 def attention_format(args: argparse.Namespace) -> Literal["sbhd", "thd"]:
     """How masks between documents are given to the attention in use, see `training.documents`."""
     return "thd" if args.transformer_impl == "transformer_engine" else "sbhd"
+
+
+def _evaluator(
+    live: LiveEvaluation,
+    arguments: LongContextArguments,
+    args: argparse.Namespace,
+    on_batch: Callable[[], None],
+) -> Callable[..., None]:
+    def evaluate(model: Any, iteration: int, tensorboard: Any, wandb: Any) -> None:
+        from megatron_long.evaluation.scoring import Scorer
+
+        scorer = Scorer(
+            model,
+            context_length=args.seq_length,
+            vocab_size=_vocab_size(arguments, args),
+            sequence_parallel=args.sequence_parallel,
+            on_batch=on_batch,
+        )
+        live.run(scorer, iteration, Logs(tensorboard, wandb))
+
+    return evaluate
+
+
+def _add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    from megatron_long.training import megatron_adapter
+
+    for kind in (LongContextArguments, EvaluationArguments):
+        parser = megatron_adapter.add_dataclass_flags(
+            parser, kind, f"megatron_long: {kind.__name__}"
+        )
+    return parser
 
 
 class _LossLog:

@@ -24,7 +24,6 @@ from megatron_long.evaluation.inputs import (
     check_context_length,
     check_dataset_vocabulary,
     check_output,
-    find_checkpoint,
     positive_int,
 )
 from megatron_long.evaluation.loss_report import (
@@ -35,6 +34,19 @@ from megatron_long.evaluation.loss_report import (
     read_loss_report,
     write_loss_report,
 )
+from megatron_long.evaluation.loss_table import (
+    build_table,
+    format_loss_table,
+    table_figure,
+    write_loss_csv,
+)
+from megatron_long.evaluation.models import (
+    ModelChoice,
+    add_model_flags,
+    choose_model,
+    open_model,
+    warn_beyond_rope,
+)
 from megatron_long.evaluation.position_loss import default_buckets, loss_by_position, parse_buckets
 
 
@@ -43,8 +55,10 @@ class Preparation:
     """All that is known before the model is built."""
 
     settings: LossSettings
+    choice: ModelChoice
     documents: list[HeldOutDocument]
-    before: LossReport | None
+    earlier: list[tuple[str, LossReport]]
+    """Reports to compare with, by name, the baseline first."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="Megatron checkpoint folder")
+    add_model_flags(parser)
     add("--dataset", type=Path, required=True, help="folder written by preprocess_mix.py")
     add(
         "--context-length",
@@ -67,13 +81,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--output", type=Path, required=True, help="JSON file to write")
     add("--plot", type=Path, help="PNG file for loss against position")
-    add("--compare", type=Path, help="JSON of an earlier run, for the difference (and the plot)")
+    add(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="JSON of earlier runs, the baseline first: differences to it as the paper's table 5, "
+        "printed and beside --output as -table.csv and -table.png",
+    )
+    add("--name", default="this model", help="its name in the table (default: %(default)s)")
     add(
         "--buckets",
         help="positions in tokens like 0-4096,4096-131072, each without its end; default: split "
         "at 4096 tokens, or at an eighth of --context-length if that is less",
     )
     add("--training-length", type=positive_int, help="old context in tokens, marked in the plot")
+    _add_document_flags(parser)
+    add("--force", action="store_true", help="replace files that exist")
+    return parser
+
+
+def _add_document_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--min-document-tokens",
         type=positive_int,
@@ -82,22 +111,22 @@ def build_parser() -> argparse.ArgumentParser:
         "at every position (default: %(default)s)",
     )
     add("--max-documents-per-source", type=positive_int, help="take only the first so many")
-    add("--tokenizer", type=Path, help="check that the dataset was made with this tokenizer")
-    add("--micro-batch-size", type=positive_int, default=1, help="documents at a time (default: 1)")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on GPUs, fp32 without")
-    add("--force", action="store_true", help="replace files that exist")
-    return parser
 
 
 def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparation:
     """Check everything that can be wrong and give what is to be measured."""
     from megatron_long.data.manifest import read_manifest
 
-    for flag, path in (("--output", args.output), ("--plot", args.plot)):
+    tables = table_paths(args.output) if args.compare else ()
+    for flag, path in (
+        ("--output", args.output),
+        ("--plot", args.plot),
+        *(("--output", t) for t in tables),
+    ):
         if path is not None:
             check_output(path, force=args.force, flag=flag)
     check_context_length(args.context_length, megatron_argv)
-    checkpoint = find_checkpoint(args.checkpoint, megatron_argv)
+    choice = choose_model(args, megatron_argv)
     if not args.dataset.is_dir():
         raise DataError(f"--dataset {args.dataset} is not a folder; give one of preprocess_mix.py")
     manifest = read_manifest(args.dataset)
@@ -106,14 +135,32 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
         manifest.tokenizer.vocabulary_sha256,
         args.dataset,
         args.tokenizer,
-        checkpoint,
+        choice.folder,
     )
     length = args.context_length
-    settings = LossSettings(
-        checkpoint=str(args.checkpoint),
-        iteration=checkpoint.iteration,
+    settings = describe_settings(args, megatron_argv, choice, manifest.fingerprint)
+    earlier = [(path.stem, read_loss_report(path)) for path in args.compare]
+    for path, (_, report) in zip(args.compare, earlier, strict=True):
+        check_comparable(settings, report, path)
+    documents = select_documents(
+        open_held_out(args.dataset, manifest),
+        min_document_tokens=args.min_document_tokens,
+        max_documents_per_source=args.max_documents_per_source,
+    )
+    warn_beyond_rope(choice, length, megatron_argv)
+    return Preparation(settings, choice, documents, earlier)
+
+
+def describe_settings(
+    args: argparse.Namespace, megatron_argv: Sequence[str], choice: ModelChoice, fingerprint: str
+) -> LossSettings:
+    """Give what is measured, so that reports can be compared, or refused."""
+    length = args.context_length
+    return LossSettings(
+        checkpoint=str(choice.folder.path),
+        iteration=choice.folder.iteration,
         dataset=str(args.dataset),
-        dataset_fingerprint=manifest.fingerprint,
+        dataset_fingerprint=fingerprint,
         context_length=length,
         buckets=parse_buckets(args.buckets, length) if args.buckets else default_buckets(length),
         min_document_tokens=args.min_document_tokens,
@@ -121,31 +168,34 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
         training_length=args.training_length,
         megatron_argv=tuple(megatron_argv),
     )
-    before = None if args.compare is None else read_loss_report(args.compare)
-    if before is not None:
-        check_comparable(settings, before, args.compare)
-    documents = select_documents(
-        open_held_out(args.dataset, manifest),
-        min_document_tokens=args.min_document_tokens,
-        max_documents_per_source=args.max_documents_per_source,
+
+
+def table_paths(output: Path) -> tuple[Path, Path]:
+    """Where the CSV and the PNG of the table go."""
+    return output.with_name(f"{output.stem}-table.csv"), output.with_name(
+        f"{output.stem}-table.png"
     )
-    return Preparation(settings, documents, before)
 
 
-def publish(args: argparse.Namespace, report: LossReport, before: LossReport | None) -> None:
+def publish(args: argparse.Namespace, report: LossReport, preparation: Preparation) -> None:
     """Write the files and print the table."""
-    from megatron_long.evaluation.plots import plot_position_curves
+    from megatron_long.evaluation.plots import plot_position_curves, save_figure
 
+    written = [args.output]
     write_loss_report(args.output, report)
+    baseline = preparation.earlier[0][1].loss if preparation.earlier else None
     if args.plot is not None:
-        plot_position_curves(
-            args.plot,
-            report.loss,
-            None if before is None else before.loss,
-            training_length=args.training_length,
-        )
-    print(format_table(report, before))
-    print("wrote", *(path for path in (args.output, args.plot) if path is not None))
+        written.append(args.plot)
+        plot_position_curves(args.plot, report.loss, baseline, training_length=args.training_length)
+    print(format_table(report))
+    if preparation.earlier:
+        table = build_table([*preparation.earlier, (args.name, report)])
+        print(f"\n{format_loss_table(table)}")
+        csv_path, png_path = table_paths(args.output)
+        write_loss_csv(csv_path, table)
+        save_figure(table_figure(table), png_path)
+        written += [csv_path, png_path]
+    print("wrote", *written)
 
 
 def main() -> None:
@@ -155,18 +205,17 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from megatron_long.evaluation.scoring import open_scorer
-
-    scorer = open_scorer(
-        args.checkpoint,
+    scorer = open_model(
+        preparation.choice,
         context_length=args.context_length,
-        micro_batch_size=args.micro_batch_size,
         megatron_argv=megatron_argv,
         precision=args.precision,
     )
-    num_mine = len(preparation.documents[scorer.data_parallel_rank :: scorer.data_parallel_size])
     with tqdm(
-        total=num_mine, unit="document", disable=not scorer.is_writer, mininterval=1.0
+        total=-(-len(preparation.documents) // scorer.data_parallel_size),
+        unit="document",
+        disable=not scorer.is_writer,
+        mininterval=1.0,
     ) as progress:
         loss = loss_by_position(
             scorer,
@@ -176,7 +225,7 @@ def main() -> None:
             on_scored=progress.update,
         )
     if scorer.is_writer:
-        publish(args, LossReport(preparation.settings, loss), preparation.before)
+        publish(args, LossReport(preparation.settings, loss), preparation)
     scorer.close()
 
 

@@ -1,8 +1,9 @@
 """Needle-in-a-haystack heatmap of a checkpoint: context length by depth of the needle.
 
 The haystack is any long text file; the needle goes between two of its sentences. Each case is one
-forward pass: greedy decoding gives the answer exactly if every answer token is the most likely one.
-Flags that are not listed here go to Megatron, such as --context-parallel-size.
+row of a forward pass: greedy decoding gives the answer exactly if every answer token is the most
+likely one. Short cases share a pass. Cells that are done are kept: the same command goes on where
+it was stopped. Flags that are not listed here go to Megatron, such as --context-parallel-size.
 
     torchrun --nproc-per-node 4 tools/evaluate_needle.py --checkpoint CKPT --haystack book.txt \\
         --context-length 131072 --training-length 81920 --output-dir needle \\
@@ -12,28 +13,36 @@ Flags that are not listed here go to Megatron, such as --context-parallel-size.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from megatron_long.cli import run_tool
+from megatron_long.data.tokenizers import Tokenizer
 from megatron_long.errors import ConfigError
+from megatron_long.evaluation.batches import TokenScorer, plan_batches
 from megatron_long.evaluation.haystack import read_haystack
 from megatron_long.evaluation.inputs import (
     check_context_length,
     check_output,
-    find_checkpoint,
     open_tokenizer,
     positive_int,
 )
-from megatron_long.evaluation.needle import (
-    NeedleCase,
-    NeedleResult,
-    NeedleTask,
-    build_cases,
-    score_cases,
+from megatron_long.evaluation.models import (
+    HF,
+    ModelChoice,
+    add_model_flags,
+    choose_model,
+    open_generator,
+    open_model,
+    split_layout,
+    warn_beyond_rope,
 )
+from megatron_long.evaluation.needle import PROMPTS, NeedleCase, build_cases
 from megatron_long.evaluation.needle_report import (
     NeedleReport,
     NeedleSettings,
@@ -42,17 +51,43 @@ from megatron_long.evaluation.needle_report import (
     spread_lengths,
     write_needle_report,
 )
+from megatron_long.evaluation.needle_scores import (
+    Deadline,
+    NeedleResult,
+    free_answers,
+    score_cases,
+)
+from megatron_long.evaluation.needle_tasks import (
+    SENTENCE,
+    TASK_NAMES,
+    NeedleTask,
+    Task,
+    choose_tasks,
+    read_needles,
+)
+from megatron_long.evaluation.progress_log import append_records, open_log, start_log
+from megatron_long.evaluation.work import count_work
 
-REPORT, HEATMAP = "needle.json", "needle.png"
+CELLS, REPORT, HEATMAP = "cells.jsonl", "needle.json", "needle.png"
 
 
 @dataclass(frozen=True)
 class Preparation:
     """All that is known before the model is built."""
 
+    choice: ModelChoice
     settings: NeedleSettings
     context_length: int
+    tokenizer: Tokenizer
     cases: list[NeedleCase]
+    done: list[NeedleResult]
+    """Cells of an earlier run of the same command."""
+
+    @property
+    def cases_left(self) -> list[NeedleCase]:
+        """What is still to be scored."""
+        keys = {result.key for result in self.done}
+        return [case for case in self.cases if case.key not in keys]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,10 +99,21 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add, task = parser.add_argument, NeedleTask()
-    add("--checkpoint", type=Path, required=True, help="Megatron checkpoint folder")
+    add_model_flags(parser)
+    _add_grid_flags(parser)
+    _add_task_flags(parser)
+    add = parser.add_argument
+    add("--output-dir", type=Path, required=True, help=f"folder for {CELLS}, {REPORT}, {HEATMAP}")
+    add("--training-length", type=positive_int, help="context trained at, in tokens: split there")
+    add("--stop-after-minutes", type=float, help="stop in time; the same command goes on later")
+    add("--dry-run", action="store_true", help="check, say how much work it is, and end")
+    add("--force", action="store_true", help="forget the cells that are done")
+    return parser
+
+
+def _add_grid_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--haystack", type=Path, required=True, help="long text file, UTF-8")
-    add("--output-dir", type=Path, required=True, help=f"folder for {REPORT} and {HEATMAP}")
     add(
         "--context-length",
         type=positive_int,
@@ -81,15 +127,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-lengths", type=positive_int, default=40, help="lengths (default: %(default)s)")
     add("--context-lengths", type=positive_int, nargs="+", help="these lengths in tokens instead")
     add("--num-depths", type=positive_int, default=10, help="depths from 0 to 100%% (default: 10)")
-    add("--training-length", type=positive_int, help="context trained at, in tokens: split there")
-    add("--tokenizer", type=Path, help="file or folder (default: the checkpoint's tokenizer/)")
+    add("--num-seeds", type=positive_int, default=1, help="repetitions of each cell (default: 1)")
+
+
+def _add_task_flags(parser: argparse.ArgumentParser) -> None:
+    add, task = parser.add_argument, NeedleTask()
+    add(
+        "--tasks",
+        nargs="+",
+        choices=TASK_NAMES,
+        default=[SENTENCE],
+        help="what to hide: the sentence of --needle, or names and numbers drawn for each case",
+    )
     add("--needle", default=task.needle, help="sentence to hide (default: %(default)s)")
     add("--question", default=task.question, help="how it is asked for (default: %(default)s)")
     add("--answer", default=task.answer, help="words of the needle to give (default: %(default)s)")
-    add("--micro-batch-size", type=positive_int, default=1, help="cases at a time (default: 1)")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on GPUs, fp32 without")
-    add("--force", action="store_true", help="replace files that exist")
-    return parser
+    add("--needles", type=Path, help="JSON list of {needle, question, answer}, instead of one")
+    add("--prompt", choices=tuple(PROMPTS), default="paper", help="(default: %(default)s)")
 
 
 def choose_lengths(args: argparse.Namespace) -> tuple[int, ...]:
@@ -113,29 +167,83 @@ def choose_lengths(args: argparse.Namespace) -> tuple[int, ...]:
 def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparation:
     """Check everything that can be wrong and give what is to be measured."""
     for name in (REPORT, HEATMAP):
-        check_output(args.output_dir / name, force=args.force, flag="--output-dir")
+        check_output(args.output_dir / name, force=True, flag="--output-dir")
     lengths = choose_lengths(args)
     context_length = args.context_length or max(lengths)
     check_context_length(context_length, megatron_argv)
-    checkpoint = find_checkpoint(args.checkpoint, megatron_argv)
-    task = NeedleTask(args.needle, args.question, args.answer)
+    choice = choose_model(args, megatron_argv)
+    needles = {} if args.needles is None else read_needles(args.needles)
+    sentence = NeedleTask(args.needle, args.question, args.answer)
+    tasks = choose_tasks(tuple(args.tasks), sentence, needles)
     text = read_haystack(args.haystack)
-    tokenizer = open_tokenizer(args.tokenizer, checkpoint)
-    depths = spread_depths(args.num_depths)
-    settings = NeedleSettings(
-        checkpoint=str(args.checkpoint),
-        iteration=checkpoint.iteration,
-        haystack=str(args.haystack),
+    tokenizer = open_tokenizer(args.tokenizer, choice.folder)
+    settings = describe_settings(args, megatron_argv, choice, tasks, lengths, text, tokenizer)
+    cells = args.output_dir / CELLS
+    records = [] if args.force else open_log(cells, settings.identity(), "--output-dir")
+    done = {result.key: result for result in (NeedleResult(**record) for record in records)}
+    _refuse_foreign_report(args, is_ours=args.force or cells.exists())
+    cases = build_cases(
+        text,
+        tokenizer,
+        tasks,
+        lengths,
+        settings.depths,
+        num_seeds=args.num_seeds,
+        prompt=args.prompt,
+    )
+    warn_beyond_rope(choice, max(lengths), megatron_argv)
+    return Preparation(choice, settings, context_length, tokenizer, cases, list(done.values()))
+
+
+def describe_settings(
+    args: argparse.Namespace,
+    megatron_argv: Sequence[str],
+    choice: ModelChoice,
+    tasks: Mapping[str, Task],
+    lengths: tuple[int, ...],
+    text: str,
+    tokenizer: Tokenizer,
+) -> NeedleSettings:
+    """Give what is measured, for the report and for the next run of the same command."""
+    others, layout = split_layout(megatron_argv)
+    return NeedleSettings(
+        model=str(choice.folder.path),
+        backend=choice.backend,
+        iteration=choice.folder.iteration,
+        precision=args.precision,
+        haystack_sha256=sha256(text.encode()).hexdigest(),
         vocabulary_sha256=tokenizer.vocabulary_sha256,
-        task=task,
+        prompt=args.prompt,
+        tasks={
+            name: getattr(task, "needle", "drawn for each case") for name, task in tasks.items()
+        },
         context_lengths=lengths,
-        depths=depths,
+        depths=spread_depths(args.num_depths),
+        num_seeds=args.num_seeds,
         training_length=args.training_length,
-        megatron_argv=tuple(megatron_argv),
+        megatron_argv=others,
+        layout_argv=layout,
     )
-    return Preparation(
-        settings, context_length, build_cases(text, tokenizer, task, lengths, depths)
-    )
+
+
+def _refuse_foreign_report(args: argparse.Namespace, *, is_ours: bool) -> None:
+    if not is_ours:
+        for name in (REPORT, HEATMAP):
+            check_output(args.output_dir / name, force=False, flag="--output-dir")
+
+
+def describe(preparation: Preparation, micro_batch_size: int) -> str:
+    """Say what is left to do."""
+    left = preparation.cases_left
+    text = f"{len(preparation.done)} of {len(preparation.cases)} cells are done"
+    geometry = preparation.choice.geometry()
+    if geometry is None or not left:
+        return text
+    lengths = [case.context_length for case in left]
+    longest = preparation.context_length
+    batches = plan_batches(lengths, tokens_per_batch=micro_batch_size * longest, longest=longest)
+    num_scored = max(case.num_answer_tokens for case in left)
+    return f"{text}; left: {count_work(geometry, batches, lengths, num_scored)}"
 
 
 def publish(args: argparse.Namespace, settings: NeedleSettings, cells: list[NeedleResult]) -> None:
@@ -144,41 +252,94 @@ def publish(args: argparse.Namespace, settings: NeedleSettings, cells: list[Need
 
     report = NeedleReport(settings, cells)
     write_needle_report(args.output_dir / REPORT, report)
-    plot_heatmap(args.output_dir / HEATMAP, cells, training_length=settings.training_length)
+    written = [args.output_dir / REPORT, args.output_dir / HEATMAP]
+    plot_heatmap(written[-1], cells, training_length=settings.training_length)
+    if len(settings.tasks) > 1:
+        for task in dict.fromkeys(cell.task for cell in cells):
+            written.append(args.output_dir / f"needle-{task}.png")
+            part = [cell for cell in cells if cell.task == task]
+            plot_heatmap(
+                written[-1],
+                part,
+                title=f"Needle in a haystack: {task}",
+                training_length=settings.training_length,
+            )
     print(format_summary(report))
-    print("wrote", args.output_dir / REPORT, args.output_dir / HEATMAP)
+    print("wrote", *written)
+
+
+def score(args: argparse.Namespace, preparation: Preparation, argv: Sequence[str]) -> int:
+    """Load the model, score what is left and write; gives the number of cells that are still left."""
+    from tqdm import tqdm
+
+    scorer, answer_freely = load(args, preparation, argv)
+    minutes = args.stop_after_minutes
+    deadline = Deadline(None if minutes is None else 60 * minutes, PROGRAM_START)
+    cells, done = args.output_dir / CELLS, list(preparation.done)
+    if scorer.is_writer:
+        start_log(cells, preparation.settings.identity(), [asdict(result) for result in done])
+    left = preparation.cases_left
+    with tqdm(
+        total=len(left), unit="case", disable=not scorer.is_writer, mininterval=1
+    ) as progress:
+
+        def keep(results: list[NeedleResult]) -> None:
+            done.extend(results)
+            if scorer.is_writer:
+                append_records(cells, [asdict(result) for result in results])
+                progress.update(len(results))
+
+        score_cases(
+            scorer,
+            left,
+            micro_batch_size=args.micro_batch_size,
+            on_round=keep,
+            deadline=deadline,
+            answer_freely=answer_freely,
+        )
+    if scorer.is_writer and done:
+        publish(args, preparation.settings, in_order(preparation.cases, done))
+    is_writer = scorer.is_writer
+    scorer.close()
+    num_left = len(preparation.cases) - len(done)
+    if is_writer and num_left:
+        print(f"stopped in time with {num_left} cells left; the same command goes on")
+    return num_left
+
+
+def load(
+    args: argparse.Namespace, preparation: Preparation, argv: Sequence[str]
+) -> tuple[TokenScorer, Callable[[NeedleCase, NeedleResult], NeedleResult] | None]:
+    """Load the model; one of Hugging Face's also writes its answers."""
+    choice, length = preparation.choice, preparation.context_length
+    if choice.backend == HF:
+        model = open_generator(choice, context_length=length, precision=args.precision)
+        return model, free_answers(model, preparation.tokenizer)
+    scorer = open_model(choice, context_length=length, megatron_argv=argv, precision=args.precision)
+    return scorer, None
+
+
+def in_order(cases: Sequence[NeedleCase], results: Sequence[NeedleResult]) -> list[NeedleResult]:
+    """Sort results as the grid runs."""
+    known = {result.key: result for result in results}
+    return [known[case.key] for case in cases if case.key in known]
 
 
 def main() -> None:
     """Parse, check, score, write."""
     args, megatron_argv = build_parser().parse_known_args()
     preparation = prepare(args, megatron_argv)
+    if os.environ.get("RANK", "0") == "0":
+        print(describe(preparation, args.micro_batch_size), flush=True)
+    if args.dry_run:
+        return
+    if preparation.cases_left:
+        score(args, preparation, megatron_argv)
+    elif os.environ.get("RANK", "0") == "0":
+        publish(args, preparation.settings, in_order(preparation.cases, preparation.done))
 
-    from tqdm import tqdm
 
-    from megatron_long.evaluation.scoring import open_scorer
-
-    scorer = open_scorer(
-        args.checkpoint,
-        context_length=preparation.context_length,
-        micro_batch_size=args.micro_batch_size,
-        megatron_argv=megatron_argv,
-        precision=args.precision,
-    )
-    num_mine = len(preparation.cases[scorer.data_parallel_rank :: scorer.data_parallel_size])
-    with tqdm(
-        total=num_mine, unit="case", disable=not scorer.is_writer, mininterval=1.0
-    ) as progress:
-        cells = score_cases(
-            scorer,
-            preparation.cases,
-            micro_batch_size=args.micro_batch_size,
-            on_scored=progress.update,
-        )
-    if scorer.is_writer:
-        publish(args, preparation.settings, cells)
-    scorer.close()
-
+PROGRAM_START = time.monotonic()
 
 if __name__ == "__main__":
     sys.exit(run_tool(main))

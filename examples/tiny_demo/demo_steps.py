@@ -315,6 +315,7 @@ def _loss_step(
     num_threads: int,
 ) -> Step:
     report, plot = workdir / f"{name}.json", workdir / f"{name}.png"
+    tables = [workdir / f"{name}-table.{kind}" for kind in ("csv", "png") if "--compare" in more]
     return Step(
         name=name,
         title=title,
@@ -332,6 +333,6 @@ def _loss_step(
             *("--micro-batch-size", "2", "--output", str(report), "--plot", str(plot)),
             *more,
         ),
-        outputs=(report, plot),
+        outputs=(report, plot, *tables),
         num_threads=num_threads,
     )

@@ -38,6 +38,10 @@ class HeldOutDocument:
     reader: DocumentReader
     index: int
 
+    def num_tokens(self, context_length: int) -> int:
+        """Give the number of tokens of its row."""
+        return min(int(self.reader.lengths[self.index]) - 1, context_length)
+
     def row(self, context_length: int) -> Row:
         """Give its first `context_length` tokens, each labelled with the next one."""
         tokens = np.asarray(self.reader.read(self.index)[: context_length + 1], dtype=np.int64)

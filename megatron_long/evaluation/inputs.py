@@ -18,19 +18,37 @@ if TYPE_CHECKING:
     from megatron_long.data.tokenizers import Tokenizer
 
 TRACKER = "latest_checkpointed_iteration.txt"
+HF_FOLDER_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """A Megatron checkpoint and what lies beside it."""
+    """A checkpoint and what lies beside it."""
 
     path: Path
     iteration: str
-    """Training iteration, or "release" for a converted model."""
+    """Training iteration, "release" for a converted model, "hf" or "random"."""
     tokenizer: Path | None
-    """Folder of the model's tokenizer, where there is one."""
-    vocab_size: int | None
+    """File or folder of the model's tokenizer, where there is one."""
+    hf_config: Path | None = None
+    """File that describes the model in Hugging Face's words, where there is one."""
+    vocab_size: int | None = None
     """Vocabulary without padding, where known."""
+    max_positions: int | None = None
+    """Longest context the model was made for, tokens, where known."""
+
+    @classmethod
+    def of_config(cls, path: Path) -> CheckpointFolder:
+        """A model that is nothing but a config, a Hugging Face folder or its config.json.
+
+        Raises: ConfigError: there is none.
+        """
+        config = path / HF_FOLDER_CONFIG if path.is_dir() else path
+        if not config.is_file():
+            raise ConfigError(
+                f"--hf-config {path} does not exist; give a Hugging Face folder or its config.json"
+            )
+        return cls(path, "random", _hf_tokenizer(config.parent), config, *_read_sizes(config))
 
 
 def find_checkpoint(path: Path, megatron_argv: Sequence[str] = ()) -> CheckpointFolder:
@@ -55,21 +73,47 @@ def find_checkpoint(path: Path, megatron_argv: Sequence[str] = ()) -> Checkpoint
             f"--checkpoint {path} has no folder {name} (its last iteration is {last}); copy the "
             "checkpoint again, or name an iteration that is there with --ckpt-step"
         )
-    tokenizer = path / TOKENIZER_DIR_NAME
+    tokenizer, config = path / TOKENIZER_DIR_NAME, path / HF_CONFIG_NAME
     return CheckpointFolder(
-        path, iteration, tokenizer if tokenizer.is_dir() else None, _read_vocab_size(path)
+        path,
+        iteration,
+        tokenizer if tokenizer.is_dir() else None,
+        config if config.is_file() else None,
+        *_read_sizes(config),
     )
 
 
-def _read_vocab_size(path: Path) -> int | None:
-    config = path / HF_CONFIG_NAME
+def find_hf_folder(path: Path) -> CheckpointFolder:
+    """Look at a Hugging Face folder without loading it.
+
+    Raises: ConfigError: there is no config.json in it.
+    """
+    config = path / HF_FOLDER_CONFIG
     if not config.is_file():
-        return None
+        raise ConfigError(
+            f"--checkpoint {path} holds no {HF_FOLDER_CONFIG}; with --backend hf give a folder that "
+            "tools/convert_checkpoint.py megatron-to-hf wrote, or another Hugging Face model"
+        )
+    return CheckpointFolder(path, "hf", _hf_tokenizer(path), config, *_read_sizes(config))
+
+
+def _hf_tokenizer(folder: Path) -> Path | None:
+    has_one = any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+    return folder if has_one else None
+
+
+def _read_sizes(config: Path) -> tuple[int | None, int | None]:
+    """Vocabulary and longest context that a Hugging Face config names."""
+    if not config.is_file():
+        return None, None
     try:
-        vocab_size = json.loads(config.read_text()).get("vocab_size")
+        content = json.loads(config.read_text())
+        sizes = content.get("vocab_size"), content.get("max_position_embeddings")
     except (ValueError, AttributeError) as error:
-        raise ConfigError(f"--checkpoint {path}: {HF_CONFIG_NAME} is not a JSON object") from error
-    return None if vocab_size is None else int(vocab_size)
+        raise ConfigError(
+            f"{config} is not a JSON object; copy the model's config again"
+        ) from error
+    return sizes
 
 
 def open_tokenizer(tokenizer: Path | None, checkpoint: CheckpointFolder) -> Tokenizer:
@@ -83,8 +127,8 @@ def open_tokenizer(tokenizer: Path | None, checkpoint: CheckpointFolder) -> Toke
     path = tokenizer or checkpoint.tokenizer
     if path is None:
         raise ConfigError(
-            f"--checkpoint {checkpoint.path} has no folder {TOKENIZER_DIR_NAME}/ in it; say which "
-            "tokenizer the model was trained with: --tokenizer FILE_OR_FOLDER"
+            f"--checkpoint {checkpoint.path} has no tokenizer in it (folder {TOKENIZER_DIR_NAME}/); say "
+            "which tokenizer the model was trained with: --tokenizer FILE_OR_FOLDER"
         )
     if not path.exists():
         raise ConfigError(f"--tokenizer {path} does not exist; give a tokenizer file or folder")

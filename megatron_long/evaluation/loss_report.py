@@ -126,12 +126,8 @@ def check_comparable(settings: LossSettings, other: LossReport, path: Path) -> N
         )
 
 
-def format_table(report: LossReport, other: LossReport | None = None) -> str:
-    """Give the mean losses as text: a row a source, a column a bucket.
-
-    With another report each bucket shows its loss, ours and the difference, marked with `*` where
-    it exceeds 0.01 nats either way.
-    """
+def format_table(report: LossReport) -> str:
+    """Give the mean losses as text: a row a source, a column a bucket."""
     buckets = report.settings.buckets
     names: list[str | None] = [*report.loss.loss_sums, None]
     header = ["source", "documents", *(f"{format_bucket(bucket)}" for bucket in buckets)]
@@ -139,7 +135,8 @@ def format_table(report: LossReport, other: LossReport | None = None) -> str:
     for name in names:
         documents = report.loss.num_documents
         count = documents[name] if name else sum(documents.values())
-        cells = [_format_cell(report.loss, other, bucket, name) for bucket in buckets]
+        means = [report.loss.mean(*bucket, name) for bucket in buckets]
+        cells = ["-" if math.isnan(mean) else f"{mean:.4f}" for mean in means]
         rows.append([name or ALL_SOURCES, str(count), *cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = [
@@ -148,8 +145,6 @@ def format_table(report: LossReport, other: LossReport | None = None) -> str:
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     lines.insert(0, "Loss in nats per token, by position in the document (tokens)")
-    if other is not None:
-        lines.append(f"before -> after, difference; * above {SIGNIFICANT_NATS} nats")
     return "\n".join(lines)
 
 
@@ -169,19 +164,6 @@ def format_bucket(bucket: Bucket) -> str:
     '4K-128K'
     """
     return "-".join(map(format_tokens, bucket))
-
-
-def _format_cell(
-    loss: PositionLoss, other: LossReport | None, bucket: Bucket, source: str | None
-) -> str:
-    after = loss.mean(*bucket, source)
-    if math.isnan(after):
-        return "-"
-    if other is None:
-        return f"{after:.4f}"
-    before = other.loss.mean(*bucket, source)
-    mark = "*" if abs(after - before) > SIGNIFICANT_NATS else " "
-    return f"{before:.4f} -> {after:.4f} {after - before:+.4f}{mark}"
 
 
 def _bucket_means(

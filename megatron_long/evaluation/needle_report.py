@@ -6,14 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.needle import NeedleResult, NeedleTask
+from megatron_long.evaluation.needle_scores import NeedleResult
 from megatron_long.files import atomic_path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 SHORTEST_TOKENS = 1024
 """Default shortest case, but not above an eighth of the longest."""
@@ -23,18 +24,39 @@ SHORTEST_TOKENS = 1024
 class NeedleSettings:
     """What was measured."""
 
-    checkpoint: str
+    model: str
+    """Folder of the checkpoint or HF model, or the config of a freshly initialised one."""
+    backend: str
+    """`megatron` or `hf`."""
     iteration: str
-    """Training iteration of the checkpoint, or "release"."""
-    haystack: str
+    """Training iteration of the checkpoint, "release" for a converted one, "random" or "hf"."""
+    precision: str | None
+    haystack_sha256: str
     vocabulary_sha256: str
-    task: NeedleTask
+    prompt: str
+    tasks: dict[str, str]
+    """Names of the tasks and what is hidden (a description where it is drawn anew)."""
     context_lengths: tuple[int, ...]
     """Tokens of the whole case, the answer included."""
     depths: tuple[float, ...]
-    training_length: int | None
+    num_seeds: int = 1
+    training_length: int | None = None
     """Context the checkpoint was trained at, tokens, if said."""
-    megatron_argv: tuple[str, ...]
+    megatron_argv: tuple[str, ...] = ()
+    """Flags for Megatron, but for those of the layout."""
+    layout_argv: tuple[str, ...] = ()
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the cells; how they are computed and drawn does not."""
+        values = asdict(self)
+        for name in ("training_length", "layout_argv"):
+            del values[name]
+        return values
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of the whole grid."""
+        return len(self.tasks) * self.num_seeds * len(self.context_lengths) * len(self.depths)
 
 
 @dataclass(frozen=True)
@@ -81,39 +103,62 @@ def summarize(
     if training_length is not None:
         parts["within"] = [r for r in results if r.context_length <= training_length]
         parts["beyond"] = [r for r in results if r.context_length > training_length]
-    return {
-        name: {
-            "num_cells": len(part),
-            "exact_match": float(np.mean([r.is_exact for r in part])),
-            "token_accuracy": float(np.mean([r.token_accuracy for r in part])),
-            "log_likelihood": float(np.mean([r.log_likelihood for r in part])),
-        }
-        for name, part in parts.items()
-        if part
+    return {name: _means(part) for name, part in parts.items() if part}
+
+
+def _means(part: Sequence[NeedleResult]) -> dict[str, float]:
+    means = {
+        "num_cells": len(part),
+        "exact_match": float(np.mean([r.is_exact for r in part])),
+        "token_accuracy": float(np.mean([r.token_accuracy for r in part])),
+        "log_likelihood": float(np.mean([r.log_likelihood for r in part])),
     }
+    for name in ("rouge1", "answer_words"):
+        values = [value for r in part if (value := getattr(r, name)) is not None]
+        if values:
+            means[name] = float(np.mean(values))
+    return means
 
 
 def format_summary(report: NeedleReport) -> str:
-    """Give the means as text, a row for all cells and for each side of the training length."""
+    """Give the means as text: all cells, each side of the training length, and each task if several."""
     length = report.settings.training_length
     names = {"all": "all", "within": f"up to {length}", "beyond": f"beyond {length}"}
+    rows = [(names[name], means) for name, means in summarize(report.results, length).items()]
+    tasks = list(dict.fromkeys(result.task for result in report.results))
+    if len(tasks) > 1:
+        rows += [(task, _means([r for r in report.results if r.task == task])) for task in tasks]
     lines = [f"{'context (tokens)':<18}{'cells':>6}{'exact':>8}{'tokens':>8}{'nats/token':>12}"]
-    for name, means in summarize(report.results, length).items():
-        lines.append(
-            f"{names[name]:<18}{means['num_cells']:>6}{means['exact_match']:>8.1%}"
+    is_generated = any("rouge1" in means for _, means in rows)
+    if is_generated:
+        lines[0] += f"{'ROUGE-1':>9}{'words':>8}"
+    for name, means in rows:
+        line = (
+            f"{name:<18}{means['num_cells']:>6}{means['exact_match']:>8.1%}"
             f"{means['token_accuracy']:>8.1%}{means['log_likelihood']:>12.3f}"
         )
+        if "rouge1" in means:
+            line += f"{means['rouge1']:>9.3f}{means['answer_words']:>8.1%}"
+        lines.append(line)
     return "\n".join(lines)
 
 
 def write_needle_report(path: Path, report: NeedleReport) -> None:
     """Write a report as JSON, whole or not at all."""
+    tasks = {
+        task: summarize(
+            [r for r in report.results if r.task == task], report.settings.training_length
+        )
+        for task in report.settings.tasks
+    }
     content = {
         "format_version": FORMAT_VERSION,
         "kind": "needle",
         "units": {"log_likelihood": "nats per answer token", "context_length": "tokens"},
         "settings": asdict(report.settings),
+        "is_complete": len(report.results) == report.settings.num_cells,
         "means": summarize(report.results, report.settings.training_length),
+        "means_by_task": {task: means for task, means in tasks.items() if means},
         "cells": [asdict(result) for result in report.results],
     }
     with atomic_path(path) as temporary:
@@ -129,8 +174,8 @@ def read_needle_report(path: Path) -> NeedleReport:
         raise ConfigError(f"{path} is not a file; give a JSON written by evaluate_needle.py")
     try:
         content = json.loads(path.read_text())
-        settings = content["settings"] | {"task": NeedleTask(**content["settings"]["task"])}
-        for name in ("context_lengths", "depths", "megatron_argv"):
+        settings = content["settings"]
+        for name in ("context_lengths", "depths", "megatron_argv", "layout_argv"):
             settings[name] = tuple(settings[name])
         results = [NeedleResult(**cell) for cell in content["cells"]]
         return NeedleReport(NeedleSettings(**settings), results)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_long.evaluation.loss_report import format_tokens
-from megatron_long.evaluation.needle import NeedleResult
+from megatron_long.evaluation.needle_scores import NeedleResult
 from megatron_long.evaluation.position_loss import PositionLoss
 from megatron_long.files import atomic_path
 
@@ -38,6 +38,8 @@ MAX_WRITTEN_CELLS = 140
 
 MAX_LENGTH_TICKS = 20
 
+MAX_HISTORY_COLUMNS = 5
+
 LEAST_SPAN_NATS = 0.5
 """Range of colours for log-likelihoods: small differences are not blown up beyond it."""
 
@@ -52,7 +54,7 @@ def plot_heatmap(
     training_length: int | None = None,
 ) -> None:
     """Write the needle heatmap as PNG; see `heatmap_figure`."""
-    _save(heatmap_figure(results, title=title, training_length=training_length), path)
+    save_figure(heatmap_figure(results, title=title, training_length=training_length), path)
 
 
 def plot_position_curves(
@@ -64,7 +66,7 @@ def plot_position_curves(
     training_length: int | None = None,
 ) -> None:
     """Write the loss curves as PNG; see `position_figure`."""
-    _save(position_figure(after, before, title=title, training_length=training_length), path)
+    save_figure(position_figure(after, before, title=title, training_length=training_length), path)
 
 
 def heatmap_figure(
@@ -89,10 +91,11 @@ def heatmap_figure(
     exact, likelihood = figure.subplots(2, 1)
     colours = LinearSegmentedColormap.from_list("exact", EXACT_COLOURS)
     grid = _grid(results, lambda result: float(result.is_exact))
-    _draw_grid(exact, grid, results, colours, (0.0, 1.0), "{:.0f}")
+    is_whole = np.isin(grid[~np.isnan(grid)], (0.0, 1.0)).all()  # not means of several cases
+    _draw_grid(exact, grid, results, colours, (0.0, 1.0), "{:.0f}" if is_whole else "{:.2f}")
     share = np.mean([result.is_exact for result in results])
     exact.set_title(f"{title}\nanswer given exactly by greedy decoding: {share:.0%} of the cells")
-    exact.images[0].colorbar.set_label("exact match (1 yes, 0 no)")
+    exact.images[0].colorbar.set_label("share answered exactly")
     grid = _grid(results, lambda result: result.log_likelihood)
     lowest, highest = float(np.nanmin(grid)), float(np.nanmax(grid))
     limits = (min(lowest, highest - LEAST_SPAN_NATS), highest)
@@ -104,6 +107,52 @@ def heatmap_figure(
         exact.set_title(f"{exact.get_title()} (trained to {format_tokens(training_length)} tokens)")
         for axes in (exact, likelihood):
             _mark_column(axes, lengths, training_length)
+    return figure
+
+
+def needle_history_figure(history: Sequence[tuple[str, Sequence[NeedleResult]]]) -> Figure:
+    """Draw how the heatmap filled during training: a panel a measurement, and the means below.
+
+    Args:
+        history: Label and results of each measurement, in order of training.
+    Source: Fu et al. 2024, figure 3.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    columns = min(MAX_HISTORY_COLUMNS, len(history))
+    num_rows = -(-len(history) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.5 * num_rows + 3.2), layout="constrained")
+    parts = figure.add_gridspec(num_rows + 1, columns, height_ratios=[2.5] * num_rows + [3.0])
+    panels = [figure.add_subplot(parts[divmod(i, columns)]) for i in range(len(history))]
+    colours = LinearSegmentedColormap.from_list("exact", EXACT_COLOURS)
+    shares, likelihoods = [], []
+    for axes, (label, results) in zip(panels, history, strict=True):
+        grid = _grid(results, lambda result: float(result.is_exact))
+        axes.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        lengths = sorted({result.context_length for result in results})
+        ends = sorted({0, len(lengths) - 1})
+        axes.set_xticks(ends, [format_tokens(lengths[end]) for end in ends])
+        axes.set_yticks([0, grid.shape[0] - 1], ["0%", "100%"])
+        shares.append(float(np.mean([result.is_exact for result in results])))
+        likelihoods.append(float(np.mean([result.log_likelihood for result in results])))
+        axes.set_title(f"{label}: {shares[-1]:.0%}", fontsize=10)
+        axes.set_xlabel("context length", fontsize=8)
+        axes.set_ylabel("depth", fontsize=8)
+    axes = figure.add_subplot(parts[num_rows, :])
+    places = range(len(history))
+    (exact,) = axes.plot(
+        places, shares, "o-", color=SOURCE_COLOURS[2], label="answers given exactly"
+    )
+    axes.set(ylim=(-0.03, 1.03), ylabel="share of cells")
+    axes.set_xticks(places, [label for label, _ in history], rotation=20, ha="right")
+    twin = axes.twinx()
+    (likely,) = twin.plot(
+        places, likelihoods, "s--", color=SOURCE_COLOURS[0], label="log-likelihood of the answer"
+    )
+    twin.set_ylabel("nats per token")
+    axes.legend(handles=[exact, likely], frameon=False, fontsize=9)
+    axes.grid(alpha=0.25)
     return figure
 
 
@@ -259,6 +308,7 @@ def _mark_column(axes: Axes, lengths: Sequence[int], training_length: int) -> No
         axes.axvline(column, color="black", linestyle="--", linewidth=2.5)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=RESOLUTION_DPI)

@@ -23,7 +23,7 @@ from megatron_long.evaluation.batches import NOT_SCORED, score_rows
 from megatron_long.evaluation.held_out import HeldOutDocument
 
 if TYPE_CHECKING:
-    from megatron_long.evaluation.scoring import Scorer
+    from megatron_long.evaluation.batches import TokenScorer
 
 CELLS_PER_OCTAVE = 4
 """Resolution of the curve: cells grow by a factor of 2^(1/4), but not below one token."""
@@ -133,7 +133,7 @@ def cell_edges(context_length: int, buckets: Iterable[Bucket] = ()) -> tuple[int
 
 
 def loss_by_position(
-    scorer: Scorer,
+    scorer: TokenScorer,
     documents: Sequence[HeldOutDocument],
     buckets: Iterable[Bucket],
     *,
@@ -143,22 +143,24 @@ def loss_by_position(
     """Score all documents, split over the data-parallel ranks; every rank gets the total.
 
     Args:
+        micro_batch_size: Documents of the full context length that share a batch; shorter ones share
+            it in greater number.
         on_scored: Called after each document of this rank, for a progress bar.
     Raises: DataError: the model gives a loss that is not finite.
     """
     edges = cell_edges(scorer.context_length, buckets)
-    mine = documents[scorer.data_parallel_rank :: scorer.data_parallel_size]
     local = PositionLoss(edges)
-    all_scores = score_rows(
+    rounds = score_rows(
         scorer,
-        len(mine),
-        lambda index: mine[index].row(scorer.context_length),
-        micro_batch_size=micro_batch_size,
+        [document.num_tokens(scorer.context_length) for document in documents],
+        lambda index: documents[index].row(scorer.context_length),
+        tokens_per_batch=micro_batch_size * scorer.context_length,
     )
-    for document, scores in zip(mine, all_scores, strict=True):
-        # Every input token of a document has a next token, so all its positions count.
-        local.add(document.source, scores.losses, np.zeros(len(scores.losses)))
-        on_scored()
+    for round_scores in rounds:
+        for index, scores in round_scores.items():
+            # Every input token of a document has a next token, so all its positions count.
+            local.add(documents[index].source, scores.losses, np.zeros(len(scores.losses)))
+            on_scored()
     total = PositionLoss(edges)
     for part in scorer.gather(local):
         total.merge(part)

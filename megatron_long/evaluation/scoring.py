@@ -1,14 +1,15 @@
-"""Token scores of a sharded Megatron model: loss and greedy match of every label, in one forward pass.
+"""Token scores of a sharded Megatron model: loss and greedy match of each label, in one forward pass.
 
 Legend: b batch, s sequence of the whole window, h hidden, v padded vocabulary; rank-local sizes carry
-`/cp` or `/tp`. The full logits [s, b, v] are never built: the output layer is applied to a chunk of
-positions at a time, and of each chunk three numbers a token are kept.
+`/cp` or `/tp`. The full logits [s, b, v] are never built: the output layer is applied to the positions
+that have a label, a chunk of them at a time, and of each chunk three numbers a token are kept.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,12 @@ from megatron_long.model.linear_cross_entropy import (
     multiply,
 )
 from megatron_long.training import host_backend
+
+if TYPE_CHECKING:
+    from megatron_long.model.geometry import LlamaGeometry
+
+KERNEL_TILE_TOKENS = 128
+"""Padded lengths are multiples of it on GPUs, where kernels of attention and FP8 want whole tiles."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,11 @@ def shard_statistics(
     """
     rows = weight[: shard.num_real_rows(weight.size(0))]
     local = labels - shard.first
-    parts = [
-        chunk_statistics(multiply(hidden[part], rows.t()), local[part])
-        for part in chunks(labels.numel(), rows.size(0))
-    ]
-    return torch.cat(parts, dim=1)
+    statistics = hidden.new_empty(3, labels.numel(), dtype=torch.float32)
+    for part in chunks(labels.numel(), rows.size(0)):
+        logits = multiply(hidden[part], rows.t())
+        statistics[:, part] = chunk_statistics(logits, local[part])
+    return statistics
 
 
 def combine_statistics(shards: Tensor, labels: Tensor) -> TokenScores:
@@ -72,32 +79,55 @@ def combine_statistics(shards: Tensor, labels: Tensor) -> TokenScores:
 
 
 class Scorer:
-    """A checkpoint, loaded in a layout, that scores batches of whole windows.
+    """A model in its layout, a checkpoint's or one in training, that scores batches of rows.
 
     Every rank of a replica calls `score` with the same tokens; replicas (data-parallel ranks) may be
-    given different ones.
+    given different ones, of different shapes.
+
+    Args:
+        model: This rank's part of the model, with or without Megatron's wrappers.
+        context_length: Longest row, tokens.
+        vocab_size: Real tokens; padding rows of the output layer get no probability.
+        sequence_parallel: Whether tensor-parallel ranks split the sequence outside of attention.
+        on_batch: Called before each batch.
     """
 
-    def __init__(self, model: torch.nn.Module, *, context_length: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        context_length: int,
+        vocab_size: int,
+        sequence_parallel: bool = True,
+        on_batch: Callable[[], None] | None = None,
+    ) -> None:
         from megatron.core import parallel_state
 
         self.model = model
         self.context_length = context_length
         self.vocab_size = vocab_size
+        self.on_batch = on_batch
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
         self.is_writer = torch.distributed.get_rank() == 0
+        cp = parallel_state.get_context_parallel_world_size()
+        tp = parallel_state.get_tensor_model_parallel_world_size() if sequence_parallel else 1
+        self.layout_step = (2 * cp if cp > 1 else 1) * tp
+        whole_tiles = 1 if host_backend.is_installed() else KERNEL_TILE_TOKENS
+        self.length_step = math.lcm(self.layout_step, whole_tiles)
 
     def score(self, tokens: Tensor, labels: Tensor) -> TokenScores:
         """Score a batch; collective over the ranks of this replica.
 
         Args:
-            tokens: [b, s] int64, s being `context_length`.
+            tokens: [b, s] int64, s up to `context_length`.
             labels: [b, s] int64, what should follow each token; `UNSCORED` where nothing is asked.
         Returns: Scores in sequence order, on the CPU, the same on every rank of the replica.
         Raises: ConfigError: a wrong length, or a label beyond the vocabulary.
         """
         self._check(tokens, labels)
+        if self.on_batch is not None:
+            self.on_batch()
         with torch.no_grad():
             local = self._forward(tokens, labels)
             whole = self._collect(local, tokens.shape)
@@ -112,6 +142,12 @@ class Scorer:
         torch.distributed.all_gather_object(gathered, value, group=group)
         return gathered
 
+    def agree(self, value: Any) -> Any:
+        """Give every rank of the job the value of rank 0, which may be any picklable object."""
+        shared = [value]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        return shared[0]
+
     def close(self) -> None:
         """Leave the process group."""
         from megatron_long.training.megatron_adapter import leave_process_group
@@ -119,10 +155,13 @@ class Scorer:
         leave_process_group()
 
     def _check(self, tokens: Tensor, labels: Tensor) -> None:
-        if tokens.size(1) != self.context_length or tokens.shape != labels.shape:
+        length = tokens.size(1)
+        is_whole = length % self.layout_step == 0 and length <= self.context_length
+        if not is_whole or tokens.shape != labels.shape:
             raise ConfigError(
                 f"tokens {tuple(tokens.shape)} and labels {tuple(labels.shape)} must both be "
-                f"[batch, {self.context_length}], the context length the model was opened with"
+                f"[batch, length], of a length that is a multiple of {self.layout_step} and at most "
+                f"{self.context_length}, the context length the model was opened with"
             )
         top = max(int(tokens.max()), int(labels.max()))
         if top >= self.vocab_size or int(tokens.min()) < 0 or int(labels.min()) < UNSCORED:
@@ -158,7 +197,7 @@ class Scorer:
             data_iterator=None,
             model=[self.model],
             num_microbatches=1,
-            seq_length=self.context_length,
+            seq_length=tokens.size(1),
             micro_batch_size=tokens.size(0),
             forward_only=True,
             collect_non_loss_data=True,
@@ -182,15 +221,18 @@ class Scorer:
         weight = output_layer.weight if output_weight is None else output_weight
         first = parallel_state.get_tensor_model_parallel_rank() * weight.size(0)
         flat_labels = labels.transpose(0, 1).reshape(-1)  # hidden states run sequence first
+        asked = torch.nonzero(flat_labels != UNSCORED)[:, 0]
         local = shard_statistics(
-            hidden_states.reshape(-1, hidden_states.size(-1)),
+            hidden_states.reshape(-1, hidden_states.size(-1))[asked],
             weight,
-            flat_labels,
+            flat_labels[asked],
             VocabularyShard(first, self.vocab_size),
         )
         group = parallel_state.get_tensor_model_parallel_group()
-        scores = combine_statistics(gather_statistics(local, group), flat_labels)
-        both = torch.stack([scores.losses, scores.is_greedy.float()])
+        scores = combine_statistics(gather_statistics(local, group), flat_labels[asked])
+        both = torch.zeros(2, flat_labels.numel(), device=flat_labels.device)
+        both[1] = 1.0
+        both[:, asked] = torch.stack([scores.losses, scores.is_greedy.float()])
         return both.view(2, labels.size(1), labels.size(0)).transpose(1, 2).contiguous()
 
     def _collect(self, local: Tensor | None, shape: torch.Size) -> Tensor:
@@ -218,21 +260,22 @@ class Scorer:
 
 
 def open_scorer(
-    checkpoint: Path,
+    checkpoint: Path | None,
     *,
     context_length: int,
-    micro_batch_size: int,
     megatron_argv: Sequence[str],
     precision: str | None = None,
+    hf_config: Path | None = None,
 ) -> Scorer:
     """Load a checkpoint in the layout of the flags; under torchrun, every rank calls this.
 
     Args:
-        checkpoint: Megatron checkpoint folder with its `hf_config.json`, which gives the shape and RoPE.
-        context_length: Tokens of the windows to score.
-        micro_batch_size: Windows scored at once.
+        checkpoint: Megatron checkpoint folder with its `hf_config.json`, which gives the shape and
+            RoPE; None takes a freshly initialised model of the shape of `hf_config`.
+        context_length: Longest row to score, tokens.
         megatron_argv: The user's Megatron flags: layout, `--ckpt-step`, `--rotary-base`.
         precision: `bf16` or `fp32`; None is bf16 on GPUs, fp32 on the host.
+        hf_config: Hugging Face folder or config.json; None is the checkpoint's.
     Raises: ConfigError: no checkpoint there, or a layout that cannot be cut.
     """
     host_backend.install()
@@ -242,28 +285,41 @@ def open_scorer(
     from megatron_long.training.backend import PRECISION_ARGV, detect_backend, join_or_start_job
     from megatron_long.training.checkpoint_folder import hf_config_path
 
-    check_checkpoint(str(checkpoint), "--checkpoint")
-    geometry = geometry_from_hf(hf_config_path(checkpoint))
+    if checkpoint is not None:
+        check_checkpoint(str(checkpoint), "--checkpoint")
+        hf_config = hf_config or hf_config_path(checkpoint)
+    assert hf_config is not None, "a model of random weights needs a shape"
+    geometry = geometry_from_hf(hf_config)
     megatron_adapter.install_patches()
     world_size, backend = join_or_start_job(), detect_backend()
+    precision = precision or ("bf16" if backend.cuda else "fp32")
+    argv = [*backend.to_argv(), *PRECISION_ARGV[precision], *geometry.to_argv()]
+    argv += _scoring_argv(checkpoint, geometry, context_length)
     args = megatron_adapter.parse_flags(
-        [
-            *backend.to_argv(),
-            *PRECISION_ARGV[precision or ("bf16" if backend.cuda else "fp32")],
-            *geometry.to_argv(),
-            *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(geometry.vocab_size)),
-            *("--load", str(checkpoint), "--no-load-optim", "--no-load-rng", "--skip-train"),
-            *("--exit-on-missing-checkpoint", "--sequence-parallel", "--eval-iters", "0"),
-            *("--micro-batch-size", str(micro_batch_size), "--train-iters", "1", "--lr", "0"),
-            *(
-                "--max-position-embeddings",
-                str(max(context_length, geometry.max_position_embeddings)),
-            ),
-            *megatron_argv,
-            *("--seq-length", str(context_length)),
-        ]
+        [*argv, *megatron_argv, "--seq-length", str(context_length)]
     )
     check_layout(args, world_size)
     megatron_adapter.validate_flags(args)
     model = megatron_adapter.load_model_for_scoring(args)
-    return Scorer(model, context_length=context_length, vocab_size=geometry.vocab_size)
+    return Scorer(
+        model,
+        context_length=context_length,
+        vocab_size=geometry.vocab_size,
+        sequence_parallel=args.sequence_parallel,
+    )
+
+
+def _scoring_argv(
+    checkpoint: Path | None, geometry: "LlamaGeometry", context_length: int
+) -> list[str]:
+    longest = max(context_length, geometry.max_position_embeddings)
+    argv = [
+        *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(geometry.vocab_size)),
+        *("--skip-train", "--sequence-parallel", "--eval-iters", "0"),
+        *("--micro-batch-size", "1", "--train-iters", "1", "--lr", "0"),
+        *("--max-position-embeddings", str(longest)),
+    ]
+    if checkpoint is not None:
+        argv += ["--load", str(checkpoint), "--no-load-optim", "--no-load-rng"]
+        argv.append("--exit-on-missing-checkpoint")
+    return argv

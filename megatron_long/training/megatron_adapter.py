@@ -40,6 +40,7 @@ PATCHED_SYMBOLS = {
         "save_checkpoint",
         "save_checkpoint_and_time",
         "checkpoint_and_decide_exit",
+        "post_training_step_callbacks",
     ),
     "megatron.training.checkpointing": (
         "ensure_directory_exists",
@@ -64,7 +65,8 @@ PATCHED_SYMBOLS = {
 }
 """What is replaced, by module: `compile_helpers` always, `training_log` where step losses are asked for,
 `_apply_scaling` where RoPE is Llama-3.1's, `_grad_accum_fusion_available` where the output layer is not
-called, `train_step` and what belongs to checkpoints in training, the others on the host backend only."""
+called, `post_training_step_callbacks` where something is evaluated during training, `train_step` and what
+belongs to checkpoints in training, the others on the host backend only."""
 
 
 @dataclass(kw_only=True)
@@ -83,6 +85,10 @@ class Llama3RopeArguments:
 
 StepListener = Callable[[int, dict[str, torch.Tensor], float | None], None]
 """Called after each step with the iteration, the reduced losses and the gradient norm."""
+
+AfterStep = Callable[[torch.nn.Module, int, Any, Any], None]
+"""Called between two steps with the model chunk in evaluation mode, the iteration, and the writers of
+TensorBoard and W&B (None on ranks that do not log)."""
 
 
 def check_version() -> None:
@@ -186,7 +192,9 @@ def _take_llama3_rope(rope: BaseRope) -> None:
 
 
 def install_patches(
-    step_listener: StepListener | None = None, *, output_layer_is_called: bool = True
+    step_listener: StepListener | None = None,
+    *,
+    output_layer_is_called: bool = True,
 ) -> None:
     """Put the changes of `PATCHED_SYMBOLS` in place.
 
@@ -414,7 +422,7 @@ def load_model_for_scoring(args: Namespace) -> torch.nn.Module:
     """Build this rank's part of the model and load its weights.
 
     Args:
-        args: Flags after `validate_flags`, with `load` set.
+        args: Flags after `validate_flags`; without `load` the weights stay as they were initialised.
     Returns: The model chunk of this rank, in evaluation mode.
     Raises: ConfigError: virtual pipeline stages were asked for.
     """
@@ -423,7 +431,8 @@ def load_model_for_scoring(args: Namespace) -> torch.nn.Module:
     if args.virtual_pipeline_model_parallel_size is not None:
         raise ConfigError("evaluation runs without virtual pipeline stages; drop that flag")
     chunks = build_model_chunks(args)
-    load_checkpoint(chunks, None, None)
+    if args.load is not None:
+        load_checkpoint(chunks, None, None)
     return chunks[0].eval()
 
 
@@ -453,3 +462,57 @@ def _listening(training_log: Callable, listener: StepListener) -> Callable:
         return training_log(*args, **kwargs)
 
     return log_and_tell
+
+
+def install_evaluation(is_due: Callable[[int], bool], evaluate: AfterStep) -> None:
+    """Evaluate after some steps.
+
+    Args:
+        is_due: Which iterations are followed by an evaluation.
+    """
+    training: Any = importlib.import_module("megatron.training.training")
+    training.post_training_step_callbacks = _evaluating(
+        training.post_training_step_callbacks, is_due, evaluate
+    )
+
+
+def _evaluating(
+    callbacks: Callable, is_due: Callable[[int], bool], evaluate: AfterStep
+) -> Callable:
+    """`post_training_step_callbacks` that evaluates first, as Megatron's loop brackets its own evaluation."""
+    signature = inspect.signature(callbacks)
+
+    @functools.wraps(callbacks)
+    def evaluate_and_call(*args, **kwargs):
+        values = signature.bind(*args, **kwargs).arguments
+        if is_due(values["iteration"]):
+            _evaluate_between_steps(
+                values["model"], values["optimizer"], values["iteration"], evaluate
+            )
+        return callbacks(*args, **kwargs)
+
+    return evaluate_and_call
+
+
+def _evaluate_between_steps(
+    chunks: list[torch.nn.Module], optimizer: Any, iteration: int, evaluate: AfterStep
+) -> None:
+    from megatron.core.utils import get_model_config
+    from megatron.training import global_vars, training
+
+    timers, config = global_vars.get_timers(), get_model_config(chunks[0])
+    has_hook = training.should_disable_forward_pre_hook(global_vars.get_args())
+    timers("interval-time").stop()
+    if has_hook:  # gathers the parameters that the next forward pass would gather
+        training.disable_forward_pre_hook(chunks, optimizer=optimizer)
+    config_timers, config.timers = config.timers, None
+    chunks[0].eval()
+    try:
+        writers = global_vars.get_tensorboard_writer(), global_vars.get_wandb_writer()
+        evaluate(chunks[0], iteration, *writers)
+    finally:
+        chunks[0].train()
+        config.timers = config_timers
+    if has_hook:
+        training.enable_forward_pre_hook(chunks)
+    timers("interval-time", log_level=0).start(barrier=True)

@@ -56,9 +56,7 @@ def main() -> None:
     checkpoint, cases_path, output, *flags = sys.argv[1:]
     cases = torch.load(cases_path)
     longest = max(tokens.size(1) for tokens, _ in cases.values())
-    scorer = open_scorer(
-        Path(checkpoint), context_length=longest, micro_batch_size=1, megatron_argv=flags
-    )
+    scorer = open_scorer(Path(checkpoint), context_length=longest, megatron_argv=flags)
     model = scorer.model
     logits = {}
     for name, (tokens, positions) in cases.items():

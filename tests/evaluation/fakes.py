@@ -32,6 +32,7 @@ class FakeScorer:
         self.predict, self.context_length = predict, context_length
         self.data_parallel_rank, self.data_parallel_size = rank, size
         self.is_writer = rank == 0
+        self.length_step = 1
         self.peers = peers
         self.gathered: object = None
         self.shapes: list[tuple[int, ...]] = []
@@ -39,7 +40,8 @@ class FakeScorer:
     def score(self, tokens: torch.Tensor, labels: torch.Tensor) -> TokenScores:
         assert tokens.dtype == labels.dtype == torch.int64
         assert tokens.shape == labels.shape
-        assert tokens.shape[1] == self.context_length
+        assert tokens.shape[1] <= self.context_length
+        assert tokens.shape[1] % self.length_step == 0
         self.shapes.append(tuple(tokens.shape))
         predicted = torch.from_numpy(np.stack([self.predict(row) for row in tokens.numpy()]))
         is_scored = labels != -1
@@ -50,6 +52,9 @@ class FakeScorer:
     def gather(self, value: object) -> list:
         self.gathered = value
         return [*(peer.gathered for peer in self.peers), value]
+
+    def agree(self, value: object) -> object:
+        return value
 
     def close(self) -> None:
         pass
@@ -116,8 +121,23 @@ def write_checkpoint_folder(path: Path, vocab_size: int = 10_000) -> Path:
     """Make what the tools look at before the model is loaded."""
     (path / "iter_0000010").mkdir(parents=True)
     (path / "latest_checkpointed_iteration.txt").write_text("10")
-    (path / "hf_config.json").write_text(json.dumps({"vocab_size": vocab_size}))
+    (path / "hf_config.json").write_text(json.dumps(llama_config(vocab_size)))
     return path
+
+
+def llama_config(vocab_size: int = 10_000, max_positions: int = 1024) -> dict:
+    """The config.json of a small Llama."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": max_positions,
+        "tie_word_embeddings": False,
+    }
 
 
 def make_story(num_sentences: int) -> str:

@@ -1,4 +1,4 @@
-"""Runs under torchrun: score two random windows with a checkpoint, write the scores of rank 0."""
+"""Runs under torchrun: score random rows of two lengths with a checkpoint, write the scores of rank 0."""
 
 import sys
 from pathlib import Path
@@ -10,18 +10,17 @@ from megatron_long.model.linear_cross_entropy import UNSCORED
 
 
 def main(checkpoint: str, output: str, *flags: str) -> None:
-    scorer = open_scorer(
-        Path(checkpoint), context_length=256, micro_batch_size=2, megatron_argv=flags
-    )
+    scorer = open_scorer(Path(checkpoint), context_length=256, megatron_argv=flags)
     windows = torch.randint(0, 390, (2, 257), generator=torch.Generator().manual_seed(0))
     labels = windows[:, 1:].clone()
     labels[0, 5:9] = UNSCORED
     scores = scorer.score(windows[:, :-1], labels)
+    short = scorer.score(windows[:, :-1].reshape(8, 64), labels.reshape(8, 64))
     gathered = scorer.gather(scorer.data_parallel_rank)
+    agreed = scorer.agree(torch.distributed.get_rank())
+    seen = {"gathered": gathered, "agreed": agreed, "short": short.losses}
     if scorer.is_writer:
-        torch.save(
-            {"losses": scores.losses, "is_greedy": scores.is_greedy, "gathered": gathered}, output
-        )
+        torch.save({"losses": scores.losses, "is_greedy": scores.is_greedy, **seen}, output)
     scorer.close()
 
 

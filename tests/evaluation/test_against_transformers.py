@@ -1,6 +1,5 @@
 """Both tools on a real Megatron checkpoint, split over processes, against transformers."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import torch
 from megatron_long.data.indexed import IndexedDatasetReader
 from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.evaluation.loss_report import read_loss_report
-from megatron_long.evaluation.needle import NeedleTask, build_cases
 from megatron_long.evaluation.needle_report import read_needle_report
+from megatron_long.evaluation.needle_tasks import TASK_NAMES
 
 from .fakes import make_story
 
@@ -63,38 +62,68 @@ def token_losses(llama: Path, tokens: np.ndarray) -> np.ndarray:
     return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").numpy()
 
 
-def test_loss_by_position(llama, checkpoint, tiny_dataset, run_job, tmp_path):
-    output = tmp_path / "loss.json"
-    command = ["tools/evaluate_loss.py", "--checkpoint", checkpoint, "--dataset", tiny_dataset]
-    command += ["--context-length", LENGTH, "--buckets", "0-20,20-96", "--output", output]
-    command += ["--micro-batch-size", 2, "--tensor-model-parallel-size", 2]
-    result = run_job(4, command)
-    report = read_loss_report(output)
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, run_job) -> Path:
+    """The checkpoint as a Hugging Face folder again."""
+    output = checkpoint.parent / "export"
+    convert = ["tools/convert_checkpoint.py", "megatron-to-hf", "--input", checkpoint]
+    run_job(1, [*convert, "--output", output])
+    return output
+
+
+def test_needle_cell_by_cell(checkpoint, exported, run_job, tmp_path):
+    """Every task, split over processes, against transformers on the exported model, which generates too."""
+    pytest.importorskip("rouge_score", reason="an optional package: pip install rouge-score")
+    story = tmp_path / "story.txt"
+    story.write_text(make_story(200))
+    grid = ["--haystack", story, "--context-lengths", 600, 700, "--num-depths", 3]
+    grid += ["--tasks", *TASK_NAMES, "--num-seeds", 2]
+    tool = "tools/evaluate_needle.py"
+    layout = ["--context-parallel-size", 2]
+    ours = [tool, "--checkpoint", checkpoint, *grid, "--output-dir", tmp_path / "ours", *layout]
+    run_job(2, ours)
+    theirs = [tool, "--checkpoint", exported, *grid, "--output-dir", tmp_path / "hf"]
+    printed = run_job(1, [*theirs, "--backend", "hf"]).stdout
+    seen = read_needle_report(tmp_path / "ours" / "needle.json").results
+    expected = read_needle_report(tmp_path / "hf" / "needle.json").results
+    assert len(seen) == len(expected) == 6 * 2 * 2 * 3
+    pairs = list(zip(seen, expected, strict=True))
+    largest = max(abs(cell.log_likelihood - other.log_likelihood) for cell, other in pairs)
+    print(f"needle: largest difference of {len(pairs)} cells {largest:.1e} nats per token")
+    for cell, other in pairs:
+        assert cell.key == other.key
+        assert abs(cell.log_likelihood - other.log_likelihood) < TOLERANCE_NATS
+        assert (cell.is_exact, cell.token_accuracy) == (other.is_exact, other.token_accuracy)
+        assert cell.generated is None
+        assert other.generated
+        assert 0 <= other.rouge1 <= 1
+    assert len({cell.log_likelihood for cell in seen}) == len(seen)
+    assert "ROUGE-1" in printed
+
+
+def test_loss_by_source_and_position(llama, checkpoint, exported, tiny_dataset, run_job, tmp_path):
+    """The whole curve, tensor-parallel replicas against transformers; transformers against itself."""
+    tool = ["tools/evaluate_loss.py", "--dataset", tiny_dataset, "--context-length", LENGTH]
+    tool += ["--buckets", "0-20,20-96"]
+    run_job(
+        1, [*tool, "--checkpoint", exported, "--backend", "hf", "--output", tmp_path / "hf.json"]
+    )
+    ours = [*tool, "--checkpoint", checkpoint, "--output", tmp_path / "ours.json"]
+    layout = ["--tensor-model-parallel-size", 2, "--compare", tmp_path / "hf.json"]
+    printed = run_job(4, [*ours, *layout, "--micro-batch-size", 2]).stdout
+    seen, expected = (read_loss_report(tmp_path / f"{name}.json").loss for name in ("ours", "hf"))
+    assert seen.edges == expected.edges
+    largest = np.nanmax(np.abs(seen.curve() - expected.curve()))
+    print(f"loss: largest difference of the curve {largest:.1e} nats")
+    for source in ("Book", "GitHub", None):
+        np.testing.assert_allclose(seen.curve(source), expected.curve(source), atol=TOLERANCE_NATS)
+    assert printed.count("Loss in nats per token") == 1  # one rank prints
+    assert "*" not in printed.partition("differences to it")[2].partition("* beyond")[0]
     for source in ("Book", "GitHub"):
         reader = IndexedDatasetReader(tiny_dataset / "valid" / source)
         losses = [token_losses(llama, reader.read(i)[: LENGTH + 1]) for i in range(len(reader))]
         for start, stop in ((0, 20), (20, 96)):
-            expected = np.concatenate([part[start:stop] for part in losses])
-            assert report.loss.num_tokens(start, stop, source) == len(expected)
-            difference = report.loss.mean(start, stop, source) - expected.mean(dtype=np.float64)
+            by_hand = np.concatenate([part[start:stop] for part in losses])
+            assert expected.num_tokens(start, stop, source) == len(by_hand)
+            difference = expected.mean(start, stop, source) - by_hand.mean(dtype=np.float64)
             assert abs(difference) < TOLERANCE_NATS
-    assert result.stdout.count("Loss in nats per token") == 1  # one rank prints
-
-
-def test_needle(llama, checkpoint, run_job, tmp_path):
-    story = tmp_path / "story.txt"
-    story.write_text(make_story(200))
-    output, lengths = tmp_path / "needle", (500, 700)
-    command = ["tools/evaluate_needle.py", "--checkpoint", checkpoint, "--haystack", story]
-    command += ["--context-lengths", *lengths, "--num-depths", 3, "--output-dir", output]
-    run_job(2, [*command, "--context-parallel-size", 2])
-    report = read_needle_report(output / "needle.json")
-    tokenizer = load_tokenizer(checkpoint / "tokenizer")
-    cases = build_cases(story.read_text(), tokenizer, NeedleTask(), lengths, report.settings.depths)
-    assert len(report.results) == len(cases) == 6
-    for case, result in zip(cases, report.results, strict=True):
-        losses = token_losses(llama, case.row().tokens)[-case.num_answer_tokens :]
-        assert abs(result.log_likelihood + losses.mean()) < TOLERANCE_NATS
-        assert not result.is_exact  # random weights
-    assert len({result.log_likelihood for result in report.results}) == 6
-    assert json.loads((output / "needle.json").read_text())["settings"]["iteration"] == "release"

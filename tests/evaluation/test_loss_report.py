@@ -63,16 +63,6 @@ def test_table():
 
 
 @pytest.mark.parametrize(
-    ("difference", "mark"), [(0.009, ""), (-0.009, ""), (0.011, "*"), (-0.5, "*")]
-)
-def test_differences_above_a_hundredth_are_marked(difference, mark):
-    table = format_table(make_report(1.5 + difference), make_report(1.5))
-    expected = f"2.0000 -> 2.0000 +0.0000 1.5000 -> {1.5 + difference:.4f} {difference:+.4f}{mark}"
-    assert " ".join(table.splitlines()[3].split()) == f"Book 1 {expected}"
-    assert "0.01 nats" in table.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"dataset_fingerprint": "other"}, "--dataset"),

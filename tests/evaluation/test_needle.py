@@ -5,12 +5,9 @@ import numpy as np
 import pytest
 
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.evaluation.needle import (
-    INTRODUCTION,
-    NeedleTask,
-    build_cases,
-    score_cases,
-)
+from megatron_long.evaluation.needle import PROMPTS, build_cases
+from megatron_long.evaluation.needle_scores import score_cases
+from megatron_long.evaluation.needle_tasks import NeedleTask
 
 from .fakes import (
     CORRECT_LOSS,
@@ -23,6 +20,7 @@ from .fakes import (
 )
 
 STORY = make_story(400)
+OPENING = PROMPTS["paper"][0]
 LENGTHS = (130, 257, 600)
 DEPTHS = (0.0, 0.25, 0.5, 1.0)
 
@@ -44,10 +42,10 @@ def test_each_case_has_exactly_its_length_and_all_its_parts(cases, tokenizer):
         row = case.row()
         assert len(row.tokens) == len(row.labels) == case.context_length
         text = tokenizer.decode(row.tokens)
-        assert text.startswith("<s>" + INTRODUCTION)
+        assert text.startswith("<s>" + OPENING)
         assert text.count(task.needle) == 2  # hidden, and as lead and answer
         assert text.endswith(
-            f"\n\nQuestion about the text above: {task.question}\n"
+            f" </book>.\n Based on the content of the book, Question: {task.question}\n"
             f"Answer: The best thing to do in San Francisco is {task.answer}"
         )
 
@@ -65,7 +63,7 @@ def test_the_needle_stands_between_sentences_near_its_depth(cases, tokenizer):
     for case in cases:
         text = tokenizer.decode(case.row().tokens)
         before, after, _ = text.split(" " + NeedleTask().needle)
-        assert before == "<s>" + INTRODUCTION or before.endswith(".")
+        assert before == "<s>" + OPENING or before.endswith(".")
         # At depth 0 the window's first sentence may lack its beginning.
         assert case.depth == 0 or after.startswith((" ", "\n"))
         assert len(tokenizer.encode(before[3:])) + 1 == case.needle_start
@@ -107,49 +105,52 @@ def test_a_copying_model_that_slips_once_is_not_exact(cases):
 def test_a_short_sighted_model_answers_where_the_needle_is_near(cases):
     results = score_cases(FakeScorer(near_copy_predictions(200), 640), cases)
     for case, result in zip(cases, results, strict=True):
-        question_length = len(case.pieces[-2]) + len(case.pieces[-1])
+        question_length = sum(
+            map(len, (case.question_tokens, case.lead_tokens, case.answer_tokens))
+        )
         distance = case.context_length - question_length - case.needle_start
         if not 140 < distance < 200:
             assert result.is_exact == (distance <= 140), (case.context_length, case.depth)
     assert 0 < sum(result.is_exact for result in results) < len(results)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 5, 12, 20])
-def test_batches_have_one_shape_and_change_nothing(cases, micro_batch_size):
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 5])
+def test_short_cells_share_a_batch_and_nothing_changes(cases, micro_batch_size):
     scorer = FakeScorer(near_copy_predictions(200), 640)
     results = score_cases(scorer, cases, micro_batch_size=micro_batch_size)
-    assert set(scorer.shapes) == {(micro_batch_size, 640)}
-    assert len(scorer.shapes) == math.ceil(len(cases) / micro_batch_size)
     assert results == score_cases(FakeScorer(near_copy_predictions(200), 640), cases)
+    assert sum(rows for rows, _ in scorer.shapes) == len(cases)
+    assert all(rows * length <= micro_batch_size * 640 for rows, length in scorer.shapes)
+    if micro_batch_size == 1:  # four cells of 600, four of 257 by two, four of 130 in one
+        assert [rows for rows, _ in scorer.shapes] == [1, 1, 1, 1, 2, 2, 4]
+        assert sum(rows * length for rows, length in scorer.shapes) < 1.03 * 4 * (130 + 257 + 600)
 
 
 def test_cells_are_split_over_replicas_and_put_back_in_order(cases):
+    """Each replica in turn, with what the earlier ones gathered: the last one sees all results."""
     alone = score_cases(FakeScorer(near_copy_predictions(200), 640), cases)
-    peers: list[FakeScorer] = []
-    for rank in range(5):
-        peer = FakeScorer(near_copy_predictions(200), 640, rank=rank, size=5, peers=tuple(peers))
-        if rank < 4:
-            with pytest.raises(KeyError):  # the later ranks' cells are still missing
-                score_cases(peer, cases)
-        else:
-            assert score_cases(peer, cases) == alone
-        peers.append(peer)
-    assert sum(len(peer.shapes) for peer in peers) == len(cases)
-    assert max(len(peer.shapes) for peer in peers) == 3
+    shapes, seen = [], {}
+    for rank in range(3):
+        scorer = FakeScorer(near_copy_predictions(200), 640, rank=rank, size=3)
+        for result in score_cases(scorer, cases):
+            assert result.key not in seen
+            seen[result.key] = result
+        shapes.append(scorer.shapes)
+    assert [seen[case.key] for case in cases] == alone
+    assert [len(part) for part in shapes] == [3, 2, 2]  # seven batches, dealt out in rounds
 
 
 def test_no_bos_when_the_model_has_none():
     tokenizer = WordTokenizer(bos_id=None)
     case = build_cases(STORY, tokenizer, NeedleTask(), [200], [0.5])[0]
-    assert tokenizer.decode(case.row().tokens).startswith(INTRODUCTION)
+    assert tokenizer.decode(case.row().tokens).startswith(OPENING)
 
 
 def test_own_needle(tokenizer):
     task = NeedleTask("The code of the vault is 4 8 1 5.", "What is the code?", "4 8 1 5")
     case = build_cases(STORY, tokenizer, task, [200], [0.5])[0]
     text = tokenizer.decode(case.row().tokens)
-    assert text.endswith("Question about the text above: What is the code?\nAnswer: "
-                         "The code of the vault is 4 8 1 5")  # fmt: skip
+    assert text.endswith("Question: What is the code?\nAnswer: The code of the vault is 4 8 1 5")
     assert score_cases(FakeScorer(copy_predictions, 256), [case])[0].is_exact
 
 
@@ -164,7 +165,9 @@ def test_haystack_too_short_names_the_length_it_can_do(tokenizer):
 
 
 def test_length_without_room_names_the_least(tokenizer):
-    with pytest.raises(ConfigError, match="give --min-length or --context-lengths above") as info:
+    with pytest.raises(
+        ConfigError, match=r"give --min-length .* or --context-lengths above"
+    ) as info:
         build_cases(STORY, tokenizer, NeedleTask(), [20, 200], [0.5])
     least = int(str(info.value).rsplit(" ", 1)[1])
     assert build_cases(STORY, tokenizer, NeedleTask(), [least + 1], [0.5])
@@ -193,7 +196,7 @@ def test_answer_that_the_tokenizer_changes_is_refused(tokenizer):
     # Letters on both sides of the join: no token boundary between the lead and the answer.
     task = NeedleTask("The word is supercalifragilistic.", "Which?", "fragilistic.")
     cases = build_cases(STORY, tokenizer, task, [200], [0.5])
-    assert tokenizer.decode(cases[0].pieces[-1]) == " fragilistic."
+    assert tokenizer.decode(cases[0].answer_tokens) == " fragilistic."
 
 
 def test_a_loss_that_is_not_finite_is_an_error(cases):
@@ -203,18 +206,20 @@ def test_a_loss_that_is_not_finite_is_an_error(cases):
             scores.losses[labels != -1] = math.nan
             return scores
 
-    with pytest.raises(DataError, match="context length 130"):
+    with pytest.raises(DataError, match="context length 600"):
         score_cases(Broken(copy_predictions, 640), cases)
 
 
+@pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("name", ["sentencepiece", "byte-level"])
-def test_real_tokenizers_give_running_text(name, tmp_path: Path):
+def test_real_tokenizers_give_running_text(name, prompt, tmp_path: Path):
     """The pieces, tokenized apart, are the tokens of the assembled text."""
     from megatron_long.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(train_tokenizer(name, tmp_path))
     task = NeedleTask()
-    for case in build_cases(STORY, tokenizer, task, [400, 700], [0.0, 0.4, 1.0]):
+    cases = build_cases(STORY, tokenizer, task, [400, 700], [0.0, 0.4, 1.0], prompt=prompt)
+    for case in cases:
         tokens = case.row().tokens
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         text = tokenizer.decode(tokens[len(bos) :])

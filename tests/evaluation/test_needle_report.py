@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.needle import NeedleResult, NeedleTask
 from megatron_long.evaluation.needle_report import (
     NeedleReport,
     NeedleSettings,
@@ -15,6 +14,7 @@ from megatron_long.evaluation.needle_report import (
     summarize,
     write_needle_report,
 )
+from megatron_long.evaluation.needle_scores import NeedleResult
 
 
 def make_report(training_length: int | None) -> NeedleReport:
@@ -34,15 +34,17 @@ def make_report(training_length: int | None) -> NeedleReport:
         for depth in depths
     ]
     settings = NeedleSettings(
-        checkpoint="ckpt",
+        model="ckpt",
+        backend="megatron",
         iteration="release",
-        haystack="book.txt",
+        precision=None,
+        haystack_sha256="f00",
         vocabulary_sha256="abc",
-        task=NeedleTask(),
+        prompt="paper",
+        tasks={"sentence": "The needle."},
         context_lengths=lengths,
         depths=depths,
         training_length=training_length,
-        megatron_argv=(),
     )
     return NeedleReport(settings, results)
 

@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_long.evaluation.needle import NeedleResult
+from megatron_long.evaluation.needle_scores import NeedleResult
 from megatron_long.evaluation.plots import (
     heatmap_figure,
+    needle_history_figure,
     plot_heatmap,
     plot_position_curves,
     position_figure,
@@ -129,3 +130,38 @@ def test_any_grid_can_be_drawn(tmp_path: Path, grid):
     assert path.read_bytes().startswith(PNG)
     assert path.stat().st_size > 10_000
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_means_of_several_seeds_are_written_as_means_and_missing_cells_stay_blank():
+    results = [
+        replace(result, seed=seed, is_exact=seed == 0)
+        for seed in range(3)
+        for result in make_results(4, 3, 0)
+    ]
+    left = [result for result in results if result.context_length < 131072 or result.depth < 1]
+    exact = heatmap_figure(left, title="Needle").axes[0]
+    written = [text.get_text() for text in exact.texts]
+    assert written == ["0.33"] * 11
+    assert np.ma.is_masked(exact.images[0].get_array()[2, 3])
+    single = heatmap_figure(make_results(4, 3, 30_000), title="Needle").axes[0]
+    assert {text.get_text() for text in single.texts} == {"0", "1"}
+
+
+def test_history_has_a_panel_a_measurement_and_the_means():
+    reaches = (0, 20_000, 50_000, 80_000, 110_000, 140_000)
+    history = [(f"{i}B tokens", make_results(8, 5, reach)) for i, reach in enumerate(reaches)]
+    figure = needle_history_figure(history)
+    *panels, means, likelihood = figure.axes
+    assert len(panels) == 6
+    shares = [np.mean([result.is_exact for result in results]) for _, results in history]
+    assert [panel.get_title() for panel in panels] == [
+        f"{label}: {share:.0%}" for (label, _), share in zip(history, shares, strict=True)
+    ]
+    assert means.lines[0].get_ydata() == pytest.approx(shares)
+    assert [label.get_text() for label in means.get_xticklabels()] == [
+        label for label, _ in history
+    ]
+    assert likelihood.lines[0].get_ydata()[0] == pytest.approx(
+        np.mean([result.log_likelihood for result in history[0][1]])
+    )
+    assert len(needle_history_figure(history[:1]).axes) == 3

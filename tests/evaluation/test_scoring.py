@@ -87,9 +87,15 @@ def test_layouts_score_alike(checkpoint, run_job, tmp_path):
     reference = seen.pop("one")
     assert reference["losses"].std() > 0.1
     assert (reference["losses"][0, 5:9] == 0).all()
+    assert reference["short"].shape == (8, 64)
+    # Rows that begin where a window begins see the same; the others have lost what came before.
+    torch.testing.assert_close(reference["short"][0], reference["losses"][0, :64])
+    assert not torch.allclose(reference["short"][1], reference["losses"][0, 64:128])
+    assert reference["agreed"] == 0
     for name, scores in seen.items():
-        difference = (scores["losses"] - reference["losses"]).abs().max().item()
-        print(f"{name}: largest difference of a token loss {difference:.1e}")
-        assert difference < 1e-5
+        for rows in ("losses", "short"):
+            difference = (scores[rows] - reference[rows]).abs().max().item()
+            print(f"{name}, {rows}: largest difference of a token loss {difference:.1e}")
+            assert difference < 1e-5
         assert torch.equal(scores["is_greedy"], reference["is_greedy"])
     assert seen["dp2"]["gathered"] == [0, 1]

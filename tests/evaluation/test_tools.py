@@ -18,7 +18,12 @@ from megatron_long.evaluation import scoring
 from megatron_long.evaluation.loss_report import read_loss_report
 from megatron_long.evaluation.needle_report import read_needle_report
 
-from .fakes import FakeScorer, copy_predictions, make_story, write_checkpoint_folder
+from .fakes import (
+    FakeScorer,
+    copy_predictions,
+    make_story,
+    write_checkpoint_folder,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RunTool = Callable[..., int]
@@ -89,9 +94,9 @@ def test_loss(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
         {
             "checkpoint": checkpoint,
             "context_length": 128,
-            "micro_batch_size": 3,
             "megatron_argv": layout,
             "precision": None,
+            "hf_config": None,
         }
     ]
     report = read_loss_report(output)
@@ -117,8 +122,14 @@ def test_loss_against_an_earlier_run(run, opened, checkpoint, tiny_dataset, tmp_
     after = loss_flags(checkpoint, tiny_dataset, tmp_path / "after.json")
     assert run("loss", *after, *common, "--compare", before, "--plot", tmp_path / "a.png") == 0
     table = capsys.readouterr().out
+    assert "Loss of before in nats per token, and differences to it" in table
     assert "+0.0000" in table
     assert "+0.0000*" not in table
+    assert (tmp_path / "after-table.png").stat().st_size > 5_000
+    lines = (tmp_path / "after-table.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 2 * 3  # buckets, models, sources and all
+    assert run("loss", *after, *common, "--compare", before) == 2
+    assert "--force" in capsys.readouterr().err
     flags = [*after, "--context-length", 64, "--compare", before, "--force"]
     assert run("loss", *flags, "--min-document-tokens", 20) == 2
     assert "--min-document-tokens" in capsys.readouterr().err
@@ -142,13 +153,120 @@ def test_needle(run, opened, checkpoint, haystack, tmp_path, capsys):
     assert means["beyond"]["num_cells"] == 8
     assert (output / "needle.png").stat().st_size > 10_000
     assert "beyond 700" in capsys.readouterr().out
-    assert run("needle", *flags, *grid) == 2
-    assert "--force" in capsys.readouterr().err
     lengths = ["--context-lengths", 620, 610, "--num-depths", 1]
+    assert run("needle", *flags, *lengths) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "holds results of another command" in error
+    assert 'megatron_argv ["--rotary-base", "9"] there, [] here' in error
+    assert "context_lengths [600, 750, 900] there, [610, 620] here" in error
+    assert "--force" in error
     assert run("needle", *flags, *lengths, "--force") == 0
     assert opened[-1]["context_length"] == 620
     report = read_needle_report(output / "needle.json")
     assert [(r.context_length, r.depth) for r in report.results] == [(610, 0.5), (620, 0.5)]
+
+
+def needle_flags(checkpoint, haystack, output) -> list[object]:
+    grid = ["--context-length", 900, "--num-lengths", 3, "--min-length", 600, "--num-depths", 4]
+    return ["--checkpoint", checkpoint, "--haystack", haystack, "--output-dir", output, *grid]
+
+
+def test_a_stopped_needle_run_goes_on_and_gives_the_same(
+    run, monkeypatch, checkpoint, haystack, tmp_path, capsys
+):
+    """The first run is killed in its third batch, the second is stopped by its time limit."""
+    scorers: list[FakeScorer] = []
+
+    class Killed(FakeScorer):
+        def score(self, tokens, labels):
+            if len(scorers) == 1 and len(self.shapes) == 2:
+                raise KeyboardInterrupt
+            return super().score(tokens, labels)
+
+    def open_scorer(checkpoint, *, context_length, **settings):
+        scorers.append(Killed(copy_predictions, context_length))
+        return scorers[-1]
+
+    monkeypatch.setattr(scoring, "open_scorer", open_scorer)
+    flags = needle_flags(checkpoint, haystack, tmp_path / "n")
+    assert run("needle", *flags) == 130
+    cells = tmp_path / "n" / "cells.jsonl"
+    assert len(cells.read_text().splitlines()) == 1 + 2
+    assert not (tmp_path / "n" / "needle.json").exists()
+    with cells.open("a") as file:  # the kill cut a line short
+        file.write('{"context_length": 9')
+    assert run("needle", *flags, "--stop-after-minutes", 0) == 0
+    assert scorers[1].shapes == []
+    report = json.loads((tmp_path / "n" / "needle.json").read_text())
+    assert not report["is_complete"]
+    assert len(report["cells"]) == 2
+    assert "10 cells left" in capsys.readouterr().out
+    assert run("needle", *flags, "--context-parallel-size", 2) == 0  # another layout may go on
+    assert sum(rows for rows, _ in scorers[2].shapes) == 10
+    whole = tmp_path / "whole"
+    assert run("needle", *needle_flags(checkpoint, haystack, whole)) == 0
+    again = json.loads((whole / "needle.json").read_text())
+    report = json.loads((tmp_path / "n" / "needle.json").read_text())
+    assert report["is_complete"]
+    assert report["cells"] == again["cells"]
+    assert run("needle", *flags) == 0  # nothing is left: no model is loaded
+    assert len(scorers) == 4
+
+
+def test_needle_tasks_and_seeds(run, opened, checkpoint, haystack, tmp_path, capsys):
+    needles = tmp_path / "needles.json"
+    hidden = {"needle": "The cat sleeps on the roof.", "question": "Where?", "answer": "the roof."}
+    needles.write_text(json.dumps([hidden, {**hidden, "name": "second"}]))
+    flags = needle_flags(checkpoint, haystack, tmp_path / "n")
+    flags += ["--tasks", "sentence", "passkey", "--needles", needles, "--num-seeds", 2]
+    assert run("needle", *flags) == 0
+    report = json.loads((tmp_path / "n" / "needle.json").read_text())
+    assert set(report["means_by_task"]) == {"needle-1", "second", "passkey"}
+    assert len(report["cells"]) == 3 * 2 * 12
+    for task in report["means_by_task"]:
+        assert (tmp_path / "n" / f"needle-{task}.png").stat().st_size > 10_000
+    assert "passkey" in capsys.readouterr().out
+
+
+def test_a_dry_run_counts_the_work_and_loads_nothing(
+    run, opened, checkpoint, haystack, tmp_path, capsys
+):
+    assert run("needle", *needle_flags(checkpoint, haystack, tmp_path / "n"), "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "0 of 12 cells are done" in printed
+    assert "FLOPs" in printed
+    assert opened == []
+    assert not (tmp_path / "n").exists()
+
+
+def test_random_weights_need_a_config(run, opened, checkpoint, haystack, tmp_path, capsys):
+    flags = needle_flags(checkpoint, haystack, tmp_path / "n")[2:]
+    config = checkpoint / "hf_config.json"
+    assert run("needle", *flags, "--random-weights") == 2
+    assert run("needle", *flags) == 2
+    assert run("needle", *flags, "--random-weights", "--hf-config", "nowhere") == 2
+    assert "--hf-config nowhere does not exist" in capsys.readouterr().err
+    model = ["--random-weights", "--hf-config", config]
+    assert run("needle", *flags, *model, "--checkpoint", checkpoint) == 2
+    assert run("needle", *flags, *model, "--tokenizer", checkpoint / "tokenizer") == 0
+    assert opened[0]["checkpoint"] is None
+    assert opened[0]["hf_config"] == config
+
+
+@pytest.mark.parametrize("tool", ["loss", "needle"])
+def test_a_length_beyond_rope_is_measured_with_a_warning(
+    tool, run, opened, checkpoint, tiny_dataset, haystack, tmp_path, caplog
+):
+    config = json.loads((checkpoint / "hf_config.json").read_text())
+    (checkpoint / "hf_config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 100})
+    )
+    flags = needle_flags(checkpoint, haystack, tmp_path / "n")
+    if tool == "loss":
+        flags = loss_flags(checkpoint, tiny_dataset, tmp_path / "l.json")
+        flags += ["--context-length", 128]
+    assert run(tool, *flags) == 0
+    assert "beyond the 100 tokens" in caplog.text
 
 
 def test_only_the_writer_writes(
@@ -160,6 +278,7 @@ def test_only_the_writer_writes(
         return scorer
 
     monkeypatch.setattr(scoring, "open_scorer", open_scorer)
+    monkeypatch.setenv("RANK", "1")
     flags = loss_flags(checkpoint, tiny_dataset, tmp_path / "loss.json")
     assert run("loss", *flags, "--context-length", 64) == 0
     flags = ["--checkpoint", checkpoint, "--haystack", haystack, "--output-dir", tmp_path / "n"]
@@ -207,6 +326,12 @@ NEEDLE_ERRORS = {
     "short": (["--context-lengths", "20"], "--context-lengths above"),
     "above": (["--context-lengths", "620"], "--context-lengths 620 is above --context-length 600"),
     "odd length": (["--context-length", "601"], "use 600 or 602"),
+    "no such hf model": (["--backend", "hf", "--checkpoint", "."], "holds no config.json"),
+    "hf with Megatron's flags": (
+        ["--backend", "hf", "--bf16"],
+        "--backend hf does not know --bf16",
+    ),
+    "needles": (["--needles", "nowhere.json"], "--needles nowhere.json is not a file"),
     "no answer": (["--answer", "dance"], "--answer 'dance' is not part of --needle"),
     "already there": (
         ["--needle", "Sentence 1", "--answer", "Sentence"],
@@ -237,7 +362,7 @@ def test_needle_without_a_tokenizer(run, opened, checkpoint, haystack, tmp_path,
     flags = ["--checkpoint", checkpoint, "--haystack", haystack, "--output-dir", tmp_path / "n"]
     assert run("needle", *flags, "--context-length", 600) == 2
     message = " ".join(capsys.readouterr().err.split())
-    assert "has no folder tokenizer/" in message
+    assert "has no tokenizer in it (folder tokenizer/)" in message
     assert "--tokenizer FILE_OR_FOLDER" in message
 
 

@@ -12,9 +12,7 @@ VOCABULARY = 390
 
 
 def main(checkpoint: str, output: str, *flags: str) -> None:
-    scorer = open_scorer(
-        Path(checkpoint), context_length=LENGTH, micro_batch_size=1, megatron_argv=flags
-    )
+    scorer = open_scorer(Path(checkpoint), context_length=LENGTH, megatron_argv=flags)
     generator = torch.Generator().manual_seed(0)
     first = torch.randint(0, VOCABULARY, (1, LENGTH + 1), generator=generator)
     losses = []

@@ -1,0 +1,145 @@
+"""A Hugging Face folder as a scorer: the same scores by `transformers`, and true generation.
+
+It stands beside `megatron_long.evaluation.scoring` to check it, and to generate with a key-value cache. One
+process holds the whole model; under torchrun every process has a copy and they share the rows.
+
+Legend: b batch, s sequence, h hidden, v vocabulary.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_long.errors import ConfigError
+from megatron_long.evaluation.batches import NOT_SCORED
+from megatron_long.evaluation.scoring import TokenScores
+
+POSITIONS_PER_CHUNK = 1024
+"""Positions whose logits exist at a time: half a GiB for a vocabulary of 128K."""
+
+
+class HFScorer:
+    """A model of `transformers` behind the interface of `megatron_long.evaluation.batches.TokenScorer`.
+
+    Args:
+        model: A causal language model with `model` (giving hidden states) and `lm_head`.
+        context_length: Longest row, tokens.
+    """
+
+    length_step = 1
+
+    def __init__(self, model: Any, *, context_length: int) -> None:
+        self.model = model
+        self.context_length = context_length
+        self.data_parallel_rank = int(os.environ.get("RANK", "0"))
+        self.data_parallel_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.is_writer = self.data_parallel_rank == 0
+
+    def score(self, tokens: Tensor, labels: Tensor) -> TokenScores:
+        """Score a batch of tokens and labels [b, s]; see `Scorer.score`."""
+        device = self.model.device
+        asked = labels.to(device) != NOT_SCORED
+        losses = torch.zeros(labels.shape, device=device)
+        is_greedy = torch.ones(labels.shape, dtype=torch.bool, device=device)
+        with torch.no_grad():
+            hidden = self.model.model(tokens.to(device), use_cache=False).last_hidden_state[asked]
+            wanted = labels.to(device)[asked]
+            parts = [
+                _score_chunk(self.model.lm_head(part).float(), wanted_part)
+                for part, wanted_part in zip(
+                    hidden.split(POSITIONS_PER_CHUNK),
+                    wanted.split(POSITIONS_PER_CHUNK),
+                    strict=True,
+                )
+            ]
+        losses[asked] = torch.cat([part[0] for part in parts])
+        is_greedy[asked] = torch.cat([part[1] for part in parts])
+        return TokenScores(losses.cpu(), is_greedy.cpu())
+
+    def generate(self, tokens: np.ndarray, max_new_tokens: int) -> np.ndarray:
+        """Give the tokens that greedy decoding adds to a prompt [n]."""
+        prompt = torch.from_numpy(np.asarray(tokens, dtype=np.int64))[None].to(self.model.device)
+        whole = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=0,
+        )
+        return whole[0, prompt.size(1) :].cpu().numpy()
+
+    def gather(self, value: Any) -> list:
+        """Collect a picklable object from every process, on each."""
+        if self.data_parallel_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.data_parallel_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def agree(self, value: Any) -> Any:
+        """Give every process the value of the first one."""
+        if self.data_parallel_size == 1:
+            return value
+        shared = [value]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        return shared[0]
+
+    def close(self) -> None:
+        """End the job."""
+        if self.data_parallel_size > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
+
+def _score_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return losses, logits.argmax(-1) == labels
+
+
+def open_hf_scorer(
+    folder: Path,
+    *,
+    context_length: int,
+    precision: str | None = None,
+    random_weights: bool = False,
+) -> HFScorer:
+    """Load a Hugging Face folder, whole, on this process's device.
+
+    Args:
+        precision: `bf16` or `fp32`; None is bf16 on GPUs, fp32 on the host.
+        random_weights: Take the folder's config.json alone, with weights as initialised.
+    Raises: ConfigError: there is no such model.
+    """
+    import transformers
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Objects of a few KB travel between processes: the host's network is fast enough.
+        torch.distributed.init_process_group("gloo")
+    dtype = (
+        torch.bfloat16 if (precision or ("bf16" if cuda else "fp32")) == "bf16" else torch.float32
+    )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        if random_weights:
+            with torch.device(device):
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--checkpoint {folder} is not a model that transformers can read ({error}); give a folder "
+            "of tools/convert_checkpoint.py megatron-to-hf, or another with config.json and weights"
+        ) from error
+    return HFScorer(model.to(device).eval(), context_length=context_length)

@@ -1,0 +1,175 @@
+"""Which model an evaluation tool runs: a Megatron checkpoint, a Hugging Face folder, or random weights."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_long.errors import ConfigError
+from megatron_long.evaluation.batches import TokenScorer
+from megatron_long.evaluation.inputs import (
+    CheckpointFolder,
+    find_checkpoint,
+    find_hf_folder,
+    positive_int,
+    read_flag,
+)
+from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
+
+if TYPE_CHECKING:
+    from megatron_long.evaluation.hf_scorer import HFScorer
+
+MEGATRON, HF = "megatron", "hf"
+LAYOUT_FLAGS = (
+    "--tensor-model-parallel-size",
+    "--pipeline-model-parallel-size",
+    "--context-parallel-size",
+    "--cp-comm-type",
+)
+"""How a model is cut over devices: it does not change what is measured."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model that is known to be there, not yet loaded."""
+
+    folder: CheckpointFolder
+    backend: str
+    random_weights: bool
+    hf_config: Path | None
+    """Config of a model of random weights."""
+
+    def geometry(self) -> LlamaGeometry | None:
+        """Its shape, where a config says it."""
+        path = self.hf_config or self.folder.hf_config
+        return None if path is None else geometry_from_hf(path)
+
+
+def add_model_flags(parser: argparse.ArgumentParser, *, backends: bool = True) -> None:
+    """Add the flags that choose a model, its tokenizer and its precision."""
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="Megatron checkpoint folder; HF folder with --backend hf")
+    if backends:
+        add(
+            "--backend",
+            choices=(MEGATRON, HF),
+            default=MEGATRON,
+            help="hf: score with transformers, and generate (default: %(default)s)",
+        )
+    add(
+        "--random-weights",
+        action="store_true",
+        help="measure a freshly initialised model of --hf-config, for its speed",
+    )
+    add("--hf-config", type=Path, help="HF folder or config.json, with --random-weights")
+    add("--tokenizer", type=Path, help="file or folder (default: the checkpoint's own)")
+    add(
+        "--micro-batch-size",
+        type=positive_int,
+        default=1,
+        help="full-length rows at a time (default: 1)",
+    )
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on GPUs, fp32 without")
+
+
+def choose_model(args: argparse.Namespace, megatron_argv: Sequence[str]) -> ModelChoice:
+    """See which model the flags of `add_model_flags` mean, without loading it.
+
+    Raises: ConfigError: no such model, or flags that do not go together.
+    """
+    backend = getattr(args, "backend", MEGATRON)
+    if args.random_weights != (args.hf_config is not None):
+        raise ConfigError(
+            "--random-weights and --hf-config go together: the first says that nothing is loaded, the "
+            "second gives the shape; give both or neither"
+        )
+    if args.random_weights == (args.checkpoint is not None):
+        raise ConfigError(
+            "give either --checkpoint FOLDER or --random-weights --hf-config CONFIG, "
+            f"{'not both' if args.checkpoint else 'one of them'}"
+        )
+    if backend == HF and megatron_argv:
+        raise ConfigError(
+            f"--backend hf does not know {megatron_argv[0]}; Megatron's flags need Megatron"
+        )
+    if args.random_weights:
+        folder = CheckpointFolder.of_config(args.hf_config)
+        return ModelChoice(folder, backend, True, folder.hf_config)
+    if backend == HF:
+        return ModelChoice(find_hf_folder(args.checkpoint), backend, False, None)
+    return ModelChoice(find_checkpoint(args.checkpoint, megatron_argv), backend, False, None)
+
+
+def warn_beyond_rope(
+    choice: ModelChoice, context_length: int, megatron_argv: Sequence[str] = ()
+) -> None:
+    """Say that the model was not made for the length; it is measured all the same."""
+    limit = choice.folder.max_positions
+    if limit and context_length > limit and os.environ.get("RANK", "0") == "0":
+        base = read_flag(megatron_argv, "--rotary-base")
+        _log.warning(
+            "--context-length %d is beyond the %d tokens that %s was made for (max_position_embeddings)"
+            "%s; going on: scores beyond that length show what the model does untrained",
+            context_length,
+            limit,
+            choice.folder.path,
+            f", with --rotary-base {base}" if base else "; --rotary-base would stretch RoPE",
+        )
+
+
+def split_layout(megatron_argv: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Split flags for Megatron into those that decide results and those of the layout.
+
+    >>> split_layout(["--rotary-base", "9", "--context-parallel-size", "2", "--fp8-param-gather"])
+    (('--rotary-base', '9', '--fp8-param-gather'), ('--context-parallel-size', '2'))
+    """
+    others: list[str] = []
+    layout: list[str] = []
+    target = others
+    for word in megatron_argv:
+        if word.startswith("--"):
+            target = layout if word.partition("=")[0] in LAYOUT_FLAGS else others
+        target.append(word)
+    return tuple(others), tuple(layout)
+
+
+def open_model(
+    choice: ModelChoice,
+    *,
+    context_length: int,
+    megatron_argv: Sequence[str],
+    precision: str | None,
+) -> TokenScorer:
+    """Load the model; under torchrun every rank calls this."""
+    if choice.backend == HF:
+        return open_generator(choice, context_length=context_length, precision=precision)
+    from megatron_long.evaluation import scoring
+
+    return scoring.open_scorer(
+        None if choice.random_weights else choice.folder.path,
+        context_length=context_length,
+        megatron_argv=megatron_argv,
+        precision=precision,
+        hf_config=choice.hf_config,
+    )
+
+
+def open_generator(choice: ModelChoice, *, context_length: int, precision: str | None) -> HFScorer:
+    """Load a Hugging Face model, which scores and generates."""
+    from megatron_long.evaluation.hf_scorer import open_hf_scorer
+
+    path = choice.hf_config if choice.random_weights else choice.folder.path
+    assert path is not None
+    return open_hf_scorer(
+        path,
+        context_length=context_length,
+        precision=precision,
+        random_weights=choice.random_weights,
+    )

@@ -1,0 +1,131 @@
+"""The report of a run: everything found, ordered, in one page that needs no network."""
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_long.errors import ConfigError
+from megatron_long.evaluation.loss_report import LossReport, write_loss_report
+from megatron_long.evaluation.needle_report import NeedleReport, write_needle_report
+from megatron_long.evaluation.run_files import collect
+from megatron_long.evaluation.run_report import run_report_page, write_run_report
+
+from .test_loss_report import make_report as make_loss
+from .test_needle_report import make_report as make_needle
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def write_evaluation(folder: Path, iteration: int, late_loss: float) -> None:
+    folder.mkdir(parents=True)
+    needle, loss = make_needle(1000), make_loss(late_loss)
+    settings = replace(needle.settings, iteration=str(iteration))
+    write_needle_report(folder / "needle.json", NeedleReport(settings, needle.results))
+    settings = replace(loss.settings, iteration=str(iteration))
+    write_loss_report(folder / "loss.json", LossReport(settings, loss.loss))
+    progress = {"iteration": iteration, "tokens": iteration * 1_000_000}
+    (folder / "progress.json").write_text(json.dumps(progress))
+
+
+def write_events(folder: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for step in range(1, 6):
+            writer.add_scalar("lm loss", 5 - step / 2, step, walltime=100 + 2 * step)
+            writer.add_scalar("batch-size", 4, step, walltime=100 + 2 * step)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, tiny_dataset: Path) -> Path:
+    folder = tmp_path / "ckpt"
+    for iteration, loss in ((9, 1.6), (10, 1.5), (100, 1.2)):
+        write_evaluation(folder / "evaluation" / f"iter_{iteration:07d}", iteration, loss)
+    write_events(folder / "tensorboard")
+    argv = ["--dataset", str(tiny_dataset), "--seq-length", "1000"]
+    (folder / "run.json").write_text(json.dumps({"argv": argv}))
+    same = [{"iteration": step, "lm loss": 5 - step / 2} for step in range(1, 6)]
+    (folder / "same.jsonl").write_text("".join(json.dumps(line) + "\n" for line in same))
+    other = [{"iteration": 1, "lm loss": 3.0}, {"iteration": 1, "lm loss": 2.5}]
+    (folder / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in other))
+    (folder / "corpus.jsonl").write_text('{"text": "no log"}\n')
+    return folder
+
+
+def test_what_is_found(run_dir, tiny_dataset):
+    found = collect(run_dir)
+    assert found.dataset == tiny_dataset
+    assert [curve.name for curve in found.curves] == ["tensorboard", "other.jsonl"]
+    board, log = found.curves
+    assert board.losses == [4.5, 4.0, 3.5, 3.0, 2.5]
+    assert board.tokens == [4000.0, 8000.0, 12_000.0, 16_000.0, 20_000.0]
+    assert board.tokens_per_second == pytest.approx([2000.0] * 4)
+    assert (log.steps, log.losses) == ([1], [2.5])  # a step done again after a restart
+    assert [item.iteration for item in found.needles] == [9, 10, 100]
+    assert [item.label for item in found.losses] == ["9M tokens", "10M tokens", "100M tokens"]
+    assert found.left_out == []
+
+
+def test_the_page_holds_everything(run_dir):
+    page = run_report_page(collect(run_dir))
+    for title in ("Mixture", "Training loss", "Throughput", "Needle over tokens trained", "Needle"):
+        assert f">{title}</h2>" in page
+    assert "Loss by source and position" in page
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) == 7
+    assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
+    assert "http" not in re.sub(r'"data:[^"]*"', "", page)
+    assert "<td>1.2000</td>" in page
+    assert "2,000" in page  # tokens a second
+
+
+def test_names_are_escaped(run_dir):
+    folder = run_dir.rename(run_dir.with_name("<b>run"))
+    assert "<b>run" not in run_report_page(collect(folder))
+
+
+def test_a_damaged_report_is_named_and_left_out(run_dir, tmp_path):
+    damaged = run_dir / "evaluation" / "iter_0000010" / "needle.json"
+    damaged.write_text('{"kind": "needle"}')
+    found = collect(run_dir)
+    assert [item.iteration for item in found.needles] == [9, 100]
+    assert "iter_0000010/needle.json" in found.left_out[0]
+    write_run_report(tmp_path / "r.html", found)
+    assert "iter_0000010/needle.json" in (tmp_path / "r.html").read_text()
+
+
+def test_trainings_come_in_the_order_they_were_measured(run_dir):
+    """A shorter training after a longer one: its steps are smaller."""
+    later = make_loss(1.0)
+    settings = replace(later.settings, checkpoint="stretched", iteration="5")
+    path = run_dir / "after.json"
+    write_loss_report(path, LossReport(settings, later.loss))
+    os.utime(path, (path.stat().st_mtime + 100,) * 2)
+    assert [item.iteration for item in collect(run_dir).losses] == [9, 10, 100, 5]
+    chosen = collect(run_dir, baseline=path)
+    assert [item.iteration for item in chosen.losses] == [5, 9, 10, 100]
+
+
+def test_folders_without_a_run_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="is not a folder"):
+        collect(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="holds nothing of a run"):
+        collect(tmp_path)
+
+
+def test_tool(run_dir):
+    command = [sys.executable, "tools/report.py", str(run_dir)]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "3 needle reports, 3 loss reports" in result.stdout
+    assert (run_dir / "report.html").stat().st_size > 100_000
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "--force" in again.stderr
