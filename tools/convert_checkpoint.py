@@ -17,15 +17,10 @@ from pathlib import Path
 
 from megatron_long.cli import run_tool
 from megatron_long.conversion.checks import DTYPES, KEEP
-from megatron_long.conversion.convert import (
-    MAX_SHARD_BYTES,
-    ConversionReport,
-    Options,
-    gguf_to_hf,
-    hf_to_megatron,
-    megatron_to_hf,
-)
+from megatron_long.conversion.convert import hf_to_megatron
+from megatron_long.conversion.export import gguf_to_hf, megatron_to_hf
 from megatron_long.conversion.megatron_folder import WEIGHTS
+from megatron_long.conversion.options import MAX_SHARD_BYTES, ConversionReport, Options
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.model.rope import PLAIN_ROPE
 

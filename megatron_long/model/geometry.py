@@ -154,7 +154,15 @@ class LlamaGeometry:
         Attention here reaches every token, so what comes back has no sliding window.
         """
         scaling = self.rope.to_hf()
-        window = {"sliding_window": None} if self.model_type == "mistral" else {}
+        everywhere = ["full_attention"] * self.num_layers
+        window: dict[str, Any] = {
+            "mistral": {"sliding_window": None},
+            "qwen2": {
+                "sliding_window": None,
+                "use_sliding_window": False,
+                "layer_types": everywhere,
+            },
+        }.get(self.model_type, {})
         return {
             "max_position_embeddings": self.max_position_embeddings,
             "rope_theta": self.rotary_base,
