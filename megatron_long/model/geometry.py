@@ -155,20 +155,20 @@ class LlamaGeometry:
         """
         scaling = self.rope.to_hf()
         everywhere = ["full_attention"] * self.num_layers
-        window: dict[str, Any] = {
+        windows: dict[str, dict[str, Any]] = {
             "mistral": {"sliding_window": None},
             "qwen2": {
                 "sliding_window": None,
                 "use_sliding_window": False,
                 "layer_types": everywhere,
             },
-        }.get(self.model_type, {})
+        }
         return {
             "max_position_embeddings": self.max_position_embeddings,
             "rope_theta": self.rotary_base,
             "rope_scaling": None if type(self.rope) is BaseRope else scaling,
             "rope_parameters": {**scaling, "rope_theta": self.rotary_base},
-            **window,
+            **windows.get(self.model_type, {}),
         }
 
 
