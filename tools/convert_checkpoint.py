@@ -10,22 +10,17 @@ loads in, and is read from, any.
 """
 
 import argparse
-import os
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 from megatron_long.cli import run_tool
 from megatron_long.conversion.checks import DTYPES, KEEP
-from megatron_long.conversion.convert import (
-    MAX_SHARD_BYTES,
-    ConversionReport,
-    Options,
-    gguf_to_hf,
-    hf_to_megatron,
-    megatron_to_hf,
-)
+from megatron_long.conversion.convert import hf_to_megatron
+from megatron_long.conversion.export import gguf_to_hf, megatron_to_hf
 from megatron_long.conversion.megatron_folder import WEIGHTS
+from megatron_long.conversion.options import MAX_SHARD_BYTES, ConversionReport, Options
+from megatron_long.conversion.stored import keep_freed_memory
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.model.rope import PLAIN_ROPE
 
@@ -149,8 +144,7 @@ def describe(report: ConversionReport, *, is_dry_run: bool) -> str:
 
 def main() -> None:
     """Parse, convert, print."""
-    # Large pages for torch's tensors: a quarter of the time goes into making small ones.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    keep_freed_memory()
     args = make_parser().parse_args()
     print(describe(convert(args), is_dry_run=args.dry_run))
 

@@ -84,8 +84,10 @@ class PickleWeights:
         """Nothing: the system's own reading ahead serves here."""
 
     def read(self, name: str) -> Tensor:
-        """Give a tensor, backed by the file's pages."""
-        return self._tensors[name].contiguous()
+        """Give a copy of a tensor."""
+        import torch
+
+        return self._tensors[name].clone(memory_format=torch.contiguous_format)
 
     def read_slice(self, name: str, rows: slice, columns: slice | None) -> Tensor:
         """Give a part of a tensor; `columns` is None for a vector."""

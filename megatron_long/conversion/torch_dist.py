@@ -56,6 +56,7 @@ class LazyPiece:
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor]
+    """Gives the tensor in memory that is nobody else's: it is freed when it is written."""
 
 
 class _LazySavePlanner(DefaultSavePlanner):
@@ -64,6 +65,7 @@ class _LazySavePlanner(DefaultSavePlanner):
     def __init__(self, pieces: Sequence[LazyPiece], objects: Mapping[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._objects = objects
+        self._written: Tensor | None = None
         self._pieces = {MetadataIndex(p.key, torch.Size(p.offset)): p for p in pieces}
 
     def create_local_plan(self) -> SavePlan:
@@ -93,11 +95,19 @@ class _LazySavePlanner(DefaultSavePlanner):
             # Megatron stores a list: an object for each shard that a rank holds.
             torch.save([self._objects[write_item.index.fqn]], stream)
             return stream
+        self._let_go()
         piece = self._pieces[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
         tensor = piece.make()
         assert tensor.shape == piece.shape, (piece.key, tensor.shape, piece.shape)
         assert tensor.dtype == piece.dtype, (piece.key, tensor.dtype, piece.dtype)
+        self._written = tensor
         return tensor
+
+    def _let_go(self) -> None:
+        """Free the memory of the piece before: the writer of torch 2.11 keeps one tensor of each key."""
+        storage = None if self._written is None else self._written.untyped_storage()
+        if storage is not None and storage.resizable():
+            storage.resize_(0)
 
 
 def write_torch_dist(folder: Path, pieces: Sequence[LazyPiece], objects: Mapping[str, Any]) -> None:

@@ -8,12 +8,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_long.conversion.checks import check_same
-from megatron_long.conversion.mapping import Unit
+from megatron_long.conversion.mapping import Unit, units_of
+from megatron_long.conversion.megatron_folder import check_tensors
+from megatron_long.conversion.options import ConversionReport, Options
+from megatron_long.conversion.pieces import read_checkpoint, read_source
+from megatron_long.conversion.weights import Weights
 from megatron_long.errors import DataError
+from megatron_long.model.geometry import CONFIG_NAME
+from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -31,6 +39,34 @@ def hash_tensor(tensor: Tensor) -> str:
 
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data).hexdigest()
+
+
+def verify_output(
+    report: ConversionReport,
+    folder: Path,
+    reader: TorchDistReader,
+    weights: Weights,
+    stored: dtype,
+    options: Options,
+    *,
+    is_import: bool,
+) -> ConversionReport:
+    """Compare what lies in `folder` with what it was made from, and write that down."""
+    geometry, logits = report.geometry, None
+    if not (options.verify or options.check_logits):
+        return report
+    check_tensors(reader, geometry)
+    megatron = partial(read_checkpoint, reader=reader, geometry=geometry, stored=stored)
+    hugging_face = partial(read_source, weights=weights, stored=stored)
+    both = (megatron, hugging_face) if is_import else (hugging_face, megatron)
+    hashes = compare_tensors(units_of(geometry), *both, options.progress)
+    if options.check_logits:
+        config = folder / (HF_CONFIG_NAME if is_import else CONFIG_NAME)
+        logits = compare_logits(
+            reader, weights.location, config, stored, allow_pickle=options.allow_pickle
+        )
+    write_verification(folder, hashes, logits)
+    return replace(report, is_verified=True, logits_difference=logits)
 
 
 def compare_tensors(

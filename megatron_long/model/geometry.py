@@ -154,13 +154,21 @@ class LlamaGeometry:
         Attention here reaches every token, so what comes back has no sliding window.
         """
         scaling = self.rope.to_hf()
-        window = {"sliding_window": None} if self.model_type == "mistral" else {}
+        everywhere = ["full_attention"] * self.num_layers
+        windows: dict[str, dict[str, Any]] = {
+            "mistral": {"sliding_window": None},
+            "qwen2": {
+                "sliding_window": None,
+                "use_sliding_window": False,
+                "layer_types": everywhere,
+            },
+        }
         return {
             "max_position_embeddings": self.max_position_embeddings,
             "rope_theta": self.rotary_base,
             "rope_scaling": None if type(self.rope) is BaseRope else scaling,
             "rope_parameters": {**scaling, "rope_theta": self.rotary_base},
-            **window,
+            **windows.get(self.model_type, {}),
         }
 
 

@@ -79,6 +79,6 @@ def export(checkpoint_dir: Path, output: Path) -> Any:
 
     Returns: The conversion's report.
     """
-    from megatron_long.conversion.convert import megatron_to_hf
+    from megatron_long.conversion.export import megatron_to_hf
 
     return megatron_to_hf(checkpoint_dir, output)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.conversion.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_long.conversion.convert import hf_to_megatron
+from megatron_long.conversion.export import megatron_to_hf
 from megatron_long.conversion.megatron_folder import find_iteration, read_geometry
+from megatron_long.conversion.options import Options
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.errors import ConfigError, DataError
 
@@ -293,13 +295,13 @@ def test_checkpoint_of_other_tensors(checkpoint_copy, tmp_path):
 
 
 def test_not_a_number_in_a_checkpoint_is_named(llama_copy, edit_weights, tmp_path, monkeypatch):
-    from megatron_long.conversion import convert
+    from megatron_long.conversion import pieces
 
     def damage(tensors: dict[str, torch.Tensor]) -> None:
         tensors[NORM][0] = float("nan")
 
     edit_weights(llama_copy, damage)
-    monkeypatch.setattr(convert, "check_finite", lambda tensor, name: None)
+    monkeypatch.setattr(pieces, "check_finite", lambda tensor, name: None)
     hf_to_megatron(llama_copy, tmp_path / "ckpt")
     monkeypatch.undo()
     with pytest.raises(DataError, match=r"linear_qkv.layer_norm_weight \(layer 1\) holds 1 values"):

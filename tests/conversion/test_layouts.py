@@ -11,13 +11,13 @@ PROGRAM = Path(__file__).with_name("layout_logits.py")
 TOLERANCE = 1e-4
 LAYOUTS = {
     "tp2-pp2-vpp2": (
-        4,
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
         "--num-virtual-stages-per-pipeline-rank 2",
+        2,
     ),
-    "cp2": (2, "--context-parallel-size 2"),
-    "tp4-of-2-groups": (4, "--tensor-model-parallel-size 4"),
+    "tp2-cp2-of-one-group": ("--tensor-model-parallel-size 2 --context-parallel-size 2", 1),
 }
+"""Flags for four processes, and the model's key/value heads: one is shared by two ranks."""
 
 
 @pytest.mark.slow
@@ -26,13 +26,14 @@ def test_logits_are_those_of_transformers_in_every_layout(make_llama, run_job, t
     """Biases, tied embeddings and padding rows among it."""
     from transformers import AutoModelForCausalLM
 
-    source = make_llama(family="qwen2", tied=True, num_hidden_layers=4)
+    layout, heads = LAYOUTS[name]
+    shape = {"num_hidden_layers": 4, "num_key_value_heads": heads}
+    source = make_llama(family="qwen2", tied=True, **shape)
     hf_to_megatron(source, tmp_path / "ckpt")
     tokens = torch.randint(0, 1000, (1, 128), generator=torch.Generator().manual_seed(2))
     torch.save(tokens, tmp_path / "tokens.pt")
-    num_processes, layout = LAYOUTS[name]
     files = (tmp_path / "ckpt", source, tmp_path / "tokens.pt", tmp_path / "logits.pt")
-    run_job(num_processes, [PROGRAM, *files, *layout.split()])
+    run_job(4, [PROGRAM, *files, *layout.split()])
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(source).eval()(tokens).logits
     for way, logits in torch.load(tmp_path / "logits.pt").items():

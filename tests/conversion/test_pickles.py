@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.conversion.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_long.conversion.convert import hf_to_megatron
+from megatron_long.conversion.export import megatron_to_hf
+from megatron_long.conversion.options import Options
 from megatron_long.errors import ConfigError, DataError
 
 ALLOWED = Options(allow_pickle=True, verify=True)

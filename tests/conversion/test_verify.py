@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_long.conversion import hf_folder
-from megatron_long.conversion.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_long.conversion.convert import hf_to_megatron
+from megatron_long.conversion.export import megatron_to_hf
+from megatron_long.conversion.options import Options
 from megatron_long.errors import DataError
 
 
@@ -28,8 +30,7 @@ def test_hashes_of_all_tensors_are_written(make_llama, read_weights, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("direction", ["import", "export"])
-def test_a_configuration_of_another_model_is_noticed(make_llama, tmp_path, monkeypatch, direction):
+def test_a_configuration_of_another_model_is_noticed(make_llama, tmp_path, monkeypatch):
     """Every tensor is right, and RoPE in the configuration is not: only logits can tell."""
     options = Options(verify=True, check_logits=True)
     write = hf_folder.write_config
@@ -38,14 +39,6 @@ def test_a_configuration_of_another_model_is_noticed(make_llama, tmp_path, monke
         write(path, original, replace(geometry, rotary_base=10_000.0), stored)
 
     source = make_llama(family="qwen2", tied=True, max_position_embeddings=4096)
-    if direction == "import":
-        monkeypatch.setattr(hf_folder, "write_config", write_wrong)
-        with pytest.raises(
-            DataError, match="--verify: the logits of Megatron and transformers differ"
-        ):
-            hf_to_megatron(source, tmp_path / "ckpt", options=options)
-        assert list(tmp_path.iterdir()) == []
-        return
     report = hf_to_megatron(source, tmp_path / "ckpt", options=options)
     assert report.logits_difference is not None
     assert report.logits_difference < 1e-5

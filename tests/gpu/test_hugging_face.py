@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.conversion.convert import megatron_to_hf
+from megatron_long.conversion.export import megatron_to_hf
 from megatron_long.conversion.hf_folder import HfWeights
 
 pytestmark = [

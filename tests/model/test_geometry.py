@@ -173,7 +173,10 @@ def test_keys_that_are_left_out_are_the_familys() -> None:
 )
 def test_a_window_that_would_hide_tokens_is_refused(config: dict[str, Any], binds: bool) -> None:
     if not binds:
-        assert geometry_from_config(config).to_hf_config().get("sliding_window") is None
+        longer = replace(geometry_from_config(config), max_position_embeddings=131_072)
+        written = {**config, **longer.to_hf_config()}
+        assert written["sliding_window"] is None
+        assert geometry_from_config(written) == longer
         return
     with pytest.raises(ConfigError, match=r"sliding_window is \d+ of max_position_.*null"):
         geometry_from_config(config)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_long import pretrain
-from megatron_long.conversion.convert import megatron_to_hf
+from megatron_long.conversion.export import megatron_to_hf
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.training import host_backend
 from megatron_long.training.backend import HOST

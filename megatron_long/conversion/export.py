@@ -1,0 +1,227 @@
+"""To a Hugging Face folder: from a Megatron checkpoint saved in any layout, or from a GGUF file.
+
+Memory holds one tensor, never the model; what is written is whole or absent.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_long.conversion import hf_folder, sources
+from megatron_long.conversion.checks import (
+    KEEP,
+    check_folders,
+    check_hf_tensors,
+    choose_hf_dtype,
+    choose_megatron_dtype,
+)
+from megatron_long.conversion.mapping import Unit, units_of
+from megatron_long.conversion.megatron_folder import (
+    check_same_rope,
+    check_tensors,
+    find_iteration,
+    find_weights,
+    merge_geometry,
+)
+from megatron_long.conversion.options import ConversionReport, Options, make_report
+from megatron_long.conversion.pieces import read_checkpoint, read_source, size_of
+from megatron_long.conversion.stored import ReadAhead
+from megatron_long.conversion.stretch import Stretch
+from megatron_long.conversion.verify import compare_tensors, verify_output, write_verification
+from megatron_long.errors import ConfigError
+from megatron_long.files import atomic_path
+from megatron_long.model.geometry import (
+    CONFIG_NAME,
+    LlamaGeometry,
+    geometry_from_config,
+    read_hf_config,
+)
+from megatron_long.training.checkpoint_folder import (
+    GENERATION_CONFIG_NAME,
+    HF_CONFIG_NAME,
+    TOKENIZER_DIR_NAME,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+    from megatron_long.conversion.torch_dist import TorchDistReader
+
+
+def megatron_to_hf(
+    input_dir: Path,
+    output_dir: Path,
+    *,
+    iteration: int | None = None,
+    hf_config: Path | None = None,
+    weights: str = "auto",
+    stretch: Stretch | None = None,
+    options: Options | None = None,
+) -> ConversionReport:
+    """Write a Hugging Face model from a Megatron checkpoint saved in any layout.
+
+    The optimizer's state is skipped, but for its main copy of FP8 parameters. RoPE and the longest
+    context are those of training.
+
+    Args:
+        input_dir: The checkpoint folder (Megatron's `--save`).
+        output_dir: The model folder to write.
+        iteration: Which iteration; the latest if None.
+        hf_config: Model folder whose `config.json`, and tokenizer if the checkpoint has none, to
+            take instead of the checkpoint's own.
+        weights: One of `WEIGHTS`.
+        stretch: RoPE and context that the user takes for trained; refused where training had others.
+        options: See `Options`.
+    Raises: ConfigError, DataError: the message says what is wrong; nothing is left behind.
+    """
+    from megatron_long.conversion.torch_dist import TorchDistReader, read_common_state
+
+    options = options or Options()
+    source = find_iteration(input_dir, iteration)
+    check_folders(input_dir, output_dir, force=options.force)
+    TorchDistReader(source)  # its files are all there, before anything else is said of it
+    state = read_common_state(source)
+    config, geometry = _trained_model(input_dir, source, state, hf_config, stretch or Stretch())
+    prefix = find_weights(state, weights, source)
+    reader = TorchDistReader(source, prefix=prefix, check_bytes=options.verify)
+    check_tensors(reader, geometry)
+    stored = _choose_dtype(reader, geometry, state, options)
+    report = make_report(output_dir, geometry, stored)
+    if options.dry_run:
+        return report
+    read = _reading_ahead(reader, geometry, stored)
+    with atomic_path(output_dir, directory=True) as folder:
+        _write_hf(folder, read, geometry, stored, options)
+        hf_folder.write_config(folder / CONFIG_NAME, config, geometry, stored)
+        _restore_sidecars(folder, input_dir, hf_config)
+        if not (options.verify or options.check_logits):
+            return report
+        with hf_folder.HfWeights(folder) as written:
+            check_hf_tensors(written, geometry)
+            return verify_output(report, folder, reader, written, stored, options, is_import=False)
+
+
+def _choose_dtype(
+    reader: TorchDistReader, geometry: LlamaGeometry, state: dict[str, Any], options: Options
+) -> dtype:
+    """Give the type to store; main copies are float32, of a model that was trained in another type."""
+    wanted = options.dtype
+    if reader.prefix and wanted == KEEP:
+        wanted = str(state["args"].params_dtype).removeprefix("torch.")
+    return choose_megatron_dtype(reader, geometry, wanted)
+
+
+def _reading_ahead(
+    reader: TorchDistReader, geometry: LlamaGeometry, stored: dtype
+) -> Callable[[Unit], list[tuple[str, Tensor]]]:
+    """Give the function that reads the units of a checkpoint, each in its turn."""
+    ahead = ReadAhead(
+        list(units_of(geometry)),
+        lambda unit: reader.will_need(unit.rule.megatron_key, unit.layer),
+        lambda unit: size_of(unit, geometry, stored),
+    )
+
+    def read(unit: Unit) -> list[tuple[str, Tensor]]:
+        ahead.reach(unit)
+        return read_checkpoint(unit, reader, geometry, stored)
+
+    return read
+
+
+def gguf_to_hf(
+    input_path: Path, output_dir: Path, *, options: Options | None = None
+) -> ConversionReport:
+    """Write a Hugging Face folder from a GGUF file, weights dequantized.
+
+    Args:
+        input_path: The file.
+        output_dir: The model folder to write.
+        options: See `Options`; logits are not compared, as there is one model only.
+    Raises: ConfigError, DataError: the message says what is wrong; nothing is left behind.
+    """
+    options = options or Options()
+    check_folders(input_path, output_dir, force=options.force)
+    if not sources.is_gguf(input_path):
+        raise ConfigError(f"--input {input_path} is no GGUF file (its name must end in .gguf)")
+    config, geometry = sources.read_config(input_path), sources.read_source_geometry(input_path)
+    with sources.open_weights(input_path) as weights:
+        check_hf_tensors(weights, geometry)
+        stored = choose_hf_dtype(weights, geometry, options.dtype)
+        report = make_report(output_dir, geometry, stored, sources.losses(input_path))
+        if options.dry_run:
+            return report
+        read = partial(read_source, weights=weights, stored=stored)
+        with atomic_path(output_dir, directory=True) as folder:
+            _write_hf(folder, read, geometry, stored, options)
+            hf_folder.write_config(folder / CONFIG_NAME, config, geometry, stored)
+            sources.copy_tokenizer(input_path, folder)
+            if not options.verify:
+                return report
+            with hf_folder.HfWeights(folder) as written:
+                back = partial(read_source, weights=written, stored=stored)
+                hashes = compare_tensors(units_of(geometry), back, read, options.progress)
+            write_verification(folder, hashes, None)
+    return replace(report, is_verified=True)
+
+
+def _trained_model(
+    input_dir: Path, source: Path, state: dict[str, Any], hf_config: Path | None, stretch: Stretch
+) -> tuple[dict[str, Any], LlamaGeometry]:
+    """Give the model's configuration as it came, and its shape with the RoPE of training."""
+    config_path = hf_config / CONFIG_NAME if hf_config else input_dir / HF_CONFIG_NAME
+    if not config_path.is_file():
+        raise ConfigError(f"{config_path} does not exist; give --hf-config with the model's folder")
+    config = read_hf_config(config_path)
+    described = geometry_from_config(config, name=str(config_path))
+    geometry = merge_geometry(described, state, source)
+    if hf_config is None:
+        check_same_rope(geometry, described, source, str(config_path))
+    asked = stretch.apply(geometry)
+    check_same_rope(geometry, asked, source, "the flags of this command")
+    return config, geometry
+
+
+def _write_hf(
+    folder: Path,
+    read: Callable[[Unit], list[tuple[str, Tensor]]],
+    geometry: LlamaGeometry,
+    stored: dtype,
+    options: Options,
+) -> None:
+    units = list(units_of(geometry))
+    sizes_bytes = [size_of(unit, geometry, stored) for unit in units]
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for unit, size_bytes in zip(units, sizes_bytes, strict=True):
+            yield from read(unit)
+            options.progress(size_bytes)
+
+    shards = [
+        [
+            hf_folder.PlannedTensor(name=name, shape=shape, dtype=stored)
+            for number in numbers
+            for name, shape in _hf_shapes(units[number], geometry)
+        ]
+        for numbers in hf_folder.plan_shards(sizes_bytes, options.max_shard_bytes)
+    ]
+    hf_folder.write_weights(folder, shards, tensors())
+
+
+def _hf_shapes(unit: Unit, geometry: LlamaGeometry) -> list[tuple[str, tuple[int, ...]]]:
+    return list(zip(unit.hf_names, unit.rule.layout.hf_shapes(geometry), strict=True))
+
+
+def _restore_sidecars(folder: Path, checkpoint_dir: Path, hf_config: Path | None) -> None:
+    generation = checkpoint_dir / GENERATION_CONFIG_NAME
+    if hf_config and not generation.is_file():
+        generation = hf_config / hf_folder.GENERATION_CONFIG
+    if generation.is_file():
+        shutil.copyfile(generation, folder / hf_folder.GENERATION_CONFIG)
+    copied = hf_folder.copy_tokenizer(checkpoint_dir / TOKENIZER_DIR_NAME, folder)
+    if hf_config and not copied:
+        hf_folder.copy_tokenizer(hf_config, folder)

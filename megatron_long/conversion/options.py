@@ -1,0 +1,76 @@
+"""What a conversion may be asked for, and what it says when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_long.conversion.checks import KEEP
+from megatron_long.conversion.mapping import units_of
+from megatron_long.conversion.pieces import size_of
+from megatron_long.model.geometry import LlamaGeometry
+
+if TYPE_CHECKING:
+    from torch import dtype
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+Progress = Callable[[int], object]
+"""Called with the number of bytes that were just converted or verified."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every conversion may be asked for."""
+
+    dtype: str = KEEP
+    """One of `DTYPES`, the type to store."""
+    verify: bool = False
+    """Whether to read the output back, compare it bit by bit and write the tensors' hashes."""
+    check_logits: bool = False
+    """Whether to compare the logits of both models too."""
+    force: bool = False
+    """Whether to replace an existing output."""
+    dry_run: bool = False
+    """Whether to check the input and write nothing."""
+    allow_pickle: bool = False
+    """Whether pickled weights may be read where there are no safetensors."""
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    """Largest safetensors file."""
+    progress: Progress = lambda size_bytes: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What a conversion did, or would do."""
+
+    output: Path
+    num_tensors: int
+    """Hugging Face tensors."""
+    num_parameters: int
+    size_bytes: int
+    dtype: str
+    geometry: LlamaGeometry
+    is_verified: bool = False
+    logits_difference: float | None = None
+    """Of the largest logit; None where logits were not compared."""
+    losses: tuple[str, ...] = ()
+    """What the input does not give back of the original model, in sentences."""
+
+
+def make_report(
+    output: Path, geometry: LlamaGeometry, stored: dtype, losses: Sequence[str] = ()
+) -> ConversionReport:
+    units = list(units_of(geometry))
+    size_bytes = sum(size_of(unit, geometry, stored) for unit in units)
+    return ConversionReport(
+        output=output,
+        num_tensors=sum(len(unit.hf_names) for unit in units),
+        num_parameters=size_bytes // stored.itemsize,
+        size_bytes=size_bytes,
+        dtype=str(stored).removeprefix("torch."),
+        geometry=geometry,
+        losses=tuple(losses),
+    )
