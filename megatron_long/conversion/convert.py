@@ -53,6 +53,12 @@ from megatron_long.training.checkpoint_folder import (
     TOKENIZER_DIR_NAME,
     TRACKER_NAME,
 )
+from megatron_long.training.checkpoint_hashes import (
+    files_within,
+    hash_files,
+    write_hashes,
+    write_sidecar_hashes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -119,6 +125,9 @@ def hf_to_megatron(
             _write_megatron(folder, weights, geometry, stored, progress)
             hf_folder.write_config(folder / HF_CONFIG_NAME, config, geometry, stored)
             _write_sidecars(folder, input_dir)
+            release = folder / RELEASE
+            write_hashes(release, hash_files(release, files_within(release)))
+            write_sidecar_hashes(folder, RELEASE)
             if verify:
                 _verify_megatron(folder, weights, geometry, stored, progress)
     return report
