@@ -29,6 +29,12 @@ from megatron_long.training.checkpoint_folder import (
     TOKENIZER_DIR_NAME,
     TRACKER_NAME,
 )
+from megatron_long.training.checkpoint_hashes import (
+    files_within,
+    hash_files,
+    write_hashes,
+    write_sidecar_hashes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -70,7 +76,7 @@ def hf_to_megatron(
             hf_folder.write_config(folder / HF_CONFIG_NAME, config, geometry, stored)
             sources.copy_generation_config(input_path, folder / GENERATION_CONFIG_NAME)
             sources.copy_tokenizer(input_path, folder / TOKENIZER_DIR_NAME)
-            return verify_output(
+            report = verify_output(
                 report,
                 folder,
                 TorchDistReader(folder / RELEASE),
@@ -79,6 +85,10 @@ def hf_to_megatron(
                 options,
                 is_import=True,
             )
+            release = folder / RELEASE
+            write_hashes(release, hash_files(release, files_within(release)))
+            write_sidecar_hashes(folder, RELEASE)
+    return report
 
 
 def _write_megatron(

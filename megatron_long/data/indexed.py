@@ -188,7 +188,7 @@ class IndexedDatasetReader:
     def documents_between(self, start_token: int, count: int) -> tuple[int, int]:
         """Give the first document that has a token in a span, and one past the last."""
         size = self.dtype.itemsize
-        first = bisect.bisect_right(self._pointers, start_token * size) - 1
+        first = max(bisect.bisect_right(self._pointers, start_token * size) - 1, 0)
         return first, bisect.bisect_left(self._pointers, (start_token + count) * size, lo=first)
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path]]:

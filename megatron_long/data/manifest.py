@@ -181,7 +181,7 @@ def read_manifest(dataset_dir: Path) -> Manifest:
             )
         fingerprint = content.pop("fingerprint")
         manifest = _from_json(content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error!r}); make the dataset again") from None
     if manifest.fingerprint != fingerprint:
         raise DataError(f"{path} was changed after it was made (its fingerprint does not fit)")

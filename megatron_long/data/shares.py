@@ -31,6 +31,9 @@ SHARES_RULE = (
     "wanted, `missing_sources: drop`"
 )
 
+MAX_SHARES_CHARS = 1 << 20
+"""More is no list of shares; YAML's reader takes quadratic time for some texts."""
+
 
 def parse_token_count(text: str, flag: str = "--train-tokens") -> int:
     """Read a count such as 5B, 64M, 200K, 1.5m or 4096.
@@ -64,8 +67,11 @@ def read_shares(path: Path) -> tuple[dict[str, float], str]:
     if not path.is_file():
         raise ConfigError(f"--source-shares {path} does not exist; {SHARES_RULE}")
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        if len(text) > MAX_SHARES_CHARS or text.count("[") + text.count("{") > 100:
+            raise ValueError("too large or too deep for a list of shares")
+        content: Any = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--source-shares {path} is not YAML ({reason}); {SHARES_RULE}") from None
     shares = content.get("shares") if isinstance(content, dict) else None

@@ -19,7 +19,7 @@ from megatron_long.data.shares import read_shares
 from megatron_long.errors import UserError
 
 FUZZ = settings(
-    max_examples=120,
+    max_examples=60,
     deadline=2000,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
