@@ -371,7 +371,8 @@ def _parse_early(argv: Sequence[str]) -> tuple[LongContextArguments, argparse.Na
         if field.default is False:
             parser.add_argument(flag, action="store_true")
         else:
-            parser.add_argument(flag, type=get_args(field.type)[0], default=field.default)
+            kinds = get_args(field.type) or (field.type,)  # of `float | None`, or `float`
+            parser.add_argument(flag, type=kinds[0], default=field.default)
     for flag in ("--load", "--pretrained-checkpoint"):
         parser.add_argument(flag)
     parser.add_argument("--seq-length", type=int)
