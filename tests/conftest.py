@@ -98,7 +98,7 @@ def make_dataset(
     import numpy as np
 
     from megatron_long.data.indexed import IndexedDatasetWriter
-    from megatron_long.data.manifest import read_manifest, write_manifest
+    from megatron_long.data.manifest import hash_file, read_manifest, write_manifest
 
     def make(lengths: Sequence[int]) -> Path:
         folder = tmp_path_factory.mktemp("documents") / "data"
@@ -113,10 +113,7 @@ def make_dataset(
                 tokens[-1] = manifest.tokenizer.eod_id
                 writer.add_document(tokens)
             writer.finalize()
-        files = {
-            name: replace(info, size_bytes=(folder / name).stat().st_size)
-            for name, info in manifest.train.files.items()
-        }
+        files = {name: hash_file(folder / name) for name in manifest.train.files}
         train = replace(manifest.train, num_tokens=sum(lengths), files=files)
         write_manifest(folder, replace(manifest, train=train))
         return folder

@@ -35,7 +35,10 @@ def agree(findings: list[str]) -> list[str]:
             raise TimeoutError(f"rank {rank} waited {TIMEOUT_S:.0f} s for the others of its job")
         time.sleep(0.02)
     total = store.add(f"{number}/found", 0)
-    shares = (json.loads(store.get(f"{number}/{index}")) for index in range(1, total + 1))
+    shares = [json.loads(store.get(f"{number}/{index}")) for index in range(1, total + 1)]
+    store.add(f"{number}/read", 1)
+    while rank == 0 and store.add(f"{number}/read", 0) < world_size:
+        time.sleep(0.02)  # it may host the store, and leave at once with a refusal
     return [finding for share in shares for finding in share]
 
 

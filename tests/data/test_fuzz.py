@@ -227,7 +227,7 @@ def test_safetensors_header(size, header, body, tmp_path):
 
     def read() -> None:
         with HfWeights(tmp_path) as weights:
-            for name in weights.names():
+            for name in weights.names:
                 weights.stored_dtype(name)
                 weights.shape(name)
 

@@ -262,7 +262,7 @@ def test_tool_shows_documents_windows_and_report(dataset, tmp_path):
     assert (tmp_path / "report" / "index.html").is_file()
     again = run_tool("inspect_dataset", dataset, "--report", tmp_path / "report")
     assert again.returncode == 2
-    assert "exists already" in again.stderr
+    assert "exists already" in " ".join(again.stderr.split())
     window = run_tool("inspect_dataset", dataset, "--window", 2, "--seq-length", 1024)
     lines = window.stdout.splitlines()
     assert lines[0].split()[:3] == ["offset", "tokens", "document"]
