@@ -74,8 +74,8 @@ def end_positions(context_length: int) -> Tensor:
     >>> end_positions(8).tolist(), end_positions(131072)[-17:-14].tolist()
     ([0, 1, 2, 3, 4, 5, 6, 7], [15, 131056, 131057])
     """
-    last = torch.arange(max(NUM_TOKENS, context_length - NUM_TOKENS), context_length)
-    return torch.cat([torch.arange(min(NUM_TOKENS, context_length)), last])
+    positions = range(context_length)
+    return torch.tensor(sorted({*positions[:NUM_TOKENS], *positions[-NUM_TOKENS:]}))
 
 
 def transformers_logits(

@@ -84,10 +84,10 @@ def spoil_loss(fault: dict) -> None:
 
     stock = batch.loss_function
 
-    def loss_function(loss_mask, losses, on_loss=None):
+    def loss_function(loss_mask, num_padding, losses, on_loss=None):
         if present_step() in fault["steps"] and on_loss is not None:
             losses = losses * torch.tensor(float(fault["factor"]))
-        return stock(loss_mask, losses, on_loss)
+        return stock(loss_mask, num_padding, losses, on_loss)
 
     batch.loss_function = loss_function
 

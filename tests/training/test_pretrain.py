@@ -142,7 +142,7 @@ def test_finished_run_ends_well(tiny_dataset, tmp_path, capsys):
         assert pretrain.prepare([str(word) for word in flags])[2].iteration == expected
     tracker.write_text("4")
     assert pretrain.main([str(word) for word in flags]) == 0
-    assert "is at --train-iters 4 already: nothing to do" in capsys.readouterr().out
+    assert "is at --train-iters 4 already: nothing to train" in capsys.readouterr().out
 
 
 def test_missing_data_is_refused(hf_folder):
