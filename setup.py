@@ -44,8 +44,8 @@ setup(
         "tiktoken": ["tiktoken"],
         "eval": ["rouge-score", "lm-eval[hf]>=0.4.13"],
         "dev": [
-            *("pytest", "hypothesis", "tiktoken", "datatrove>=0.10,<0.11", "pyarrow", "gguf"),
-            "rouge-score",
+            *("pytest", "pytest-xdist", "hypothesis", "tiktoken", "gguf", "rouge-score"),
+            *("datatrove>=0.10,<0.11", "pyarrow"),
             *("ruff", "mypy", "types-tqdm", "types-PyYAML"),
         ],
     },
