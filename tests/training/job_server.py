@@ -6,6 +6,7 @@ the ids of its processes and, at their end, one with their exit statuses. A rank
 """
 
 import json
+import multiprocessing
 import os
 import socket
 import sys
@@ -54,6 +55,8 @@ def start_rank(rank: int, port: int, job: dict) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        for helper in multiprocessing.active_children():  # the queue of a save, which would stay
+            helper.kill()
         os._exit(status)
 
 
