@@ -86,3 +86,11 @@ def remove_path(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; killed in between, it is gone from its name all the same, never there in part."""
+    doomed = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove_path(doomed)
+    path.rename(doomed)
+    shutil.rmtree(doomed)

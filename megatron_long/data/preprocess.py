@@ -69,6 +69,7 @@ from megatron_long.data.workdir import (
     write_pickle,
 )
 from megatron_long.errors import UserError
+from megatron_long.files import remove_folder
 
 EXPECTED_FILE = "expected.json"
 
@@ -96,7 +97,7 @@ def preprocess(
         manifest = folder.manifest
         publish(folder.path, output)
         if not config.keep_work:
-            shutil.rmtree(work)
+            remove_folder(work)
     return manifest
 
 
@@ -130,12 +131,12 @@ def _tokenize_and_plan(
         except UserError:
             # The same command would end here again: nothing to go on with.
             if not config.keep_work:
-                shutil.rmtree(work)
+                remove_folder(work)
             raise
         except TooTight as tight:
             number += 1
             write_json(work / f"admission.{number}", admission.widened(tight.wider).to_json())
-            shutil.rmtree(work / stage.name)
+            remove_folder(work / stage.name)
 
 
 def _tokenize_job(

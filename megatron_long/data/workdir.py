@@ -6,6 +6,7 @@ changed, is refused.
 
 import fcntl
 import functools
+import glob
 import hashlib
 import os
 import pickle
@@ -22,7 +23,7 @@ from megatron_long.data.inputs import InputFile, hash_input
 from megatron_long.data.pieces import known_hashes
 from megatron_long.data.tokenizers import CONFIG_FILES, tokenizer_file
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.files import atomic_path
+from megatron_long.files import atomic_path, remove_folder, remove_path
 
 COMMAND_FILE = "command.json"
 INPUTS_FILE = "inputs.json"
@@ -46,7 +47,9 @@ def open_work(
         except (ConfigError, DataError):
             if not force:
                 raise
-            shutil.rmtree(work)
+            remove_folder(work)
+    for leftover in work.parent.glob(f".{glob.escape(work.name)}.*.tmp"):
+        remove_path(leftover)  # of a run that was killed while it removed its work
     work.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(work)
     if not (work / COMMAND_FILE).exists():

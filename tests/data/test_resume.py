@@ -18,8 +18,9 @@ from megatron_long.data.mixture import Mixture
 from megatron_long.data.preprocess import preprocess
 from megatron_long.data.preprocess_config import PreprocessConfig
 from megatron_long.data.stages import TokenizeStage, WriteStage, split_parts
-from megatron_long.data.workdir import only_run
+from megatron_long.data.workdir import only_run, open_work
 from megatron_long.errors import ConfigError, DataError
+from megatron_long.files import remove_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_FILES = 12
@@ -258,3 +259,17 @@ def test_a_killed_run_takes_its_workers_along(parts, model_file, tmp_path):
         process.kill()
         process.wait()
     assert psutil.wait_procs(children, timeout=30)[1] == []
+
+
+def test_a_kill_while_work_is_removed_leaves_nothing_half(tmp_path, monkeypatch):
+    """What is left has another name, and the next run in the same place takes it away."""
+    work = tmp_path / "out.work"
+    (work / "tokens.0").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "shutil.rmtree", lambda path: None
+        )  # as if killed before anything was deleted
+        remove_folder(work)
+    assert [path.name for path in tmp_path.iterdir()] == [f".out.work.{os.getpid()}.tmp"]
+    open_work(work, {"seed": 1}, [], force=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.work"]

@@ -49,7 +49,7 @@ def test_make_inspect_plot_and_refuse_to_overwrite(words, tmp_path):
     ]
     again = run_tool("preprocess_mix", *flags(words))
     assert again.returncode == 2
-    assert "exists already" in again.stderr
+    assert "exists already" in " ".join(again.stderr.split())
     assert run_tool("preprocess_mix", *flags(words), "--force").returncode == 0
     plot = tmp_path / "figure.png"
     shown = run_tool("inspect_dataset", "--dataset", words["--output"], "--plot", plot, "--verify")
