@@ -46,8 +46,8 @@ def main() -> int:
     from megatron_long.training import host_backend
 
     host_backend.install()
-    from megatron_long.pretrain import parse
     from megatron_long.training.backend import detect_backend
+    from megatron_long.training.command_line import parse
     from megatron_long.training.megatron_adapter import check_version
 
     check_version()

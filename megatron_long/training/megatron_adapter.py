@@ -1,20 +1,19 @@
-"""The one place that imports `megatron.training`, and every change made to it.
+"""How `megatron.training` is called, and the changes that it needs before it can be.
 
-Nothing of `megatron.training` is declared stable, so the version is checked first, each changed symbol
-is listed in `PATCHED_SYMBOLS`, and `tests/training/test_megatron_adapter.py` holds a contract for each.
-Import this module after `host_backend.install()`.
+Beside `megatron_hooks`, which changes the running loop, the only file that imports it. Nothing of
+`megatron.training` is declared stable, so the version is checked first, each changed symbol is listed in
+`PATCHED_SYMBOLS`, and `tests/training/test_megatron_adapter.py` holds a contract for each. Import this module
+after `host_backend.install()`.
 """
 
 import difflib
 import functools
 import importlib
 import importlib.metadata
-import inspect
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -24,35 +23,11 @@ from megatron_long.model.flash_attention import mend_windows
 from megatron_long.model.rope import BaseRope, Llama3Rope, rope_from_arguments
 from megatron_long.training import host_backend, signals
 from megatron_long.training.adamw_resume import mend_torch_adamw_resume
-from megatron_long.training.checkpoint_choice import Choice
-from megatron_long.training.checkpoint_saving import CheckpointKeeper, ErrorKeepingStream
-from megatron_long.training.step_guard import FAULT_STATUS, StepGuard
-from megatron_long.training.watchdog import LONG_PHASE, Watchdog
 
 SUPPORTED_VERSIONS = ("0.19.",)
 PATCHED_SYMBOLS = {
     "megatron.core.datasets.utils": ("compile_helpers",),
-    "megatron.training.training": (
-        "initialize_megatron",
-        "set_jit_fusion_options",
-        "training_log",
-        "train_step",
-        "save_checkpoint",
-        "save_checkpoint_and_time",
-        "checkpoint_and_decide_exit",
-        "post_training_step_callbacks",
-    ),
-    "megatron.training.checkpointing": (
-        "ensure_directory_exists",
-        "read_metadata",
-        "checkpoint_exists",
-    ),
-    "megatron.core.dist_checkpointing": ("save",),
-    "megatron.core.dist_checkpointing.serialization": ("save_config",),
-    "megatron.core.dist_checkpointing.strategies.filesystem_async": (
-        "FileSystemWriterAsync.finish",
-        "_write_item",
-    ),
+    "megatron.training.training": ("initialize_megatron", "set_jit_fusion_options"),
     "megatron.core.models.common.embeddings.rotary_pos_embedding": (
         "RotaryEmbedding._apply_scaling",
     ),
@@ -63,10 +38,8 @@ PATCHED_SYMBOLS = {
         "DistributedOptimizer._set_main_param_and_optimizer_states",
     ),
 }
-"""What is replaced, by module: `compile_helpers` always, `training_log` where step losses are asked for,
-`_apply_scaling` where RoPE is Llama-3.1's, `_grad_accum_fusion_available` where the output layer is not
-called, `post_training_step_callbacks` where something is evaluated during training, `train_step` and what
-belongs to checkpoints in training, the others on the host backend only."""
+"""What is replaced, by module: `compile_helpers` always, `_apply_scaling` where RoPE is Llama-3.1's,
+`_grad_accum_fusion_available` where the output layer is not called, the others on the host backend only."""
 
 
 @dataclass(kw_only=True)
@@ -81,14 +54,6 @@ class Llama3RopeArguments:
 
     rope_scaling_original_length: int = 8192
     """original_max_position_embeddings of --use-rope-scaling."""
-
-
-StepListener = Callable[[int, dict[str, torch.Tensor], float | None], None]
-"""Called after each step with the iteration, the reduced losses and the gradient norm."""
-
-AfterStep = Callable[[torch.nn.Module, int, Any, Any], None]
-"""Called between two steps with the model chunk in evaluation mode, the iteration, and the writers of
-TensorBoard and W&B (None on ranks that do not log)."""
 
 
 def check_version() -> None:
@@ -191,15 +156,10 @@ def _take_llama3_rope(rope: BaseRope) -> None:
     embedding._apply_scaling = lambda self, freqs, factor=None: rope.scale(freqs)
 
 
-def install_patches(
-    step_listener: StepListener | None = None,
-    *,
-    output_layer_is_called: bool = True,
-) -> None:
+def install_patches(*, output_layer_is_called: bool = True) -> None:
     """Put the changes of `PATCHED_SYMBOLS` in place.
 
     Args:
-        step_listener: Told the figures of each step.
         output_layer_is_called: False where an output processor takes the layer's place in training.
     """
     check_version()
@@ -208,8 +168,6 @@ def install_patches(
     helpers: Any = importlib.import_module("megatron.core.datasets.utils")
     helpers.compile_helpers = lambda: None
     training: Any = importlib.import_module("megatron.training.training")
-    if step_listener is not None:
-        training.training_log = _listening(training.training_log, step_listener)
     if not output_layer_is_called:
         # Its constructor refuses in-place weight gradients without Apex's kernel, which it will not run.
         layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
@@ -221,147 +179,6 @@ def install_patches(
         # Its warm-up of fused kernels would draw a layout-dependent amount of random numbers.
         training.set_jit_fusion_options = lambda *args, **kwargs: None
         mend_torch_adamw_resume()
-
-
-def load_from(choice: Choice, args: Namespace) -> None:
-    """Let Megatron load this checkpoint, whatever the tracker file says."""
-    checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
-    folder = choice.folder.parent
-    read, exists = checkpointing.read_metadata, checkpointing.checkpoint_exists
-    pinned = (choice.iteration or 0, choice.iteration is None)
-
-    def read_metadata(tracker):
-        return pinned if Path(tracker).parent == folder else read(tracker)
-
-    def checkpoint_exists(path):
-        return (path is not None and Path(path) == folder) or exists(path)
-
-    checkpointing.read_metadata = read_metadata
-    checkpointing.checkpoint_exists = checkpoint_exists
-    args.ckpt_step = choice.iteration
-
-
-def install_keeper(keeper: CheckpointKeeper, args: Namespace, watchdog: Watchdog) -> None:
-    """Let the keeper write checkpoints and survive failing ones; none with a NaN in it is written."""
-    from megatron.training import ft_integration
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    from megatron_long.training.guarded_step import all_finite, state_tensors
-
-    training: Any = importlib.import_module("megatron.training.training")
-    _patch_writers(keeper)
-    save, save_and_time = training.save_checkpoint, training.save_checkpoint_and_time
-    decide = training.checkpoint_and_decide_exit
-
-    def save_checkpoint(iteration, model, optimizer, *rest, **options):
-        watchdog.beat(LONG_PHASE)
-        if keeper.job.any(not all_finite(state_tensors(model, optimizer))):
-            if keeper.job.rank == 0:
-                sys.stderr.write(
-                    f"error: NaN or Inf in the weights or the optimizer after step {iteration}: they are not "
-                    "saved, the checkpoint before is the newest\n"
-                )
-            raise SystemExit(FAULT_STATUS)
-        whole = functools.partial(save, iteration, model, optimizer, *rest, **options)
-        keeper.attempt(iteration, whole, (CheckpointException,))
-        if keeper.pending is not None:
-            ft_integration.on_checkpointing_end(is_async_finalization=False)
-        watchdog.beat(LONG_PHASE)
-
-    def save_checkpoint_and_time(iteration, *rest, **options):
-        save_and_time(iteration, *rest, **options)
-        if iteration >= args.train_iters:
-            keeper.insist(lambda: save_and_time(iteration, *rest, **options))
-
-    def checkpoint_and_decide_exit(model, optimizer, scheduler, iteration, flops, context, data):
-        leaves = decide(model, optimizer, scheduler, iteration, flops, context, data)
-
-        def again() -> None:
-            state = (iteration, model, optimizer, scheduler, flops, context)
-            save_and_time(*state, train_data_iterator=data)
-
-        if leaves:
-            keeper.insist(again)
-        elif keeper.is_due(iteration):
-            again()
-        return leaves
-
-    training.save_checkpoint = save_checkpoint
-    training.save_checkpoint_and_time = save_checkpoint_and_time
-    training.checkpoint_and_decide_exit = checkpoint_and_decide_exit
-
-
-def _patch_writers(keeper: CheckpointKeeper) -> None:
-    """Write to the keeper's folder; what fails on one process is kept, not raised there alone."""
-    checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
-    package: Any = importlib.import_module("megatron.core.dist_checkpointing")
-    serialization: Any = importlib.import_module("megatron.core.dist_checkpointing.serialization")
-    strategies = "megatron.core.dist_checkpointing.strategies.filesystem_async"
-    files: Any = importlib.import_module(strategies)
-    save, write_item = package.save, files._write_item
-
-    def noting(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def call(*args, **kwargs):
-            try:
-                return function(*args, **kwargs)
-            except OSError as error:
-                return keeper.note(error)
-
-        return call
-
-    def save_beside(state, folder, *args, **kwargs):
-        return keeper.write(Path(folder), lambda path: save(state, str(path), *args, **kwargs))
-
-    @functools.wraps(write_item)
-    def write_whole_item(transforms, stream, *args, **kwargs):
-        kept = ErrorKeepingStream(stream)
-        result = write_item(transforms, kept, *args, **kwargs)
-        if kept.error is not None:
-            keeper.note(kept.error)  # Megatron passes on no more than its class
-            raise kept.error
-        return result
-
-    package.save = save_beside
-    files._write_item = write_whole_item
-    checkpointing.ensure_directory_exists = noting(checkpointing.ensure_directory_exists)
-    serialization.save_config = noting(serialization.save_config)
-    files.FileSystemWriterAsync.finish = noting(files.FileSystemWriterAsync.finish)
-
-
-def install_guard(
-    guard: StepGuard, losses: Any, args: Namespace, watchdog: Watchdog, snapshot: Callable
-) -> None:
-    """Let the guard judge each step before the optimizer, and end the run when it says so.
-
-    Args:
-        losses: The `LossRecorder` that the forward step fills.
-        snapshot: Told the step that ends the run; gives the folder for a checkpoint of before it, if any.
-    """
-    from megatron_long.training.guarded_step import guard_optimizer
-
-    training: Any = importlib.import_module("megatron.training.training")
-    stock, signature = training.train_step, inspect.signature(training.train_step)
-    guarded: list[Any] = []
-
-    @functools.wraps(stock)
-    def train_step(*positional, **named):
-        values = signature.bind(*positional, **named).arguments
-        optimizer = values["optimizer"]
-        if not guarded:
-            guard_optimizer(optimizer, guard, losses, lambda: args.curr_iteration + 1)
-            guarded.append(optimizer)
-        losses.clear()
-        result = stock(*positional, **named)
-        watchdog.beat()
-        if guard.stop_reason is None:
-            return result
-        folder = snapshot(args.curr_iteration + 1)
-        args.save = str(folder) if folder else None
-        loss_dict, _, _, _, _, *figures = result
-        return (loss_dict, 1, folder is not None, True, FAULT_STATUS, *figures)
-
-    training.train_step = train_step
 
 
 def run_pretrain(
@@ -448,71 +265,3 @@ def stock_blend(args: Namespace) -> tuple:
     from megatron.training.utils import get_blend_and_blend_per_split
 
     return get_blend_and_blend_per_split(args)
-
-
-def _listening(training_log: Callable, listener: StepListener) -> Callable:
-    """`training_log` that first tells the listener the unrounded figures of the step."""
-
-    signature = inspect.signature(training_log)
-
-    @functools.wraps(training_log)
-    def log_and_tell(*args, **kwargs):
-        values = signature.bind(*args, **kwargs).arguments
-        listener(values["iteration"], values["loss_dict"], values["grad_norm"])
-        return training_log(*args, **kwargs)
-
-    return log_and_tell
-
-
-def install_evaluation(is_due: Callable[[int], bool], evaluate: AfterStep) -> None:
-    """Evaluate after some steps.
-
-    Args:
-        is_due: Which iterations are followed by an evaluation.
-    """
-    training: Any = importlib.import_module("megatron.training.training")
-    training.post_training_step_callbacks = _evaluating(
-        training.post_training_step_callbacks, is_due, evaluate
-    )
-
-
-def _evaluating(
-    callbacks: Callable, is_due: Callable[[int], bool], evaluate: AfterStep
-) -> Callable:
-    """`post_training_step_callbacks` that evaluates first, as Megatron's loop brackets its own evaluation."""
-    signature = inspect.signature(callbacks)
-
-    @functools.wraps(callbacks)
-    def evaluate_and_call(*args, **kwargs):
-        values = signature.bind(*args, **kwargs).arguments
-        if is_due(values["iteration"]):
-            _evaluate_between_steps(
-                values["model"], values["optimizer"], values["iteration"], evaluate
-            )
-        return callbacks(*args, **kwargs)
-
-    return evaluate_and_call
-
-
-def _evaluate_between_steps(
-    chunks: list[torch.nn.Module], optimizer: Any, iteration: int, evaluate: AfterStep
-) -> None:
-    from megatron.core.utils import get_model_config
-    from megatron.training import global_vars, training
-
-    timers, config = global_vars.get_timers(), get_model_config(chunks[0])
-    has_hook = training.should_disable_forward_pre_hook(global_vars.get_args())
-    timers("interval-time").stop()
-    if has_hook:  # gathers the parameters that the next forward pass would gather
-        training.disable_forward_pre_hook(chunks, optimizer=optimizer)
-    config_timers, config.timers = config.timers, None
-    chunks[0].eval()
-    try:
-        writers = global_vars.get_tensorboard_writer(), global_vars.get_wandb_writer()
-        evaluate(chunks[0], iteration, *writers)
-    finally:
-        chunks[0].train()
-        config.timers = config_timers
-    if has_hook:
-        training.enable_forward_pre_hook(chunks)
-    timers("interval-time", log_level=0).start(barrier=True)

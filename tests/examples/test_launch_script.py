@@ -45,7 +45,7 @@ def training_flags(command: list[str]) -> list[str]:
     "recipe", ["llama3_8b_128k", "llama2_7b_80k", "llama2_7b_128k", "llama2_13b_64k"]
 )
 def test_printed_command_parses(recipe, paths):
-    from megatron_long.pretrain import parse
+    from megatron_long.training.command_line import parse
 
     command = dry_run("--train-iters", "7", "--allow-repeat", RECIPE=recipe, **paths)
     assert command[:5] == ["python3", "-m", "megatron_long.launch", "--nproc-per-node", "8"]

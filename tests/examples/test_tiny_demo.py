@@ -308,8 +308,8 @@ def test_training_commands_parse(
     from megatron_long.training import host_backend
 
     host_backend.install()
-    from megatron_long.pretrain import parse
     from megatron_long.training.backend import HOST
+    from megatron_long.training.command_line import parse
 
     (step,) = [step for step in steps if step.name == name]
     assert step.command[step.command.index("--nproc-per-node") + 1] == str(world_size)

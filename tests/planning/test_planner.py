@@ -86,7 +86,7 @@ def test_document_says_what_the_planner_does():
 def test_flops_are_megatrons_count():
     from megatron.training.training import num_floating_point_operations
 
-    from megatron_long.pretrain import parse
+    from megatron_long.training.command_line import parse
 
     args = parse(["--recipe", "llama3_8b_128k", "--mock-data"], GPU, 8)[1]
     counted = num_floating_point_operations(args, 1)
@@ -150,7 +150,7 @@ def test_plans_fit_and_come_fastest_first():
 
 @pytest.mark.parametrize("recipe", ["llama3_8b_128k", "llama2_7b_80k", "llama3_70b_128k"])
 def test_flags_of_every_plan_are_taken_and_mean_what_was_planned(recipe):
-    from megatron_long.pretrain import parse
+    from megatron_long.training.command_line import parse
 
     made = build_recipe(recipe)
     plans = find_plans(

@@ -16,6 +16,7 @@ host_backend.install()
 
 # ruff: noqa: E402
 from megatron_long import pretrain
+from megatron_long.training import command_line
 from megatron_long.training.backend import GPU, HOST
 from megatron_long.training.documents import offsets_of, pad_documents, split_batch
 
@@ -189,7 +190,7 @@ def test_shards_are_those_of_transformer_engine(dataset, cp):
 )
 def test_what_cannot_be_masked_is_refused(flags, words, dataset):
     with pytest.raises(ConfigError, match=words):
-        pretrain.parse(
+        command_line.parse(
             ["--recipe", "tiny_debug", "--dataset", str(dataset), "--allow-repeat", *flags], HOST, 1
         )
 
@@ -197,13 +198,13 @@ def test_what_cannot_be_masked_is_refused(flags, words, dataset):
 def test_masking_needs_our_dataset():
     flags = ["--recipe", "tiny_debug", "--mock-data", "--document-masking"]
     with pytest.raises(ConfigError, match="needs to know where documents begin: give --dataset"):
-        pretrain.parse(flags, HOST, 1)
+        command_line.parse(flags, HOST, 1)
 
 
 def test_the_attention_in_use_decides_the_format(dataset):
     flags = ["--recipe", "tiny_debug", "--dataset", str(dataset), "--allow-repeat"]
     formats = [
-        pretrain.attention_format(pretrain.parse([*flags, *more], backend, 1)[1])
+        pretrain.attention_format(command_line.parse([*flags, *more], backend, 1)[1])
         for backend, more in ((HOST, []), (GPU, []), (GPU, ["--transformer-impl", "local"]))
     ]
     assert formats == ["sbhd", "thd", "sbhd"]

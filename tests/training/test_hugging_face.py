@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long import pretrain
 from megatron_long.conversion.export import megatron_to_hf
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.training import host_backend
+from megatron_long.training import command_line, host_backend
 from megatron_long.training.backend import HOST
 
 host_backend.install()
@@ -46,7 +45,7 @@ def hf_model(tmp_path_factory, tiny_tokenizer) -> Path:
 
 
 def parse(*argv: object):
-    return pretrain.parse([*FLAGS, *map(str, argv), "--allow-repeat"], HOST, 1)
+    return command_line.parse([*FLAGS, *map(str, argv), "--allow-repeat"], HOST, 1)
 
 
 @pytest.mark.slow

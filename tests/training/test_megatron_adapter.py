@@ -12,7 +12,7 @@ from megatron_long.training import host_backend
 host_backend.install()
 
 # ruff: noqa: E402
-from megatron_long.training import megatron_adapter
+from megatron_long.training import megatron_adapter, megatron_hooks
 
 
 def resolve(module: str, symbol: str):
@@ -24,7 +24,12 @@ def resolve(module: str, symbol: str):
 
 @pytest.mark.parametrize(
     ("module", "symbol"),
-    [(m, symbol) for m, symbols in megatron_adapter.PATCHED_SYMBOLS.items() for symbol in symbols],
+    [
+        (module, symbol)
+        for table in (megatron_adapter.PATCHED_SYMBOLS, megatron_hooks.CHANGED_SYMBOLS)
+        for module, symbols in table.items()
+        for symbol in symbols
+    ],
 )
 def test_patched_symbols_are_there(module, symbol):
     found = resolve(module, symbol)
@@ -74,7 +79,7 @@ def test_training_log_tells_the_step():
     from megatron.training.training import training_log
 
     told = []
-    log = megatron_adapter._listening(training_log, lambda *step: told.append(step))
+    log = megatron_hooks._listening(training_log, lambda *step: told.append(step))
     assert {"iteration", "loss_dict", "grad_norm"} <= set(
         inspect.signature(training_log).parameters
     )

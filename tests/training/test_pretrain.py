@@ -10,7 +10,7 @@ from megatron_long import pretrain
 from megatron_long.data.manifest import read_manifest
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import geometry_from_hf
-from megatron_long.training import host_backend
+from megatron_long.training import command_line, host_backend
 from megatron_long.training.backend import GPU, HOST
 from megatron_long.training.recipe import LLAMA3_8B, build_recipe
 
@@ -40,7 +40,7 @@ def hf_folder(tmp_path: Path) -> Path:
 
 def parse(*argv: object, backend=HOST, world_size: int = 1, repeat: bool = True):
     words = [*map(str, argv), *(["--allow-repeat"] if repeat else [])]
-    return pretrain.parse(words, backend, world_size)[1]
+    return command_line.parse(words, backend, world_size)[1]
 
 
 def test_command_line_wins_over_recipe_and_model(tiny_dataset, hf_folder):
@@ -160,10 +160,10 @@ def test_another_tokenizer_is_refused(tiny_dataset, tiny_tokenizer):
     args = parse(
         "--recipe", "tiny_debug", "--dataset", tiny_dataset, "--tokenizer-model", tiny_tokenizer
     )
-    pretrain.check_dataset(manifest, args)
+    command_line.check_dataset(manifest, args)
     other = replace(manifest, tokenizer=replace(manifest.tokenizer, vocabulary_sha256="0" * 64))
     with pytest.raises(ConfigError, match=r"the tokenizer of --tokenizer-model .* is not the one"):
-        pretrain.check_dataset(other, args)
+        command_line.check_dataset(other, args)
 
 
 @pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
@@ -194,7 +194,7 @@ def test_sidecars_without_a_hugging_face_model(tiny_dataset, tmp_path):
     """A model that only flags describe: what is written reads back as those flags."""
     argv = ["--recipe", "tiny_debug", "--dataset", str(tiny_dataset), "--num-layers", "2"]
     argv.append("--allow-repeat")
-    ours, args = pretrain.parse(argv, HOST, 1)
+    ours, args = command_line.parse(argv, HOST, 1)
     pretrain.write_sidecars(tmp_path, ours, args, argv)
     seen = geometry_from_hf(tmp_path / "hf_config.json")
     recipe = build_recipe("tiny_debug")
@@ -209,7 +209,7 @@ def test_sidecars_without_a_hugging_face_model(tiny_dataset, tmp_path):
 def test_sidecars_say_what_is_trained(tiny_dataset, hf_folder, tmp_path):
     argv = ["--hf-config", str(hf_folder), "--dataset", str(tiny_dataset), "--seq-length", "256"]
     argv += ["--max-position-embeddings", "256", "--rotary-base", "50000"]
-    ours, args = pretrain.parse(argv, HOST, 1)
+    ours, args = command_line.parse(argv, HOST, 1)
     folder = tmp_path / "save"
     pretrain.write_sidecars(folder, ours, args, argv)
     config = json.loads((folder / "hf_config.json").read_text())
