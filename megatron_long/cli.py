@@ -1,5 +1,6 @@
 """What every command-line tool shares: errors of the user become one paragraph and exit status 2."""
 
+import argparse
 import os
 import sys
 import textwrap
@@ -8,6 +9,20 @@ from collections.abc import Callable
 from megatron_long.errors import UserError
 
 USER_ERROR_STATUS = 2
+
+
+def tool_parser(documentation: str | None) -> argparse.ArgumentParser:
+    """Give a tool's parser: its docstring's first paragraph before the flags, the rest after them.
+
+    Flags must be written out: an abbreviation would mean another flag as soon as one is added.
+    """
+    description, _, epilog = (documentation or "").partition("\n\n")
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def run_tool(main: Callable[[], int | None]) -> int:

@@ -14,7 +14,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_long.cli import run_tool
+from megatron_long.cli import run_tool, tool_parser
 from megatron_long.conversion.checks import DTYPES, KEEP
 from megatron_long.conversion.convert import hf_to_megatron
 from megatron_long.conversion.export import gguf_to_hf, megatron_to_hf
@@ -27,9 +27,7 @@ from megatron_long.model.rope import PLAIN_ROPE
 
 def make_parser() -> argparse.ArgumentParser:
     """Give the parser of this tool's flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     importer = commands.add_parser("hf-to-megatron", help="Hugging Face or GGUF -> checkpoint")
     exporter = commands.add_parser("megatron-to-hf", help="checkpoint -> Hugging Face folder")

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_long.cli import run_tool
+from megatron_long.cli import run_tool, tool_parser
 from megatron_long.data.tokenizers import Tokenizer
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.bookqa import (
@@ -45,13 +45,7 @@ PROGRAM_START = time.monotonic()
 
 def build_parser() -> argparse.ArgumentParser:
     """Give the parser."""
-    description, _, epilog = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="Hugging Face folder")
     add("--data", type=Path, required=True, help="InfiniteBench's longbook_qa_eng.jsonl")

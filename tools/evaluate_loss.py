@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_long.cli import run_tool
+from megatron_long.cli import run_tool, tool_parser
 from megatron_long.errors import DataError
 from megatron_long.evaluation.held_out import HeldOutDocument, open_held_out, select_documents
 from megatron_long.evaluation.inputs import (
@@ -63,13 +63,7 @@ class Preparation:
 
 def build_parser() -> argparse.ArgumentParser:
     """Give the parser of this tool's own flags."""
-    description, _, epilog = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add_model_flags(parser)
     add("--dataset", type=Path, required=True, help="folder written by preprocess_mix.py")

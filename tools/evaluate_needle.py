@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from megatron_long.cli import run_tool
+from megatron_long.cli import run_tool, tool_parser
 from megatron_long.data.tokenizers import Tokenizer
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.batches import TokenScorer, plan_batches
@@ -92,13 +92,7 @@ class Preparation:
 
 def build_parser() -> argparse.ArgumentParser:
     """Give the parser of this tool's own flags."""
-    description, _, epilog = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__)
     add_model_flags(parser)
     _add_grid_flags(parser)
     _add_task_flags(parser)

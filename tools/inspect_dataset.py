@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_long.cli import run_tool
+from megatron_long.cli import run_tool, tool_parser
 from megatron_long.data.inspection import DatasetBrowser
 from megatron_long.data.manifest import TRAIN_PREFIX, Manifest, read_manifest
 from megatron_long.data.report import plot_sources, print_sources
@@ -94,9 +94,7 @@ def show_part(args: argparse.Namespace) -> None:
 
 
 def _parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     dataset = "folder made by tools/preprocess_mix.py"
     add("dataset", type=Path, nargs="?", metavar="DATASET", help=dataset)

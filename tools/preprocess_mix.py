@@ -12,7 +12,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from megatron_long.cli import run_tool
+from megatron_long.cli import run_tool, tool_parser
 from megatron_long.data.documents import (
     DEFAULT_SOURCE_KEYS,
     DEFAULT_TEXT_KEY,
@@ -137,9 +137,7 @@ def _parse_shares(words: list[str]) -> dict[str, float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     _add_corpus(parser.add_argument_group("corpus").add_argument)
     _add_mixture(parser.add_argument_group("mixture").add_argument)
     _add_run(parser.add_argument_group("run").add_argument)

@@ -12,19 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_long.cli import run_tool
+from megatron_long.cli import run_tool, tool_parser
 from megatron_long.evaluation.inputs import check_output
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Give the parser."""
-    description, _, epilog = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("run_dir", type=Path, help="folder of --save, or one around it")
     add("--dataset", type=Path, help="folder of the mixture (default: what run.json names)")

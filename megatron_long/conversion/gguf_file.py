@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
+from megatron_long.conversion.weights import Weights
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.families import FAMILIES
 from megatron_long.model.rope import Llama3Rope
@@ -180,7 +180,7 @@ def _dequantize(tensor: Any, rows: Any = None) -> Any:
     return np.asarray(gguf.quants.dequantize(data, tensor.tensor_type), dtype=np.float32)
 
 
-class GgufWeights:
+class GgufWeights(Weights):
     """The tensors of a GGUF file under Hugging Face's names, in float32."""
 
     def __init__(self, path: Path) -> None:
@@ -200,15 +200,8 @@ class GgufWeights:
             if tensor.name != _ROPE_FACTORS
         }
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let go of the files."""
         self._tensors.clear()
 
     @property
@@ -223,9 +216,6 @@ class GgufWeights:
     def stored_dtype(self, name: str) -> str:
         """Give the type that `read` gives: every stored type has its values in float32."""
         return "F32"
-
-    def will_need(self, name: str) -> None:
-        """Nothing: the system's own reading ahead serves here."""
 
     def read(self, name: str) -> Tensor:
         """Give a tensor, dequantized."""

@@ -9,11 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from megatron_long.conversion.stored import StoredTensor, find_tensors
-from megatron_long.conversion.weights import STORED_DTYPES
+from megatron_long.conversion.weights import STORED_DTYPES, Weights
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.geometry import LlamaGeometry
 
@@ -35,7 +34,7 @@ TOKENIZER_FILES = (
 )
 
 
-class HfWeights:
+class HfWeights(Weights):
     """The tensors of a folder; each is read when asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -74,15 +73,8 @@ class HfWeights:
         self._files.update(dict.fromkeys(names or held, opened))
         self._stored.update(find_tensors(path, names or held))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let go of the files."""
         self._stack.close()
 
     @property

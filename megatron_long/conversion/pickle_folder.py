@@ -9,10 +9,10 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from megatron_long.conversion.hf_folder import weight_files
+from megatron_long.conversion.weights import Weights
 from megatron_long.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ SINGLE_FILE = "pytorch_model.bin"
 INDEX_FILE = "pytorch_model.bin.index.json"
 
 
-class PickleWeights:
+class PickleWeights(Weights):
     """The tensors of a folder of pickles, memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
@@ -54,15 +54,8 @@ class PickleWeights:
                 raise DataError(f"{path} holds no tensor {name}; download the model again")
             self._tensors[name] = held[name]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let go of the files."""
         self._tensors.clear()
 
     @property
@@ -79,9 +72,6 @@ class PickleWeights:
         names = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
         stored = str(self._tensors[name].dtype)
         return names.get(stored, stored)
-
-    def will_need(self, name: str) -> None:
-        """Nothing: the system's own reading ahead serves here."""
 
     def read(self, name: str) -> Tensor:
         """Give a copy of a tensor."""

@@ -7,6 +7,7 @@ with one system call is as fast as `cp`; touching a map of the file page by page
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import os
 import pickle
@@ -136,10 +137,11 @@ def find_tensors(path: Path, names: Iterable[str]) -> dict[str, StoredTensor]:
     return found
 
 
-class _Part:
+class _Part(io.RawIOBase):
     """A range of a file that reads as a file of its own."""
 
     def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        super().__init__()
         self._file, self._offset, self._length = file, offset, length
         self._at = 0
 
@@ -149,23 +151,17 @@ class _Part:
     def readable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._at
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
         self._at = base + offset
         return self._at
 
-    def read(self, size: int = -1) -> bytes:
+    def readinto(self, buffer: Any) -> int:
         left = max(self._length - self._at, 0)
         self._file.seek(self._offset + self._at)
-        data = self._file.read(left if size < 0 else min(size, left))
-        self._at += len(data)
-        return data
-
-    def readline(self) -> bytes:
-        raise NotImplementedError
+        count = self._file.readinto(memoryview(buffer)[:left])  # type: ignore[attr-defined]
+        self._at += count
+        return count
 
 
 def read_saved_tensor(path: Path, offset: int, length: int, *, check_bytes: bool = False) -> Tensor:

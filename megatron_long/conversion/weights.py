@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,38 +13,42 @@ STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors' names of the types that are taken, and torch's."""
 
 
-class Weights(Protocol):
+class Weights(ABC):
     """Named tensors under Hugging Face's names and in its layout, each read when asked for."""
 
     location: Path
     """File or folder, for messages."""
 
     @property
+    @abstractmethod
     def names(self) -> list[str]:
         """Names of all tensors."""
 
+    @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """Give the shape of a tensor without reading it."""
 
+    @abstractmethod
     def stored_dtype(self, name: str) -> str:
         """Give safetensors' name of the type in which `read` gives a tensor, such as `BF16`."""
 
-    def will_need(self, name: str) -> None:
-        """Say that a tensor is read soon."""
-
+    @abstractmethod
     def read(self, name: str) -> Tensor:
         """Give a whole tensor."""
 
+    @abstractmethod
     def read_slice(self, name: str, rows: slice, columns: slice | None) -> Tensor:
         """Give a part of a tensor; `columns` is None for a vector."""
 
-    def __enter__(self) -> Self:
-        """Give the source itself."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    @abstractmethod
+    def close(self) -> None:
         """Let go of the files."""
+
+    def will_need(self, name: str) -> None:  # noqa: B027
+        """Say that a tensor is read soon; where nothing is done, the system's own reading ahead serves."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

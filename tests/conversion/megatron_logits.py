@@ -7,13 +7,12 @@ CASES holds `{name: (tokens [b, s], positions [s])}`. Writes the logits of each,
 out of the other tests.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from megatron_long.conversion.logits_check import rotated_at
 from megatron_long.evaluation.scoring import open_scorer
 
 
@@ -31,24 +30,6 @@ def describe_state(model: torch.nn.Module) -> tuple[dict, list[str]]:
     values = list(nested_values(state))
     shapes = {v.key: tuple(v.global_shape) for v in values if isinstance(v, ShardedTensor)}
     return shapes, [value.unique_key for value in values if isinstance(value, ShardedObject)]
-
-
-@contextlib.contextmanager
-def rotated_at(rope: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Let Megatron's RoPE, which counts from 0, rotate by these positions."""
-    whole = rope.forward
-
-    def pick(length: int, **_: object) -> torch.Tensor | tuple[torch.Tensor, float]:
-        found = whole(int(positions.max()) + 1)
-        if isinstance(found, tuple):  # YaRN gives a factor too
-            return found[0][positions], found[1]
-        return found[positions]
-
-    rope.forward = pick
-    try:
-        yield
-    finally:
-        rope.forward = whole
 
 
 def main() -> None:
