@@ -21,7 +21,7 @@ from megatron_long.cli import run_tool, tool_parser
 from megatron_long.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SECONDS_TO_SAVE = 60
+SECONDS_TO_SAVE = 40
 """Training is asked to save and leave so long before the end of --minutes."""
 
 
@@ -36,6 +36,7 @@ def main() -> int:
     settings = load_settings(args, folder / "settings.json")
     os.chdir(REPOSITORY)
     os.environ["PYTHONPATH"] = f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     deadline = None if args.minutes is None else STARTED + 60 * args.minutes
     machine = Machine(gpus=gpus, jobs_per_gpu=args.jobs_per_gpu, deadline=deadline)
     for phase in args.phases:

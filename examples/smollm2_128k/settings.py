@@ -45,7 +45,7 @@ class Settings:
     """Learning rates tried."""
     learning_rate: float | None = None
     """Given, it is taken in the place of the sweep's best."""
-    held_out_tokens: int = 300_000
+    held_out_tokens: int = 1_000_000
     """Tokens of each source that no run reads."""
     needle_lengths: tuple[int, ...] = tuple(n * K for n in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128))
     needle_depths: int = 9
