@@ -74,6 +74,7 @@ class Model:
     """Of its results."""
     folder: Path
     step: int | None = None
+    """Which checkpoint: one that training has not reached is an error, not another one."""
     argv: tuple[str, ...] = ()
     """Flags for Megatron."""
 
@@ -185,7 +186,7 @@ def sweep(work: Work) -> list[list[Job]]:
     losses = [
         _loss(
             work,
-            Model(f"sweep-{rate:g}", work.run(f"sweep-{rate:g}")),
+            Model(f"sweep-{rate:g}", work.run(f"sweep-{rate:g}"), work.settings.sweep_steps),
             "loss-sweep",
             ("--dataset", str(work.dataset("held-out"))),
             work.settings.seq_length,
@@ -283,7 +284,7 @@ def before(work: Work) -> list[list[Job]]:
 
 def after(work: Work) -> list[list[Job]]:
     """The stretched model."""
-    model = Model("after", work.run("per-source"))
+    model = Model("after", work.run("per-source"), work.settings.main_steps)
     return [[_full_needle(work, model), *_losses(work, model)]]
 
 
@@ -300,7 +301,7 @@ def history(work: Work) -> list[list[Job]]:
 def compare(work: Work) -> list[list[Job]]:
     """The mixtures at one number of tokens: the paper's table 5 and figure 4."""
     step = work.settings.mixture_steps
-    models = [Model(name, work.run(name)) for name in MIXTURES]
+    models = [Model(name, work.run(name), step) for name in MIXTURES]
     models.append(Model("per-source", work.run("per-source"), step=step))
     needles = [_needle(work, model, history=True) for model in models]
     if step in work.settings.history_steps:
@@ -311,7 +312,8 @@ def compare(work: Work) -> list[list[Job]]:
 def export(work: Work) -> list[list[Job]]:
     """The stretched model for transformers, and what it reproduces there."""
     hf, settings = work.folder / "hf", work.settings
-    out, model = work.results / "export", Model("after", work.run("per-source"))
+    out = work.results / "export"
+    model = Model("after", work.run("per-source"), settings.main_steps)
     cells = ("--num-depths", "1", "--tasks", *TASKS, "--context-lengths")
     lengths = [str(length) for length in settings.history_lengths[2:]]
     haystack = ("--haystack", str(work.books[0]))
@@ -322,7 +324,7 @@ def export(work: Work) -> list[list[Job]]:
     backend = ("--backend", "hf", "--checkpoint", str(hf))
     needle = (work.python, "tools/evaluate_needle.py", *haystack, *cells, *lengths)
     loss = (work.python, "tools/evaluate_loss.py", *text, "--force")
-    megatron = ("--checkpoint", str(model.folder))
+    megatron = ("--checkpoint", str(model.folder), *model.flags)
     return [
         [
             Job(
@@ -330,6 +332,7 @@ def export(work: Work) -> list[list[Job]]:
                 command=(
                     *(work.python, "tools/convert_checkpoint.py", "megatron-to-hf", "--force"),
                     *("--input", str(model.folder), "--output", str(hf)),
+                    *("--iteration", str(settings.main_steps)),
                 ),
             )
         ],

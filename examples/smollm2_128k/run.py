@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.smollm2_128k.job_runner import Machine, run_jobs
 from examples.smollm2_128k.phases import PHASES, Work
-from examples.smollm2_128k.settings import add_flags, load_settings
+from examples.smollm2_128k.settings import Settings, add_flags, load_settings
 from megatron_long.cli import run_tool, tool_parser
 from megatron_long.errors import ConfigError
 
@@ -39,29 +39,40 @@ def main() -> int:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     deadline = None if args.minutes is None else STARTED + 60 * args.minutes
     machine = Machine(gpus=gpus, jobs_per_gpu=args.jobs_per_gpu, deadline=deadline)
-    for phase in args.phases:
-        left = machine.seconds_left()
-        minutes = None if left is None else max(1, int((left - SECONDS_TO_SAVE) // 60))
-        work = Work(
-            folder,
-            settings,
-            max(gpus, 1) if args.processes is None else args.processes,
-            corpus=args.corpus and args.corpus.resolve(),
-            gguf=args.gguf and args.gguf.resolve(),
-            minutes=minutes,
+    unfinished = [phase for phase in args.phases if not _run_phase(phase, args, settings, machine)]
+    if unfinished:
+        print(
+            f"not done: {', '.join(unfinished)}; the same command goes on with them",
+            file=sys.stderr,
         )
+    return 1 if unfinished else 0
+
+
+def _run_phase(phase: str, args: argparse.Namespace, settings: Settings, machine: Machine) -> bool:
+    """Run or print one phase; gives whether it is done. Later phases are tried in any case."""
+    left = machine.seconds_left()
+    work = Work(
+        args.work_dir.resolve(),
+        settings,
+        max(machine.gpus, 1) if args.processes is None else args.processes,
+        corpus=args.corpus and args.corpus.resolve(),
+        gguf=args.gguf and args.gguf.resolve(),
+        minutes=None if left is None else max(1, int((left - SECONDS_TO_SAVE) // 60)),
+    )
+    try:
         for jobs in PHASES[phase](work):
             if args.dry_run:
                 print("\n".join(shlex.join(job.command) for job in jobs))
-            elif not run_jobs(jobs, machine, folder):
-                print(f"phase {phase} is not done; the same command goes on", file=sys.stderr)
-                return 1
-        if not args.dry_run:
-            print(
-                f"phase {phase}: done, {time.monotonic() - STARTED:.0f} s after the start",
-                flush=True,
-            )
-    return 0
+            elif not run_jobs(jobs, machine, work.folder):
+                return False
+    except ConfigError as error:
+        print(f"phase {phase}: {error}", file=sys.stderr)
+        return False
+    if not args.dry_run:
+        print(
+            f"phase {phase}: done, {time.monotonic() - STARTED:.0f} s after the start", flush=True
+        )
+    return True
 
 
 def count_gpus() -> int:

@@ -243,11 +243,11 @@ def test_rehearsal(tiny_model, tmp_path):
     corpus = tmp_path / "corpus"
     (corpus / "heldout").mkdir(parents=True)
     write_corpus(corpus / "corpus.jsonl", num_documents=200)
-    (corpus / "heldout" / "story.txt").write_text(make_text(random.Random(1), 3000))
+    (corpus / "heldout" / "story.txt").write_text(make_text(random.Random(1), 30000))
     (tmp_path / "shares.yaml").write_text("shares: {Book: 1, GitHub: 1}\n")
     numbers = {
         "--seq-length": "64",
-        "--eval-length": "128",
+        "--eval-length": "512",
         "--original-length": "32",
         "--global-batch-windows": "2",
         "--main-steps": "4",
@@ -255,8 +255,8 @@ def test_rehearsal(tiny_model, tmp_path):
         "--save-interval": "2",
         "--history-steps": "2",
         "--learning-rate": "1e-3",
-        "--needle-lengths": "128",
-        "--history-lengths": "128",
+        "--needle-lengths": "512",
+        "--history-lengths": "512",
         "--needle-depths": "3",
         "--history-depths": "2",
         "--book-rows": "2",
