@@ -31,9 +31,11 @@ def main() -> int:
     if args.minutes is not None and args.minutes < 2:
         raise ConfigError(f"--minutes {args.minutes} is too short to start anything; at least 2")
     gpus = count_gpus() if args.gpus is None else args.gpus
-    folder = args.work_dir.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = load_settings(args, folder / "settings.json")
+    for name in ("work_dir", "corpus", "gguf"):  # commands run in the repository
+        path = getattr(args, name)
+        setattr(args, name, path and path.resolve())
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    settings = load_settings(args, args.work_dir / "settings.json")
     os.chdir(REPOSITORY)
     os.environ["PYTHONPATH"] = f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -52,11 +54,11 @@ def _run_phase(phase: str, args: argparse.Namespace, settings: Settings, machine
     """Run or print one phase; gives whether it is done. Later phases are tried in any case."""
     left = machine.seconds_left()
     work = Work(
-        args.work_dir.resolve(),
+        args.work_dir,
         settings,
         max(machine.gpus, 1) if args.processes is None else args.processes,
-        corpus=args.corpus and args.corpus.resolve(),
-        gguf=args.gguf and args.gguf.resolve(),
+        corpus=args.corpus,
+        gguf=args.gguf,
         minutes=None if left is None else max(1, int((left - SECONDS_TO_SAVE) // 60)),
     )
     try:
