@@ -269,10 +269,10 @@ def damage_bytes(folder: Path) -> None:
 )
 def test_damaged_checkpoint(checkpoint_copy, damage, message):
     damage(checkpoint_copy)
-    with pytest.raises(DataError, match="damaged|missing|bytes and had|cannot be read"):
+    with pytest.raises(DataError, match=r"damaged|missing|bytes and had|cannot be read"):
         megatron_to_hf(checkpoint_copy, checkpoint_copy.parent / "hf")
-    with pytest.raises(DataError, match=message):  # what checkpoints of other programs get
-        unchecked = Options(check_hashes=False)
+    unchecked = Options(check_hashes=False)  # as for checkpoints of other programs
+    with pytest.raises(DataError, match=message):
         megatron_to_hf(checkpoint_copy, checkpoint_copy.parent / "hf", options=unchecked)
     assert [path.name for path in checkpoint_copy.parent.iterdir()] == ["ckpt"]
 
