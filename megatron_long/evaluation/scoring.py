@@ -5,7 +5,9 @@ Legend: b batch, s sequence of the whole window, h hidden, v padded vocabulary; 
 that have a label, a chunk of them at a time, and of each chunk three numbers a token are kept.
 """
 
+import contextlib
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -304,8 +306,11 @@ def open_scorer(
     check_layout(args, world_size)
     if checkpoint is not None:
         _pin_checkpoint(checkpoint, args, check_hashes)
-    megatron_adapter.validate_flags(args)
-    model = megatron_adapter.load_model_for_scoring(args)
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # Megatron's own lines; the result alone is the output
+        megatron_adapter.validate_flags(args)
+        model = megatron_adapter.load_model_for_scoring(args)
     return Scorer(
         model,
         context_length=context_length,
