@@ -144,8 +144,11 @@ def test_signals_wait_for_what_is_written_in_the_background(jobs, flags, tmp_pat
     assert not list(out.glob(".iter_*"))
 
 
-def start_launcher(dataset: Path, *flags: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "megatron_long.launch", "--standalone", "--nproc-per-node", 2]
+def start_launcher(
+    dataset: Path, *flags: object, options: tuple[str, ...] = ()
+) -> subprocess.Popen:
+    command = [sys.executable, "-m", "megatron_long.launch", "--standalone", "--nproc-per-node=2"]
+    command += options
     command += ["-m", "megatron_long.pretrain", *FLAGS, "--dataset", dataset, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
