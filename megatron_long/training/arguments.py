@@ -127,7 +127,14 @@ def check_monitor(args: Namespace) -> None:
         raise ConfigError(f"{MONITOR_FLAG} needs nvidia-resiliency-ext: {MONITOR_REMEDY}")
     if not args.save:
         raise ConfigError(f"{MONITOR_FLAG} keeps its timeouts beside the checkpoints; give --save")
-    if MONITOR_SOCKET not in os.environ:
+
+
+def check_monitor_is_there(args: Namespace) -> None:
+    """Refuse to train beside a monitor that was not started.
+
+    Raises: ConfigError: this process has none.
+    """
+    if args.enable_ft_package and MONITOR_SOCKET not in os.environ:
         raise ConfigError(
             f"{MONITOR_FLAG} needs a monitor beside each rank: start with python -m megatron_long.launch (or "
             "ft_launcher) in the place of torchrun"

@@ -38,11 +38,16 @@ def test_what_the_monitor_needs_is_checked(package, save, socket, words, monkeyp
     if socket:
         monkeypatch.setenv(arguments.MONITOR_SOCKET, socket)
     args = Namespace(enable_ft_package=True, inprocess_restart=False, save=save)
-    if words is None:
+
+    def check() -> None:
         arguments.check_monitor(args)
+        arguments.check_monitor_is_there(args)
+
+    if words is None:
+        check()
         return
     with pytest.raises(ConfigError) as refused:
-        arguments.check_monitor(args)
+        check()
     assert words in str(refused.value)
 
 
