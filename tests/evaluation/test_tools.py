@@ -97,6 +97,7 @@ def test_loss(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
             "megatron_argv": layout,
             "precision": None,
             "hf_config": None,
+            "check_hashes": True,
         }
     ]
     report = read_loss_report(output)
@@ -113,6 +114,12 @@ def test_loss(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "16-128" in printed
     assert str(output) in printed
+
+
+def test_hashes_are_not_compared_on_request(run, opened, checkpoint, tiny_dataset, tmp_path):
+    flags = loss_flags(checkpoint, tiny_dataset, tmp_path / "loss.json")
+    assert run("loss", *flags, "--context-length", 64, "--skip-hash-check") == 0
+    assert opened[0]["check_hashes"] is False
 
 
 def test_loss_of_texts(run, opened, checkpoint, tiny_dataset, haystack, tmp_path, capsys):
