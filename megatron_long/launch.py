@@ -2,35 +2,81 @@
 
 Torchrun answers SIGTERM by ending its processes 30 s later and itself with status 1, and SIGUSR1 by dying.
 Here both are handed to the processes, and torchrun waits until they have saved; its status is then theirs.
+
+With `--enable-ft-package` among the flags of training, the launcher is `ft_launcher` of
+nvidia-resiliency-ext, which also ends and starts again (`--max-restarts`) ranks that the kernel has stopped.
 """
 
+import argparse
+import importlib
+import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from megatron_long.cli import run_tool
+from megatron_long.errors import ConfigError
 from megatron_long.training.signals import LEAVE_SIGNALS
 
 OTHER_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
 """What torchrun goes on handling in its own way."""
+MONITOR_FLAG = "--enable-ft-package"
+MONITOR_PACKAGE = "nvidia_resiliency_ext"
+MONITOR_REMEDY = (
+    "pip install 'nvidia-resiliency-ext>=0.6' (Linux with glibc 2.39, Python up to 3.12), or leave the flag "
+    "out: --hang-timeout watches without it"
+)
+SECTIONS = ("setup", "step", "checkpointing")
+"""Phases of Megatron's loop that the monitor times."""
+PATIENCE = 5
+"""How many times `--hang-timeout` the monitor waits: our own watchdog comes first, and writes stacks."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run torchrun with these arguments."""
+    """Run torchrun, or ft_launcher, with these arguments.
+
+    Raises: ConfigError: `--enable-ft-package` without nvidia-resiliency-ext.
+    """
     for number in LEAVE_SIGNALS:
         signal.signal(number, _hand_on)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if MONITOR_FLAG in words:
+        if importlib.util.find_spec(MONITOR_PACKAGE) is None:
+            raise ConfigError(f"{MONITOR_FLAG} needs nvidia-resiliency-ext: {MONITOR_REMEDY}")
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = OTHER_SIGNALS
+        launcher = importlib.import_module(f"{MONITOR_PACKAGE}.fault_tolerance.launcher")
+        launcher.main([*monitor_flags(words), *words])
+        return
     from torch.distributed import run
 
-    words = list(sys.argv[1:] if argv is None else argv)
     run.main(["--signals-to-handle", OTHER_SIGNALS, *words])
+
+
+def monitor_flags(words: Sequence[str]) -> list[str]:
+    """Give how long the monitor waits for each phase; flags of the user come later and win.
+
+    >>> monitor_flags(["--nproc-per-node", "8", "--hang-timeout", "60"])[0]
+    '--ft-rank-section-timeouts=setup:300,step:300,checkpointing:300'
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--hang-timeout", type=float, default=480.0)
+    wait = PATIENCE * (parser.parse_known_args(words)[0].hang_timeout or 480.0)
+    sections = ",".join(f"{name}:{wait:g}" for name in SECTIONS)
+    return [f"--ft-rank-section-timeouts={sections}", f"--ft-rank-out-of-section-timeout={wait:g}"]
 
 
 def _hand_on(number: int, frame: FrameType | None) -> None:
     import psutil
 
     for child in psutil.Process().children():
-        child.send_signal(number)
+        try:
+            if "TORCHELASTIC_RUN_ID" in child.environ():  # a rank, no monitor of one
+                child.send_signal(number)
+        except psutil.Error:
+            continue  # it has just ended
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool(main))

@@ -20,7 +20,11 @@ from megatron_long.conversion.sources import read_config, read_source_geometry
 from megatron_long.data.manifest import read_manifest
 from megatron_long.model.geometry import geometry_from_args
 from megatron_long.training import hugging_face, signals
-from megatron_long.training.arguments import LongContextArguments, check_export
+from megatron_long.training.arguments import (
+    LongContextArguments,
+    check_export,
+    check_monitor_is_there,
+)
 from megatron_long.training.backend import detect_backend, join_or_start_job
 from megatron_long.training.checkpoint_folder import (
     copy_generation_config,
@@ -94,6 +98,7 @@ def prepare(
 
     megatron_adapter.check_version()
     arguments, args = parse(user_argv, detect_backend(), join_or_start_job())
+    check_monitor_is_there(args)
     return arguments, args, find_start(arguments, args)
 
 

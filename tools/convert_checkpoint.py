@@ -23,6 +23,7 @@ from megatron_long.conversion.options import MAX_SHARD_BYTES, ConversionReport, 
 from megatron_long.conversion.stored import keep_freed_memory
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.model.rope import PLAIN_ROPE
+from megatron_long.training.checkpoint_choice import SKIP_HASH_CHECK
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,6 +52,11 @@ def make_parser() -> argparse.ArgumentParser:
         default=WEIGHTS[0],
         help="the model's, the optimizer's main copy, or the latter where FP8 rounded the former "
         "(default: %(default)s)",
+    )
+    exporter.add_argument(
+        SKIP_HASH_CHECK,
+        action="store_true",
+        help="do not compare the checkpoint's files with its hashes.json first",
     )
     for command in (exporter, unpacker):
         command.add_argument(
@@ -103,6 +109,7 @@ def convert(args: argparse.Namespace) -> ConversionReport:
             force=args.force,
             dry_run=args.dry_run,
             allow_pickle=getattr(args, "allow_pickle", False),
+            check_hashes=not getattr(args, "skip_hash_check", False),
             max_shard_bytes=int(getattr(args, "max_shard_size_gb", 5) * 1e9),
             progress=bar.update,
         )

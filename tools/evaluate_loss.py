@@ -7,6 +7,8 @@ listed here go to Megatron, such as --tensor-model-parallel-size and --context-p
     torchrun --nproc-per-node 4 tools/evaluate_loss.py --checkpoint CKPT --dataset DATA \\
         --context-length 131072 --output loss.json --plot loss.png --compare before.json \\
         --tensor-model-parallel-size 2 --context-parallel-size 2
+
+With --text in the place of --dataset, long texts are cut into rows of --context-length tokens.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from megatron_long.evaluation.inputs import (
     check_context_length,
     check_dataset_vocabulary,
     check_output,
+    open_tokenizer,
     positive_int,
 )
 from megatron_long.evaluation.loss_report import (
@@ -47,6 +50,7 @@ from megatron_long.evaluation.models import (
     open_model,
     warn_beyond_rope,
 )
+from megatron_long.evaluation.plain_text import hash_texts, open_texts
 from megatron_long.evaluation.position_loss import default_buckets, loss_by_position, parse_buckets
 
 
@@ -66,7 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = tool_parser(__doc__)
     add = parser.add_argument
     add_model_flags(parser)
-    add("--dataset", type=Path, required=True, help="folder written by preprocess_mix.py")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--dataset", type=Path, help="folder written by preprocess_mix.py")
+    data.add_argument(
+        "--text", type=Path, nargs="+", help="instead: long text files, UTF-8; each is a source"
+    )
     add(
         "--context-length",
         type=positive_int,
@@ -109,8 +117,6 @@ def _add_document_flags(parser: argparse.ArgumentParser) -> None:
 
 def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparation:
     """Check everything that can be wrong and give what is to be measured."""
-    from megatron_long.data.manifest import read_manifest
-
     tables = table_paths(args.output) if args.compare else ()
     for flag, path in (
         ("--output", args.output),
@@ -121,6 +127,25 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
             check_output(path, force=args.force, flag=flag)
     check_context_length(args.context_length, megatron_argv)
     choice = choose_model(args, megatron_argv)
+    documents, hashed = choose_documents(args, choice)
+    settings = describe_settings(args, megatron_argv, choice, hashed)
+    earlier = [(path.stem, read_loss_report(path)) for path in args.compare]
+    for path, (_, report) in zip(args.compare, earlier, strict=True):
+        check_comparable(settings, report, path)
+    warn_beyond_rope(choice, args.context_length, megatron_argv)
+    return Preparation(settings, choice, documents, earlier)
+
+
+def choose_documents(
+    args: argparse.Namespace, choice: ModelChoice
+) -> tuple[list[HeldOutDocument], str]:
+    """Give the rows to score, and a hash of where they come from."""
+    if args.text is not None:
+        tokenizer = open_tokenizer(args.tokenizer, choice.folder)
+        rows = open_texts(args.text, tokenizer, args.context_length, args.max_documents_per_source)
+        return rows, hash_texts(args.text, tokenizer.vocabulary_sha256)
+    from megatron_long.data.manifest import read_manifest
+
     if not args.dataset.is_dir():
         raise DataError(f"--dataset {args.dataset} is not a folder; give one of preprocess_mix.py")
     manifest = read_manifest(args.dataset)
@@ -131,18 +156,12 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
         args.tokenizer,
         choice.folder,
     )
-    length = args.context_length
-    settings = describe_settings(args, megatron_argv, choice, manifest.fingerprint)
-    earlier = [(path.stem, read_loss_report(path)) for path in args.compare]
-    for path, (_, report) in zip(args.compare, earlier, strict=True):
-        check_comparable(settings, report, path)
     documents = select_documents(
         open_held_out(args.dataset, manifest),
         min_document_tokens=args.min_document_tokens,
         max_documents_per_source=args.max_documents_per_source,
     )
-    warn_beyond_rope(choice, length, megatron_argv)
-    return Preparation(settings, choice, documents, earlier)
+    return documents, manifest.fingerprint
 
 
 def describe_settings(
@@ -153,7 +172,7 @@ def describe_settings(
     return LossSettings(
         checkpoint=str(choice.folder.path),
         iteration=choice.folder.iteration,
-        dataset=str(args.dataset),
+        dataset=str(args.dataset) if args.dataset else " ".join(map(str, args.text)),
         dataset_fingerprint=fingerprint,
         context_length=length,
         buckets=parse_buckets(args.buckets, length) if args.buckets else default_buckets(length),

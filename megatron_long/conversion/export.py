@@ -42,11 +42,13 @@ from megatron_long.model.geometry import (
     geometry_from_config,
     read_hf_config,
 )
+from megatron_long.training.checkpoint_choice import check_whole
 from megatron_long.training.checkpoint_folder import (
     GENERATION_CONFIG_NAME,
     HF_CONFIG_NAME,
     TOKENIZER_DIR_NAME,
 )
+from megatron_long.training.checkpoint_hashes import check_sidecars
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -85,6 +87,10 @@ def megatron_to_hf(
     options = options or Options()
     source = find_iteration(input_dir, iteration)
     check_folders(input_dir, output_dir, force=options.force)
+    if options.check_hashes:
+        if hf_config is None:
+            check_sidecars(input_dir)
+        check_whole(source)
     TorchDistReader(source)  # its files are all there, before anything else is said of it
     state = read_common_state(source)
     config, geometry = _trained_model(input_dir, source, state, hf_config, stretch or Stretch())

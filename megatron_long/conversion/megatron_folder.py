@@ -10,6 +10,7 @@ the longest context are those of the checkpoint's own arguments, which no copy o
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,14 +26,17 @@ from megatron_long.conversion.mapping import (
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_config, read_hf_config
 from megatron_long.model.rope import PLAIN_ROPE_ARGUMENTS, rope_from_arguments
+from megatron_long.training.checkpoint_choice import RELEASE, iteration_folder, newest_iteration
 from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TRACKER_NAME
+from megatron_long.training.checkpoint_hashes import HASHES_NAME
 
 if TYPE_CHECKING:
     from torch import dtype
 
     from megatron_long.conversion.torch_dist import TorchDistReader
 
-RELEASE = "release"
+logger = logging.getLogger(__name__)
+
 CHECKPOINT_VERSION = 3.0
 
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.")
@@ -76,6 +80,13 @@ def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
                 f"{', '.join(_saved(checkpoint_dir)) or 'no iteration'}"
             )
         return folder
+    if (
+        checkpoint_dir / HASHES_NAME
+    ).exists():  # it records the newest, whatever became of the tracker
+        newest, reports = newest_iteration(checkpoint_dir, "--iteration")
+        for report in reports:
+            logger.warning("%s", report)
+        return _existing(checkpoint_dir, iteration_folder(checkpoint_dir, newest), HASHES_NAME)
     tracker = checkpoint_dir / TRACKER_NAME
     if not tracker.is_file():
         raise ConfigError(
@@ -85,13 +96,17 @@ def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
     word = tracker.read_text(encoding="utf-8").strip()
     if word != RELEASE and not word.isdecimal():
         raise DataError(f"{tracker} holds {word!r}; it must hold a number or {RELEASE!r}")
-    folder = checkpoint_dir / (RELEASE if word == RELEASE else f"iter_{int(word):07d}")
-    if not folder.is_dir():
-        raise DataError(
-            f"{tracker} names {word}, but {folder} is not there; choose with --iteration one of: "
-            f"{', '.join(_saved(checkpoint_dir)) or 'none saved'}"
-        )
-    return folder
+    folder = iteration_folder(checkpoint_dir, None if word == RELEASE else int(word))
+    return _existing(checkpoint_dir, folder, TRACKER_NAME)
+
+
+def _existing(checkpoint_dir: Path, folder: Path, record: str) -> Path:
+    if folder.is_dir():
+        return folder
+    raise DataError(
+        f"{checkpoint_dir / record} names {folder.name}, and that is not there; choose with --iteration one "
+        f"of: {', '.join(_saved(checkpoint_dir)) or 'none saved'}"
+    )
 
 
 def _saved(checkpoint_dir: Path) -> list[str]:

@@ -39,6 +39,8 @@ class Options:
     """Whether pickled weights may be read where there are no safetensors."""
     max_shard_bytes: int = MAX_SHARD_BYTES
     """Largest safetensors file."""
+    check_hashes: bool = True
+    """Whether to compare a checkpoint's files with its hashes before it is exported."""
     progress: Progress = lambda size_bytes: None
 
 

@@ -59,22 +59,24 @@ class Haystack:
         return self.tokens[start:stop], np.concatenate([[0], inside])
 
 
-def read_haystack(path: Path) -> str:
+def read_haystack(path: Path, flag: str = "--haystack") -> str:
     """Read a text file as UTF-8.
 
+    Args:
+        flag: What the user gave it with, for errors.
     Raises: ConfigError: no such file, not text, or nothing but white space.
     """
     if not path.is_file():
-        raise ConfigError(f"--haystack {path} is not a file; give a long text file in UTF-8")
+        raise ConfigError(f"{flag} {path} is not a file; give a long text file in UTF-8")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"--haystack {path} is not UTF-8 text (byte {error.start}: {error.reason}); "
+            f"{flag} {path} is not UTF-8 text (byte {error.start}: {error.reason}); "
             "give plain text in UTF-8"
         ) from error
     if not text.strip():
-        raise ConfigError(f"--haystack {path} holds no text; give a long text file in UTF-8")
+        raise ConfigError(f"{flag} {path} holds no text; give a long text file in UTF-8")
     return text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +13,25 @@ from typing import TYPE_CHECKING
 
 from megatron_long.errors import ConfigError
 from megatron_long.files import refuse_overwrite
-from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TOKENIZER_DIR_NAME
+from megatron_long.training.checkpoint_choice import (
+    RELEASE,
+    has_checkpoint,
+    iteration_folder,
+    newest_iteration,
+)
+from megatron_long.training.checkpoint_folder import (
+    HF_CONFIG_NAME,
+    TOKENIZER_DIR_NAME,
+    TRACKER_NAME,
+)
+from megatron_long.training.checkpoint_hashes import check_sidecars
 
 if TYPE_CHECKING:
     from megatron_long.data.tokenizers import Tokenizer
 
-TRACKER = "latest_checkpointed_iteration.txt"
 HF_FOLDER_CONFIG = "config.json"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,32 +64,42 @@ class CheckpointFolder:
         return cls(path, "random", _hf_tokenizer(config.parent), config, *_read_sizes(config))
 
 
-def find_checkpoint(path: Path, megatron_argv: Sequence[str] = ()) -> CheckpointFolder:
+def find_checkpoint(
+    path: Path, megatron_argv: Sequence[str] = (), *, check_hashes: bool = True
+) -> CheckpointFolder:
     """Look at a checkpoint folder without loading it.
 
     Args:
         megatron_argv: Flags for Megatron, among which may be `--ckpt-step`.
-    Raises: ConfigError: no Megatron checkpoint there.
+        check_hashes: Whether the files beside the checkpoints are compared with their hashes.
+    Raises: ConfigError: no Megatron checkpoint there. DataError: a file beside it is damaged.
     """
-    tracker = path / TRACKER
-    if not tracker.is_file():
-        reason = f"holds no {TRACKER}" if path.is_dir() else "does not exist"
+    if not has_checkpoint(path):
+        reason = f"holds no {TRACKER_NAME}" if path.is_dir() else "does not exist"
         raise ConfigError(
             f"--checkpoint {path} {reason}; give a folder that pretrain (--save) or "
             "tools/convert_checkpoint.py hf-to-megatron wrote"
         )
-    last = tracker.read_text().strip()
-    iteration = read_flag(megatron_argv, "--ckpt-step") or last
-    name = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
-    if not (path / name).is_dir():
+    newest, reports = newest_iteration(path)
+    step = read_flag(megatron_argv, "--ckpt-step")
+    if step is not None and not step.isdecimal():
+        raise ConfigError(f"--ckpt-step {step} is not an iteration; give a number")
+    iteration = newest if step is None else int(step)
+    if step is None and os.environ.get("RANK", "0") == "0":
+        for report in reports:
+            _log.warning("%s", report)
+    if not iteration_folder(path, iteration).is_dir():
         raise ConfigError(
-            f"--checkpoint {path} has no folder {name} (its last iteration is {last}); copy the "
-            "checkpoint again, or name an iteration that is there with --ckpt-step"
+            f"--checkpoint {path} has no folder {iteration_folder(path, iteration).name} (its last "
+            f"iteration is {newest if newest is not None else RELEASE}); copy the checkpoint again, or name "
+            "an iteration that is there with --ckpt-step"
         )
+    if check_hashes:
+        check_sidecars(path)
     tokenizer, config = path / TOKENIZER_DIR_NAME, path / HF_CONFIG_NAME
     return CheckpointFolder(
         path,
-        iteration,
+        RELEASE if iteration is None else str(iteration),
         tokenizer if tokenizer.is_dir() else None,
         config if config.is_file() else None,
         *_read_sizes(config),

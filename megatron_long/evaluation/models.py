@@ -20,6 +20,7 @@ from megatron_long.evaluation.inputs import (
     read_flag,
 )
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
+from megatron_long.training.checkpoint_choice import SKIP_HASH_CHECK
 
 if TYPE_CHECKING:
     from megatron_long.evaluation.hf_scorer import HFScorer
@@ -45,6 +46,8 @@ class ModelChoice:
     random_weights: bool
     hf_config: Path | None
     """Config of a model of random weights."""
+    check_hashes: bool = True
+    """Whether the checkpoint's files are compared with its hashes before it is loaded."""
 
     def geometry(self) -> LlamaGeometry | None:
         """Its shape, where a config says it."""
@@ -62,6 +65,11 @@ def add_model_flags(parser: argparse.ArgumentParser, *, backends: bool = True) -
             choices=(MEGATRON, HF),
             default=MEGATRON,
             help="hf: score with transformers, and generate (default: %(default)s)",
+        )
+        add(
+            SKIP_HASH_CHECK,
+            action="store_true",
+            help="do not compare the checkpoint's files with its hashes.json first",
         )
     add(
         "--random-weights",
@@ -104,7 +112,9 @@ def choose_model(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Mode
         return ModelChoice(folder, backend, True, folder.hf_config)
     if backend == HF:
         return ModelChoice(find_hf_folder(args.checkpoint), backend, False, None)
-    return ModelChoice(find_checkpoint(args.checkpoint, megatron_argv), backend, False, None)
+    checks = not args.skip_hash_check
+    folder = find_checkpoint(args.checkpoint, megatron_argv, check_hashes=checks)
+    return ModelChoice(folder, backend, False, None, checks)
 
 
 def warn_beyond_rope(
@@ -158,6 +168,7 @@ def open_model(
         megatron_argv=megatron_argv,
         precision=precision,
         hf_config=choice.hf_config,
+        check_hashes=choice.check_hashes,
     )
 
 

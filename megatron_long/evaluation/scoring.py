@@ -5,7 +5,10 @@ Legend: b batch, s sequence of the whole window, h hidden, v padded vocabulary; 
 that have a label, a chunk of them at a time, and of each chunk three numbers a token are kept.
 """
 
+import contextlib
 import math
+import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,6 +269,7 @@ def open_scorer(
     megatron_argv: Sequence[str],
     precision: str | None = None,
     hf_config: Path | None = None,
+    check_hashes: bool = True,
 ) -> Scorer:
     """Load a checkpoint in the layout of the flags; under torchrun, every rank calls this.
 
@@ -276,7 +280,8 @@ def open_scorer(
         megatron_argv: The user's Megatron flags: layout, `--ckpt-step`, `--rotary-base`.
         precision: `bf16` or `fp32`; None is bf16 on GPUs, fp32 on the host.
         hf_config: Hugging Face folder or config.json; None is the checkpoint's.
-    Raises: ConfigError: no checkpoint there, or a layout that cannot be cut.
+        check_hashes: Whether the checkpoint's files are compared with their hashes; each rank reads a share.
+    Raises: ConfigError: no checkpoint there, or a layout that cannot be cut. DataError: it is damaged.
     """
     host_backend.install()
     from megatron_long.model.geometry import geometry_from_hf
@@ -299,14 +304,31 @@ def open_scorer(
         [*argv, *megatron_argv, "--seq-length", str(context_length)]
     )
     check_layout(args, world_size)
-    megatron_adapter.validate_flags(args)
-    model = megatron_adapter.load_model_for_scoring(args)
+    if checkpoint is not None:
+        _pin_checkpoint(checkpoint, args, check_hashes)
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # Megatron's own lines; the result alone is the output
+        megatron_adapter.validate_flags(args)
+        model = megatron_adapter.load_model_for_scoring(args)
     return Scorer(
         model,
         context_length=context_length,
         vocab_size=geometry.vocab_size,
         sequence_parallel=args.sequence_parallel,
     )
+
+
+def _pin_checkpoint(folder: Path, args: Namespace, check_hashes: bool) -> None:
+    """Let Megatron load what `--ckpt-step` names or what the run recorded as its newest, checked."""
+    from megatron_long.training import checkpoint_choice, megatron_hooks, rendezvous
+
+    step = args.ckpt_step
+    iteration = checkpoint_choice.newest_iteration(folder)[0] if step is None else step
+    path = checkpoint_choice.iteration_folder(folder, iteration)
+    if check_hashes:
+        checkpoint_choice.check_whole(path, share=rendezvous.share(), agree=rendezvous.agree)
+    megatron_hooks.load_from(checkpoint_choice.Choice(iteration, path), args)
 
 
 def _scoring_argv(

@@ -40,6 +40,8 @@ RUN_FLAGS = {
     "--global-batch-size": 1,
     "--finetune": 0,
     "--exit-signal-handler": 0,
+    "--enable-ft-package": 0,
+    "--async-save": 0,
 }
 """Flags of the user's run that the comparison sets itself, by the values they take."""
 

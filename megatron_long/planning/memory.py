@@ -63,9 +63,10 @@ def saved_bytes_per_token(run: RunShape) -> float:
     product = FP8_SAVED if run.fp8 else 1.0
     heads = BF16 * model.num_attention_heads * model.kv_channels
     keys_and_values = 2 * BF16 * model.num_query_groups * model.kv_channels
-    # Input, its norm, queries, keys, values, attention's output twice (before and after it travels
-    # between ranks), and the sum that enters the MLP.
-    saved = hidden + product * hidden + heads + keys_and_values + heads + product * heads + hidden
+    # Input, its norm, queries, keys, values, attention's output, and the sum that enters the MLP.
+    saved = hidden + product * hidden + heads + keys_and_values + product * heads + hidden
+    if run.layout.context > 1 and run.layout.context_communication != "p2p":
+        saved += heads  # the output before it travels between ranks
     if run.recompute == "none":
         saved += product * hidden + BF16 * (2 + product) * model.ffn_hidden_size
     return saved / tp

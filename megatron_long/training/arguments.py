@@ -1,13 +1,19 @@
 """The project's own flags, and the rules that a layout must keep, checked before anything is built."""
 
+import importlib.util
+import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_long.errors import ConfigError
+from megatron_long.launch import MONITOR_FLAG, MONITOR_PACKAGE, MONITOR_REMEDY
 from megatron_long.model.rope import rope_from_arguments
 from megatron_long.training.checkpoint_choice import has_checkpoint
 from megatron_long.training.checkpoint_folder import TRACKER_NAME
+
+MONITOR_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
+"""Set by nvidia-resiliency-ext's launcher for each rank."""
 
 
 @dataclass(kw_only=True)
@@ -103,6 +109,47 @@ def check_reliability(arguments: LongContextArguments, args: Namespace) -> None:
         raise ConfigError(
             "--keep-last and Megatron's --save-retain-interval both delete checkpoints; give one of them"
         )
+
+
+def check_monitor(args: Namespace) -> None:
+    """Refuse flags of nvidia-resiliency-ext that could not do what they say.
+
+    Raises: ConfigError: the package or its launcher is missing, or the flag is not supported.
+    """
+    if args.inprocess_restart:
+        raise ConfigError(
+            "--inprocess-restart is not supported; start again in place with --enable-ft-package and "
+            "--max-restarts of megatron_long.launch"
+        )
+    if not args.enable_ft_package:
+        return
+    if importlib.util.find_spec(MONITOR_PACKAGE) is None:
+        raise ConfigError(f"{MONITOR_FLAG} needs nvidia-resiliency-ext: {MONITOR_REMEDY}")
+    if not args.save:
+        raise ConfigError(f"{MONITOR_FLAG} keeps its timeouts beside the checkpoints; give --save")
+
+
+def check_monitor_is_there(args: Namespace) -> None:
+    """Refuse to train beside a monitor that was not started.
+
+    Raises: ConfigError: this process has none.
+    """
+    if args.enable_ft_package and MONITOR_SOCKET not in os.environ:
+        raise ConfigError(
+            f"{MONITOR_FLAG} needs a monitor beside each rank: start with python -m megatron_long.launch (or "
+            "ft_launcher) in the place of torchrun"
+        )
+
+
+def choose_async_writer(args: Namespace) -> None:
+    """Let `--async-save` alone do what it says: Megatron drops it silently without two other flags.
+
+    Its writer is that of nvidia-resiliency-ext where a recent one is installed, else Megatron's own.
+    """
+    if args.async_save:
+        args.use_persistent_ckpt_worker = True
+        if importlib.util.find_spec(MONITOR_PACKAGE) is None:
+            args.async_strategy = "mcore"
 
 
 def check_layout(args: Namespace, world_size: int) -> None:

@@ -17,6 +17,8 @@ from megatron_long.training.checkpoint_folder import TRACKER_NAME
 from megatron_long.training.checkpoint_hashes import HASHES_NAME, find_damage, read_hashes
 
 RELEASE = "release"
+SKIP_HASH_CHECK = "--skip-hash-check"
+"""Flag of the tools that read checkpoints."""
 PARTIAL_SUFFIX, DELETED_SUFFIX, DAMAGED_SUFFIX = ".partial", ".deleted", ".damaged"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
@@ -51,9 +53,11 @@ def saved_iterations(folder: Path) -> list[int]:
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
-def newest_iteration(folder: Path) -> tuple[int | None, list[str]]:
+def newest_iteration(folder: Path, flag: str = "--ckpt-step") -> tuple[int | None, list[str]]:
     """The newest checkpoint by the folder's records, unchecked.
 
+    Args:
+        flag: What names another one.
     Returns: Its iteration (None for converted weights), and what is wrong with the records.
     Raises: ConfigError: the folder holds no checkpoint.
     """
@@ -68,7 +72,7 @@ def newest_iteration(folder: Path) -> tuple[int | None, list[str]]:
         seen = f"names {tracked}" if tracked is not None else "is no use"
         reports.append(
             f"{folder / TRACKER_NAME} {seen}, and the newest checkpoint of this run is {recorded}, "
-            "which is taken; to go back, give --ckpt-step"
+            f"which is taken; to go back, give {flag}"
         )
     newest = recorded if recorded is not None else tracked
     if newest is None:
@@ -131,6 +135,29 @@ def choose_checkpoint(
     raise DataError(
         f"{folder} holds no checkpoint that is whole: {listed}. Copy it again, or take another folder"
     )
+
+
+def check_whole(path: Path, *, share: tuple[int, int] = (0, 1), agree: Agree = list) -> bool:
+    """Compare one checkpoint with its hashes, for readers whom no other one would serve.
+
+    Args:
+        path: Its own folder, `iter_0000100` or `release`.
+        share, agree: See `choose_checkpoint`.
+    Returns: False where there is nothing to compare, as for checkpoints of other programs.
+    Raises: DataError: names each file that is damaged, and the other checkpoints beside it.
+    """
+    others = [iteration_folder(path.parent, number) for number in saved_iterations(path.parent)]
+    others = [other for other in others if other != path]
+    if not any((item / HASHES_NAME).exists() for item in (path, *others)):
+        return False
+    damage = sorted(set(agree(find_damage(path, *share))))
+    if damage:
+        there = ", ".join(other.name for other in others) or "there is none"
+        raise DataError(
+            f"{'; '.join(damage)}. Copy the checkpoint again, take another one of this run ({there}), or "
+            f"read what is there with {SKIP_HASH_CHECK}"
+        )
+    return True
 
 
 def set_aside(folder: Path, choice: Choice) -> None:

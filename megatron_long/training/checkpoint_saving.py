@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,8 @@ class CheckpointKeeper:
     pending: int | None = None
     """Iteration whose save has failed and is still owed."""
     tries: int = 0
+    in_flight: deque[Path] = field(default_factory=deque)
+    """Folders that are still being written in the background (`--async-save`), oldest first."""
     _retry_at: int = 0
     _errors: list[str] = field(default_factory=list)
 
@@ -113,62 +116,98 @@ class CheckpointKeeper:
         """
         partial = final.with_name(f".{final.name}{PARTIAL_SUFFIX}")
         try:
+            facts = self.facts()
             self._together(lambda: _make_empty(partial), only_first=True)
             request = save(partial)
             if request is None:
-                self._finish(partial, final)
+                self._finish(partial, final, facts)
             else:
-                request.finalize_fns.append(lambda: self._finish(partial, final))
+                self.in_flight.append(partial)
+                request.finalize_fns.append(lambda: self._arrive(partial, final, facts))
         except BaseException:  # torch's CheckpointException is no Exception
             if self.job.rank == 0:  # what was written takes the room that the next try needs
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         return request
 
-    def attempt(self, iteration: int, save: Callable[[], None], failures: tuple) -> None:
+    def attempt(self, iteration: int, save: Callable[[], None], failures: tuple) -> bool:
         """Save, and survive it if that fails.
 
         Args:
             failures: Exceptions of the writer that all processes raise together.
+        Returns: Whether it is saved, or on its way.
         """
         self._errors.clear()
         try:
             save()
         except (SaveFailed, *failures) as error:
-            self.tries += 1
-            self.pending = iteration
-            self._retry_at = iteration + 2 ** min(self.tries - 1, 10)
-            noted = {text for share in self.job.gather(self._errors) for text in share}
-            if self.job.rank == 0:
-                logger.error(
-                    "checkpoint of iteration %d could not be saved (%s); training goes on, the next try is "
-                    "at iteration %d",
-                    *(iteration, "; ".join(sorted(noted)) or _first_words(error), self._retry_at),
-                )
-            return
-        self.pending, self.tries = None, 0
+            self._owe(iteration, iteration, error)
+            return False
+        if not self.in_flight:
+            self.pending, self.tries = None, 0
+        return True
+
+    def complete(self, iteration: int, finalize: Callable[[], None], failures: tuple) -> None:
+        """Let Megatron put saves in place that were written in the background, and survive those that failed.
+
+        Args:
+            iteration: The present one.
+            finalize: Megatron's; ends at the first save that failed, having forgotten it.
+            failures: See `attempt`.
+        """
+        self._errors.clear()
+        while True:
+            try:
+                return finalize()
+            except (SaveFailed, *failures) as error:
+                partial = self.in_flight.popleft()
+                self._owe(_number(partial), iteration, error)
+                if self.job.rank == 0:
+                    shutil.rmtree(partial, ignore_errors=True)
+
+    def _owe(self, saved: int, now: int, error: BaseException) -> None:
+        self.tries += 1
+        self.pending = saved
+        self._retry_at = now + 2 ** min(self.tries - 1, 10)
+        noted = {text for share in self.job.gather(self._errors) for text in share}
+        self._errors.clear()
+        if self.job.rank == 0:
+            logger.error(
+                "checkpoint of iteration %d could not be saved (%s); training goes on, the next try is "
+                "at iteration %d",
+                *(saved, "; ".join(sorted(noted)) or _first_words(error), self._retry_at),
+            )
 
     def is_due(self, iteration: int) -> bool:
         """Whether a failed save is to be tried again now."""
-        return self.pending is not None and iteration >= self._retry_at
+        return self.pending is not None and not self.in_flight and iteration >= self._retry_at
 
-    def insist(self, save: Callable[[], None]) -> None:
+    def insist(self, save: Callable[[], None], settle: Callable[[], None]) -> None:
         """Try a last save some more times, for after it the process ends.
 
+        Args:
+            settle: Waits for what is written in the background.
         Raises: SystemExit: with `SAVE_FAILED_STATUS`, if it still fails.
         """
+        settle()
         for wait in LAST_TRIES_S:
             if self.pending is None:
                 return
             time.sleep(wait)
             save()
+            settle()
         if self.pending is not None:
             if self.job.rank == 0:
                 logger.error("the last checkpoint could not be saved; an earlier one is the newest")
             raise SystemExit(SAVE_FAILED_STATUS)
 
-    def _finish(self, partial: Path, final: Path) -> None:
-        self._together(lambda: _write_facts(partial, self.facts()), only_first=True)
+    def _arrive(self, partial: Path, final: Path, facts: Mapping[str, Any]) -> None:
+        self._finish(partial, final, facts)
+        self.in_flight.popleft()
+        self.pending, self.tries = None, 0
+
+    def _finish(self, partial: Path, final: Path, facts: Mapping[str, Any]) -> None:
+        self._together(lambda: _write_facts(partial, facts), only_first=True)
         hashed: dict[str, FileInfo] = {}
         self._together(lambda: hashed.update(hash_files(partial, self._own_files(partial))))
         shares = self.job.gather(hashed)
@@ -230,4 +269,5 @@ def _first_words(error: BaseException) -> str:
 
 
 def _number(folder: Path) -> int:
-    return int(folder.name.removeprefix("iter_"))
+    """The iteration of `iter_0000012`, or of `.iter_0000012.partial`."""
+    return int(folder.name.strip(".").removeprefix("iter_").removesuffix(PARTIAL_SUFFIX))

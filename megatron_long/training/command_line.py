@@ -20,10 +20,12 @@ from megatron_long.training.arguments import (
     check_documents,
     check_files,
     check_layout,
+    check_monitor,
     check_paths,
     check_reliability,
     check_rope,
     check_start_and_end,
+    choose_async_writer,
 )
 from megatron_long.training.backend import GUARD_ARGV, Backend, split_flags
 from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TOKENIZER_DIR_NAME
@@ -66,6 +68,8 @@ def parse(
     check_files(arguments, args)
     check_start_and_end(arguments, args)
     check_reliability(arguments, args)
+    check_monitor(args)
+    choose_async_writer(args)
     check_layout(args, world_size)
     check_rope(args)
     check_documents(arguments, args)

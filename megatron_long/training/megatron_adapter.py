@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from packaging.version import Version
 
 from megatron_long.errors import ConfigError
 from megatron_long.model.flash_attention import mend_windows
@@ -25,6 +26,7 @@ from megatron_long.training import host_backend, signals
 from megatron_long.training.adamw_resume import mend_torch_adamw_resume
 
 SUPPORTED_VERSIONS = ("0.19.",)
+OLDEST_RESILIENCY = "0.6"
 PATCHED_SYMBOLS = {
     "megatron.core.datasets.utils": ("compile_helpers",),
     "megatron.training.training": ("initialize_megatron", "set_jit_fusion_options"),
@@ -57,7 +59,7 @@ class Llama3RopeArguments:
 
 
 def check_version() -> None:
-    """Refuse a megatron-core that the patches were not written for.
+    """Refuse a megatron-core that the patches were not written for, or that cannot be imported.
 
     Raises: ConfigError: names the version found and those supported.
     """
@@ -68,6 +70,16 @@ def check_version() -> None:
             f"megatron-core {version} is installed; this release works with {supported}: "
             "pip install -c constraints.txt megatron-core"
         )
+    try:
+        resiliency = importlib.metadata.version("nvidia-resiliency-ext")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if Version(resiliency) < Version(OLDEST_RESILIENCY):
+        raise ConfigError(
+            f"nvidia-resiliency-ext {resiliency} is installed, and megatron-core {version} cannot be "
+            f"imported beside one before {OLDEST_RESILIENCY}; upgrade it, or pip uninstall "
+            "nvidia-resiliency-ext"
+        )
 
 
 def parse_flags(
@@ -75,9 +87,15 @@ def parse_flags(
 ) -> Namespace:
     """Parse Megatron's flags with Megatron's own parser; later flags win.
 
-    Raises: ConfigError: an unknown flag, or a value of the wrong type or choice.
+    Raises: ConfigError: an unknown flag, a value of the wrong type or choice, or `--yaml-cfg`.
     """
     from megatron.training.arguments import parse_args
+
+    if any(word.partition("=")[0] == "--yaml-cfg" for word in argv):
+        raise ConfigError(
+            "--yaml-cfg would take the place of all other flags, ours and the recipe's among them; write its "
+            "values as flags"
+        )
 
     def add_and_mend(parser: ArgumentParser) -> ArgumentParser:
         parser = add_arguments(parser) if add_arguments else parser
@@ -126,6 +144,8 @@ def validate_flags(args: Namespace) -> None:
     except (AssertionError, ValueError) as error:
         reason = str(error) or "an unnamed assertion, see the line below"
         raise ConfigError(f"Megatron refuses these flags: {reason}") from error
+    if host_backend.is_installed():
+        args.use_persistent_ckpt_worker = False  # it would look for a GPU; a forked process writes
     set_global_variables(args)
     if args.exit_signal_handler:
         from megatron.training.global_vars import get_signal_handler

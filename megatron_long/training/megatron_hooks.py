@@ -28,6 +28,7 @@ CHANGED_SYMBOLS = {
         "save_checkpoint",
         "save_checkpoint_and_time",
         "checkpoint_and_decide_exit",
+        "maybe_finalize_async_save",
         "post_training_step_callbacks",
     ),
     "megatron.training.checkpointing": (
@@ -97,9 +98,9 @@ def install_keeper(keeper: CheckpointKeeper, args: Namespace, watchdog: Watchdog
     from megatron_long.training.guarded_step import all_finite, state_tensors
 
     training: Any = importlib.import_module("megatron.training.training")
-    _patch_writers(keeper)
+    _patch_writers(keeper, args)
     save, save_and_time = training.save_checkpoint, training.save_checkpoint_and_time
-    decide = training.checkpoint_and_decide_exit
+    decide, settle = training.checkpoint_and_decide_exit, _survive_late(keeper, args, watchdog)
 
     def save_checkpoint(iteration, model, optimizer, *rest, **options):
         watchdog.beat(LONG_PHASE)
@@ -111,15 +112,14 @@ def install_keeper(keeper: CheckpointKeeper, args: Namespace, watchdog: Watchdog
                 )
             raise SystemExit(FAULT_STATUS)
         whole = functools.partial(save, iteration, model, optimizer, *rest, **options)
-        keeper.attempt(iteration, whole, (CheckpointException,))
-        if keeper.pending is not None:
+        if not keeper.attempt(iteration, whole, (CheckpointException,)):
             ft_integration.on_checkpointing_end(is_async_finalization=False)
         watchdog.beat(LONG_PHASE)
 
     def save_checkpoint_and_time(iteration, *rest, **options):
         save_and_time(iteration, *rest, **options)
         if iteration >= args.train_iters:
-            keeper.insist(lambda: save_and_time(iteration, *rest, **options))
+            keeper.insist(lambda: save_and_time(iteration, *rest, **options), settle)
 
     def checkpoint_and_decide_exit(model, optimizer, scheduler, iteration, flops, context, data):
         leaves = decide(model, optimizer, scheduler, iteration, flops, context, data)
@@ -129,7 +129,7 @@ def install_keeper(keeper: CheckpointKeeper, args: Namespace, watchdog: Watchdog
             save_and_time(*state, train_data_iterator=data)
 
         if leaves:
-            keeper.insist(again)
+            keeper.insist(again, settle)
         elif keeper.is_due(iteration):
             again()
         return leaves
@@ -139,14 +139,37 @@ def install_keeper(keeper: CheckpointKeeper, args: Namespace, watchdog: Watchdog
     training.checkpoint_and_decide_exit = checkpoint_and_decide_exit
 
 
-def _patch_writers(keeper: CheckpointKeeper) -> None:
+def _survive_late(
+    keeper: CheckpointKeeper, args: Namespace, watchdog: Watchdog
+) -> Callable[[], None]:
+    """Survive saves that turn out to have failed in the background; give what waits for all of them."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    training: Any = importlib.import_module("megatron.training.training")
+    finalize = training.maybe_finalize_async_save
+
+    def maybe_finalize_async_save(blocking=False, terminate=False):
+        if not keeper.in_flight:
+            return finalize(blocking, terminate)
+        watchdog.beat(LONG_PHASE)
+        whole = functools.partial(finalize, blocking, terminate)
+        keeper.complete(args.curr_iteration, whole, (CheckpointException,))
+        watchdog.beat()
+
+    training.maybe_finalize_async_save = maybe_finalize_async_save
+    return lambda: maybe_finalize_async_save(blocking=True)
+
+
+def _patch_writers(keeper: CheckpointKeeper, args: Namespace) -> None:
     """Write to the keeper's folder; what fails on one process is kept, not raised there alone."""
     checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
     package: Any = importlib.import_module("megatron.core.dist_checkpointing")
     serialization: Any = importlib.import_module("megatron.core.dist_checkpointing.serialization")
-    strategies = "megatron.core.dist_checkpointing.strategies.filesystem_async"
-    files: Any = importlib.import_module(strategies)
-    save, write_item = package.save, files._write_item
+    writers = ["megatron.core.dist_checkpointing.strategies.filesystem_async"]
+    if args.async_save and args.async_strategy == "nvrx":
+        writers.append("nvidia_resiliency_ext.checkpointing.async_ckpt.filesystem_async")
+    save = package.save
+    write_item = importlib.import_module(writers[0])._write_item  # torch's, in both
 
     def noting(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -171,10 +194,12 @@ def _patch_writers(keeper: CheckpointKeeper) -> None:
         return result
 
     package.save = save_beside
-    files._write_item = write_whole_item
     checkpointing.ensure_directory_exists = noting(checkpointing.ensure_directory_exists)
     serialization.save_config = noting(serialization.save_config)
-    files.FileSystemWriterAsync.finish = noting(files.FileSystemWriterAsync.finish)
+    for name in writers:
+        files: Any = importlib.import_module(name)
+        files._write_item = write_whole_item
+        files.FileSystemWriterAsync.finish = noting(files.FileSystemWriterAsync.finish)
 
 
 def install_guard(

@@ -236,15 +236,19 @@ def test_fractional_rope_base_is_refused(make_llama, tmp_path):
         hf_to_megatron(make_llama(), tmp_path / "out", stretch=Stretch(rope_theta=10000.5))
 
 
-def test_which_iteration(checkpoint_copy):
+def test_which_iteration(checkpoint_copy, caplog):
     with pytest.raises(ConfigError, match=r"--iteration 7 is not in .*; there: release"):
         find_iteration(checkpoint_copy, 7)
     shutil.copytree(checkpoint_copy / "release", checkpoint_copy / "iter_0000010")
     assert find_iteration(checkpoint_copy, 10).name == "iter_0000010"
     assert find_iteration(checkpoint_copy).name == "release"
     tracker = checkpoint_copy / "latest_checkpointed_iteration.txt"
+    tracker.write_text("10\n")  # by hand, or by a flipped bit: the record beside it is not followed
+    assert find_iteration(checkpoint_copy).name == "release"
+    assert "names 10, and the newest checkpoint of this run is release" in caplog.text
+    (checkpoint_copy / "hashes.json").unlink()
     tracker.write_text("20\n")
-    with pytest.raises(DataError, match=r"names 20, but .*iter_0000020 is not there; .*: 10"):
+    with pytest.raises(DataError, match=r"names iter_0000020, and that is not there; .*: 10"):
         find_iteration(checkpoint_copy)
     tracker.write_text("soon")
     with pytest.raises(DataError, match="holds 'soon'"):
@@ -279,14 +283,26 @@ def damage_bytes(folder: Path) -> None:
 )
 def test_damaged_checkpoint(checkpoint_copy, damage, message):
     damage(checkpoint_copy)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=r"damaged|missing|bytes and had|cannot be read"):
         megatron_to_hf(checkpoint_copy, checkpoint_copy.parent / "hf")
+    unchecked = Options(check_hashes=False)  # as for checkpoints of other programs
+    with pytest.raises(DataError, match=message):
+        megatron_to_hf(checkpoint_copy, checkpoint_copy.parent / "hf", options=unchecked)
     assert [path.name for path in checkpoint_copy.parent.iterdir()] == ["ckpt"]
 
 
 def edit_hf_config(folder: Path, **change: object) -> None:
     path = folder / "hf_config.json"
+    (folder / "hashes.json").unlink(missing_ok=True)  # the change is meant
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+def test_changed_file_beside_the_checkpoint(checkpoint_copy, tmp_path):
+    path = checkpoint_copy / "hf_config.json"
+    path.write_text(path.read_text().replace("silu", "gelu"))
+    with pytest.raises(DataError, match=r"hf_config.json is damaged: its hash has changed"):
+        megatron_to_hf(checkpoint_copy, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_checkpoint_that_contradicts_its_config(checkpoint_copy, make_llama, tmp_path):

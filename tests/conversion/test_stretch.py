@@ -74,6 +74,7 @@ def test_a_file_that_says_otherwise_is_refused(make_llama, tmp_path):
     config = json.loads(path.read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 10_000.0
     path.write_text(json.dumps(config))
+    (tmp_path / "ckpt/hashes.json").unlink()  # the change is meant
     with pytest.raises(ConfigError, match=r"hf_config.json says 10000.0; .*give --hf-config"):
         megatron_to_hf(tmp_path / "ckpt", tmp_path / "hf")
     model = Path(shutil.copytree(make_llama(), tmp_path / "model"))

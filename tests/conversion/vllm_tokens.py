@@ -7,11 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from vllm import LLM, SamplingParams
-
 
 def main() -> None:
     """Load the folder as it is, in float32, and answer the prompt."""
+    from vllm import LLM, SamplingParams
+
     folder, case_path, output_path = sys.argv[1:]
     case = json.loads(Path(case_path).read_text(encoding="utf-8"))
     model = LLM(

@@ -23,6 +23,15 @@ def to_jsonl(records: Iterable[Any]) -> bytes:
     return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of every file under a folder, by its name there."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
 @pytest.fixture(scope="session")
 def write_jsonl() -> Callable[[Path, Iterable[Any]], Path]:
     """A function that writes records as .jsonl, .jsonl.gz or .jsonl.zst."""

@@ -16,6 +16,7 @@ from megatron_long.data.mixture import Mixture
 from megatron_long.data.preprocess import preprocess
 from megatron_long.data.preprocess_config import PreprocessConfig
 from megatron_long.errors import ConfigError, DataError
+from tests.data.conftest import files_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -45,14 +46,6 @@ def config(corpus, model_file):
     return PreprocessConfig(
         inputs=[corpus], tokenizer=model_file, mixture=mixture, engine="reference"
     )
-
-
-def files_of(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def run_on(config, output, **options):

@@ -236,3 +236,16 @@ def test_safetensors_header(size, header, body, tmp_path):
         with little_memory():
             message = refusal(read)
         assert message is None or str(tmp_path) in message
+
+
+@FUZZ
+@given(content=st.binary(max_size=200) | json_values.map(lambda value: json.dumps(value).encode()))
+@example(content=b"[" * 100_000)
+@example(content=b'{"files": {"a": {"size_bytes": 1}}, "xxh3_128_of_this_file": "x"}')
+def test_checkpoint_hashes_of_any_bytes(content, tmp_path):
+    from megatron_long.training.checkpoint_hashes import find_damage
+
+    (tmp_path / "hashes.json").write_bytes(content)
+    with little_memory():
+        (damage,) = find_damage(tmp_path)
+    assert str(tmp_path / "hashes.json") in damage

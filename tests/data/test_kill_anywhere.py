@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -18,17 +17,10 @@ from megatron_long.data.manifest import read_manifest, verify_files
 from megatron_long.data.mixture import Mixture
 from megatron_long.data.preprocess import PreprocessConfig, preprocess
 from megatron_long.data.stages import split_parts
+from tests.data.conftest import files_of
 
 KILLS = 20
 fork = multiprocessing.get_context("fork")
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from megatron_long.data.preprocess import preprocess
 from megatron_long.data.preprocess_config import PreprocessConfig
 from megatron_long.data.workdir import _known_hashes
 from megatron_long.errors import DataError
+from tests.data.conftest import files_of
 
 
 def read_all(items):
@@ -92,14 +93,6 @@ def config(tmp_path, write_jsonl, records, parquet, model_file):
     return PreprocessConfig(
         inputs=[tmp_path / "in"], tokenizer=model_file, mixture=mixture, engine="reference"
     )
-
-
-def files_of(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.mark.parametrize("workers", [1, 2])

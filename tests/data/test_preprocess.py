@@ -14,6 +14,7 @@ from megatron_long.data.preprocess import preprocess
 from megatron_long.data.preprocess_config import PreprocessConfig
 from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.errors import ConfigError, DataError
+from tests.data.conftest import files_of
 
 TRAIN_TOKENS = 9000
 
@@ -34,14 +35,6 @@ def dataset(config, tmp_path_factory):
     output = tmp_path_factory.mktemp("dataset") / "out"
     preprocess(config, output)
     return output
-
-
-def files_of(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def sentences(folder, prefix, tokenizer):

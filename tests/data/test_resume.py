@@ -21,6 +21,7 @@ from megatron_long.data.stages import TokenizeStage, WriteStage, split_parts
 from megatron_long.data.workdir import only_run, open_work
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.files import remove_folder
+from tests.data.conftest import files_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_FILES = 12
@@ -51,14 +52,6 @@ def config(parts, model_file):
     return PreprocessConfig(
         inputs=[parts], tokenizer=model_file, mixture=mixture, engine="reference"
     )
-
-
-def files_of(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def kill_after(monkeypatch, stage, count):

@@ -97,6 +97,7 @@ def test_loss(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
             "megatron_argv": layout,
             "precision": None,
             "hf_config": None,
+            "check_hashes": True,
         }
     ]
     report = read_loss_report(output)
@@ -113,6 +114,27 @@ def test_loss(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "16-128" in printed
     assert str(output) in printed
+
+
+def test_hashes_are_not_compared_on_request(run, opened, checkpoint, tiny_dataset, tmp_path):
+    flags = loss_flags(checkpoint, tiny_dataset, tmp_path / "loss.json")
+    assert run("loss", *flags, "--context-length", 64, "--skip-hash-check") == 0
+    assert opened[0]["check_hashes"] is False
+
+
+def test_loss_of_texts(run, opened, checkpoint, tiny_dataset, haystack, tmp_path, capsys):
+    """Rows of a text instead of a dataset; reports of the two are never compared."""
+    output = tmp_path / "text.json"
+    flags = ["--checkpoint", checkpoint, "--text", haystack, "--context-length", 64]
+    assert run("loss", *flags, "--max-documents-per-source", 3, "--output", output) == 0
+    report = read_loss_report(output)
+    assert report.loss.num_documents == {"story": 3}
+    assert report.loss.num_tokens(0, 64) == 3 * 64
+    flags = [*loss_flags(checkpoint, tiny_dataset, tmp_path / "b.json"), "--context-length", 64]
+    assert run("loss", *flags, "--max-documents-per-source", 3, "--compare", output) == 2
+    assert "only losses on the" in capsys.readouterr().err
+    both = ["--dataset", tiny_dataset, "--text", haystack, "--checkpoint", checkpoint]
+    assert run("loss", *both, "--context-length", 64, "--output", tmp_path / "c.json") == 2
 
 
 def test_loss_against_an_earlier_run(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):

@@ -5,9 +5,11 @@ the ids of its processes and, at their end, one with their exit statuses. A rank
 `megatron_long.pretrain.main`, as torchrun's processes do, with its output in LOG.RANK.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -35,7 +37,12 @@ def main() -> None:
             port = free.getsockname()[1]
         children = [start_rank(rank, port, job) for rank in range(job["ranks"])]
         print(json.dumps(children), file=answers)
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        try:
+            statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        finally:
+            for child in children:  # a rank that was killed leaves the helper of its save behind
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)
         print(json.dumps(statuses), file=answers)
 
 
@@ -45,6 +52,7 @@ def start_rank(rank: int, port: int, job: dict) -> int:
     if child:
         return child
     status = 1
+    os.setpgid(0, 0)
     try:
         log = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for descriptor in (1, 2):

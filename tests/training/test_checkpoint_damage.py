@@ -2,13 +2,17 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_long import pretrain
+from megatron_long.conversion.export import megatron_to_hf
+from megatron_long.conversion.options import Options
 from megatron_long.errors import ConfigError, DataError
+from megatron_long.evaluation.inputs import find_checkpoint
 from megatron_long.training import checkpoint_choice, checkpoint_hashes
 from tests.training.conftest import FLAGS
 
@@ -223,3 +227,65 @@ def test_training_facts_are_written(run):
     facts = json.loads((run / NEWEST / "training.json").read_text())
     assert set(facts) == {"data", "dataset_files", "argv", "guard"}
     assert len(facts["guard"]["losses"]) == 4
+
+
+@pytest.fixture
+def damaged(copy) -> Path:
+    flip(copy / NEWEST / "__0_0.distcp", random.Random(5))
+    return copy
+
+
+def test_export_of_a_damaged_checkpoint_is_refused(damaged, tmp_path):
+    """It would make a model of what is there; training would take another checkpoint, an export must not."""
+    with pytest.raises(DataError) as refused:
+        megatron_to_hf(damaged, tmp_path / "hf")
+    message = str(refused.value)
+    assert f"{NEWEST}/__0_0.distcp is damaged: its hash has changed" in message
+    assert "take another one of this run (iter_0000002)" in message
+    assert not (tmp_path / "hf").exists()
+    megatron_to_hf(damaged, tmp_path / "earlier", iteration=2)
+    options = Options(check_hashes=False, dry_run=True)
+    megatron_to_hf(damaged, tmp_path / "hf", options=options)
+
+
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", "training.json", "hashes.json"])
+def test_whatever_file_is_damaged_is_named_to_its_reader(name, copy):
+    flip(copy / NEWEST / name, random.Random(6))
+    with pytest.raises(DataError, match=rf"{NEWEST}/{re.escape(name)} is damaged"):
+        checkpoint_choice.check_whole(copy / NEWEST)
+    assert checkpoint_choice.check_whole(copy / "iter_0000002")
+    (copy / NEWEST / name).unlink()
+    with pytest.raises(DataError, match=re.escape(name)):
+        checkpoint_choice.check_whole(copy / NEWEST)
+
+
+@pytest.mark.parametrize("name", ["hf_config.json", "tokenizer/tokenizer.model"])
+def test_evaluation_wants_the_files_beside_the_checkpoint_whole(name, copy):
+    assert find_checkpoint(copy).iteration == "4"
+    flip(copy / name, random.Random(8))
+    with pytest.raises(DataError, match=rf"{name} is damaged"):
+        find_checkpoint(copy)
+
+
+def test_evaluation_reads_what_the_run_recorded_as_newest(copy, caplog):
+    (copy / TRACKER).write_text("2")
+    assert find_checkpoint(copy).iteration == "4"
+    assert "names 2, and the newest checkpoint of this run is 4" in caplog.text
+    assert find_checkpoint(copy, ["--ckpt-step", "2"]).iteration == "2"
+
+
+@pytest.mark.slow
+def test_evaluation_of_a_damaged_checkpoint_is_refused(damaged, tiny_dataset, run_job, tmp_path):
+    """By the tool itself, two processes reading half of the files each."""
+    command = ["tools/evaluate_loss.py", "--checkpoint", damaged, "--dataset", tiny_dataset]
+    command += ["--context-length", 128, "--max-documents-per-source", 2, "--output"]
+    result = run_job(2, [*command, tmp_path / "loss.json"], check=False)
+    assert result.returncode
+    message = " ".join(result.stderr.split())
+    assert f"error: {damaged / NEWEST}/__0_0.distcp is damaged: its hash has changed" in message
+    assert "in load_checkpoint" not in message
+    assert not (tmp_path / "loss.json").exists()
+    (damaged / TRACKER).write_text("2")  # not what Megatron's loader is to follow
+    run_job(1, [*command, tmp_path / "loss.json", "--ckpt-step", 2])
+    settings = json.loads((tmp_path / "loss.json").read_text())["settings"]
+    assert settings["iteration"] == "2"

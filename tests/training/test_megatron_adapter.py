@@ -131,3 +131,17 @@ def test_wrong_flags_are_one_paragraph(argv, words):
         megatron_adapter.parse_flags(argv)
     assert words in str(refused.value)
     assert len(str(refused.value)) < 400
+
+
+def test_saves_in_the_background_are_finished_through_that_symbol_alone():
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+    from megatron.training import training
+
+    assert parameters("megatron.training.training", "maybe_finalize_async_save") == [
+        "blocking",
+        "terminate",
+    ]
+    assert inspect.getsource(training).count("    maybe_finalize_async_save(blocking=") == 3
+    lines = inspect.getsource(AsyncCallsQueue.maybe_finalize_async_calls).splitlines()
+    forgets = next(number for number, line in enumerate(lines) if "popleft()" in line)
+    assert "finalize_fn" in lines[forgets + 1]  # a save that fails here is not met again

