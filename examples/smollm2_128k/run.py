@@ -5,6 +5,7 @@ done is skipped, what was stopped goes on, when the same command is given again.
 """
 
 import argparse
+import dataclasses
 import os
 import shlex
 import sys
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.smollm2_128k.job_runner import Machine, run_jobs
 from examples.smollm2_128k.phases import PHASES
-from examples.smollm2_128k.settings import Settings, add_flags, load_settings
+from examples.smollm2_128k.settings import Settings, add_flags, keep_settings, load_settings
 from examples.smollm2_128k.work import Work
 from megatron_long.cli import run_tool, tool_parser
 from megatron_long.errors import ConfigError
@@ -35,8 +36,12 @@ def main() -> int:
     for name in ("work_dir", "corpus", "gguf"):  # commands run in the repository
         path = getattr(args, name)
         setattr(args, name, path and path.resolve())
-    args.work_dir.mkdir(parents=True, exist_ok=True)
     settings = load_settings(args, args.work_dir / "settings.json")
+    if "prepare" in args.phases:
+        check_corpus(args.corpus, settings)
+    if not args.dry_run:
+        args.work_dir.mkdir(parents=True, exist_ok=True)
+        keep_settings(settings, args.work_dir / "settings.json")
     os.chdir(REPOSITORY)
     os.environ["PYTHONPATH"] = f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -45,7 +50,8 @@ def main() -> int:
     unfinished = [phase for phase in args.phases if not _run_phase(phase, args, settings, machine)]
     if unfinished:
         print(
-            f"not done: {', '.join(unfinished)}; the same command goes on with them",
+            f"not done: {', '.join(unfinished)}; once what is said above is mended, the same command goes on "
+            "with them",
             file=sys.stderr,
         )
     return 1 if unfinished else 0
@@ -54,6 +60,9 @@ def main() -> int:
 def _run_phase(phase: str, args: argparse.Namespace, settings: Settings, machine: Machine) -> bool:
     """Run or print one phase; gives whether it is done. Later phases are tried in any case."""
     left = machine.seconds_left()
+    if args.dry_run and settings.learning_rate is None and phase != "sweep":
+        # What the sweep will choose is not known yet; any of its rates shows the command.
+        settings = dataclasses.replace(settings, learning_rate=settings.sweep_rates[0])
     work = Work(
         args.work_dir,
         settings,
@@ -78,6 +87,24 @@ def _run_phase(phase: str, args: argparse.Namespace, settings: Settings, machine
     return True
 
 
+def check_corpus(corpus: Path | None, settings: Settings) -> None:
+    """Refuse what the phase prepare would stumble over after its first minute.
+
+    Raises: ConfigError: there is no corpus, or no held-out text of it.
+    """
+    if corpus is None:
+        raise ConfigError("the phase prepare needs --corpus FOLDER, with *.jsonl and heldout/*.txt")
+    if not any(corpus.glob("*.jsonl")):
+        raise ConfigError(f"--corpus {corpus} has no *.jsonl file; give the folder of the corpus")
+    missing = [name for name in settings.books if not (corpus / "heldout" / name).is_file()]
+    if missing:
+        there = sorted(path.name for path in (corpus / "heldout").glob("*.txt"))
+        raise ConfigError(
+            f"--corpus {corpus} has no heldout/{missing[0]}; name held-out texts that are there with "
+            f"--books ({', '.join(there) or 'there are none'})"
+        )
+
+
 def count_gpus() -> int:
     """The GPUs of this machine."""
     import torch
@@ -96,7 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--processes", type=int, help="processes of the main run; default: one a GPU")
     add("--jobs-per-gpu", type=int, default=1, help="small jobs that share a GPU; default: 1")
     add("--minutes", type=float, help="stop in time; the same command goes on later")
-    add("--dry-run", action="store_true", help="print the commands only")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the commands only; a rate that the sweep would choose is its first",
+    )
     add_flags(parser)
     return parser
 

@@ -103,7 +103,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_settings(args: argparse.Namespace, path: Path) -> Settings:
-    """Give the settings of the work folder with the flags' values in their place, and keep them there.
+    """Give the settings of the work folder with the flags' values in their place.
 
     Raises: ConfigError: settings.json is of another version of the example.
     """
@@ -119,10 +119,13 @@ def load_settings(args: argparse.Namespace, path: Path) -> Settings:
         values |= known
     given = {name: getattr(args, name) for name in values if getattr(args, name) is not None}
     values = {name: _plain(value) for name, value in (values | given).items()}
-    settings = Settings(**values)
+    return Settings(**values)
+
+
+def keep_settings(settings: Settings, path: Path) -> None:
+    """Write them for the next command in this work folder."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(asdict(settings), indent=1) + "\n")
-    return settings
 
 
 def _plain(value: object) -> object:

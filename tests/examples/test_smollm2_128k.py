@@ -17,10 +17,11 @@ from examples.smollm2_128k import check_export, fetch_model, summarize
 from examples.smollm2_128k.divide_corpus import held_out_lines, write_rest
 from examples.smollm2_128k.job_runner import Job, Machine, run_jobs
 from examples.smollm2_128k.phases import PHASES
-from examples.smollm2_128k.run import _parser
-from examples.smollm2_128k.settings import Settings, load_settings
+from examples.smollm2_128k.run import _parser, main
+from examples.smollm2_128k.settings import Settings, keep_settings, load_settings
 from examples.smollm2_128k.training import choose_rate
 from examples.smollm2_128k.work import Work
+from megatron_long.cli import run_tool
 from megatron_long.data.indexed import IndexedDatasetReader
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.loss_report import LossReport, LossSettings, write_loss_report
@@ -70,6 +71,7 @@ def test_flags_win_over_the_work_folder_and_stay(tmp_path):
     path = tmp_path / "settings.json"
     first = load_settings(_parser().parse_args(["before", "--main-steps", "7"]), path)
     assert first.main_steps == 7
+    keep_settings(first, path)
     argv = ["before", "--sweep-rates", "1e-3", "2e-3", "--books", "a.txt"]
     second = load_settings(_parser().parse_args(argv), path)
     assert (second.main_steps, second.sweep_rates, second.books) == (7, (1e-3, 2e-3), ("a.txt",))
@@ -117,6 +119,39 @@ def test_no_two_commands_write_to_one_place(work):
 def test_preparing_needs_a_corpus(tmp_path):
     with pytest.raises(ConfigError, match="needs --corpus FOLDER"):
         PHASES["prepare"](Work(tmp_path, Settings(), 1))
+
+
+def test_a_corpus_is_looked_at_before_anything_starts(tmp_path, monkeypatch, capsys):
+    def run(*argv: object) -> int:
+        words = ["run.py", "prepare", "--gpus", "0", "--work-dir", tmp_path / "work", *argv]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", "")
+        return run_tool(main)
+
+    (tmp_path / "empty").mkdir()
+    assert run("--corpus", tmp_path / "empty") == 2
+    assert "has no *.jsonl file" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "corpus" / "heldout").mkdir(parents=True)
+    (tmp_path / "corpus" / "a.jsonl").touch()
+    (tmp_path / "corpus" / "heldout" / "other.txt").touch()
+    assert run("--corpus", tmp_path / "corpus") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "no heldout/mobydick.txt; name held-out texts that are there with --books (other.txt)"
+        in said
+    )
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_dry_run_shows_every_phase_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    argv = ["run.py", "sweep", "main", "mixtures", "--dry-run", "--gpus", "2", "--work-dir"]
+    monkeypatch.setattr(sys, "argv", [*argv, str(tmp_path / "work")])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+    assert run_tool(main) == 0
+    assert capsys.readouterr().out.count("megatron_long.pretrain") == 4 + 1 + 4
+    assert not (tmp_path / "work").exists()
 
 
 def test_learning_rate_is_the_sweeps_best(tmp_path):
