@@ -19,6 +19,7 @@ setup(
         "tuetoken>=0.1.3",  # the one that is tried next
         "nltk",
         "orjson",
+        "packaging",
         "xxhash",
         "zstandard",
         "safetensors",

@@ -15,8 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.smollm2_128k.job_runner import Machine, run_jobs
-from examples.smollm2_128k.phases import PHASES, Work
+from examples.smollm2_128k.phases import PHASES
 from examples.smollm2_128k.settings import Settings, add_flags, load_settings
+from examples.smollm2_128k.work import Work
 from megatron_long.cli import run_tool, tool_parser
 from megatron_long.errors import ConfigError
 

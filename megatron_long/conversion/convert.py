@@ -7,6 +7,7 @@ the model. What is written is whole or absent.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,11 @@ from megatron_long.conversion.mapping import Unit, checkpoint_shape, megatron_sh
 from megatron_long.conversion.megatron_folder import RELEASE, common_state, extra_states
 from megatron_long.conversion.options import ConversionReport, Options, Progress, make_report
 from megatron_long.conversion.pieces import read_source, size_of
-from megatron_long.conversion.stored import ReadAhead
+from megatron_long.conversion.stored import read_ahead
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.conversion.verify import verify_output
 from megatron_long.conversion.weights import Weights
+from megatron_long.data.manifest import FileInfo
 from megatron_long.files import atomic_path
 from megatron_long.model.geometry import LlamaGeometry
 from megatron_long.training.checkpoint_folder import (
@@ -39,7 +41,7 @@ from megatron_long.training.checkpoint_hashes import (
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-    from megatron_long.conversion.torch_dist import LazyPiece
+    from megatron_long.conversion.torch_dist_writer import LazyPiece
 
 
 def hf_to_megatron(
@@ -72,7 +74,7 @@ def hf_to_megatron(
         if options.dry_run:
             return report
         with atomic_path(output_dir, directory=True) as folder:
-            _write_megatron(folder, weights, geometry, stored, options.progress)
+            hashed = _write_megatron(folder, weights, geometry, stored, options.progress)
             hf_folder.write_config(folder / HF_CONFIG_NAME, config, geometry, stored)
             sources.copy_generation_config(input_path, folder / GENERATION_CONFIG_NAME)
             sources.copy_tokenizer(input_path, folder / TOKENIZER_DIR_NAME)
@@ -86,25 +88,29 @@ def hf_to_megatron(
                 is_import=True,
             )
             release = folder / RELEASE
-            write_hashes(release, hash_files(release, files_within(release)))
+            others = [name for name in files_within(release) if name not in hashed]
+            write_hashes(release, hashed | hash_files(release, others))
             write_sidecar_hashes(folder, RELEASE)
     return report
 
 
 def _write_megatron(
     folder: Path, weights: Weights, geometry: LlamaGeometry, stored: dtype, progress: Progress
-) -> None:
-    from megatron_long.conversion.torch_dist import COMMON_STATE, write_torch_dist
+) -> dict[str, FileInfo]:
+    """Returns: Size and hash of the files that hold the tensors, as they were written."""
+    from megatron_long.conversion.torch_dist import COMMON_STATE
+    from megatron_long.conversion.torch_dist_writer import write_torch_dist
 
-    ahead = ReadAhead(
-        list(units_of(geometry)),
-        lambda unit: list(map(weights.will_need, unit.hf_names)),
-        lambda unit: size_of(unit, geometry, stored),
+    readings = read_ahead(
+        units_of(geometry),
+        partial(read_source, weights=weights, stored=stored),
+        partial(size_of, geometry=geometry, stored=stored),
     )
 
     def make(unit: Unit, shape: tuple[int, ...]) -> Tensor:
-        ahead.reach(unit)
-        tensor = _make_megatron(unit, weights, geometry, stored)
+        read, found = next(readings)
+        assert read == unit
+        tensor = unit.rule.layout.to_megatron([part for _, part in found], geometry)
         progress(tensor.nbytes)
         return tensor.reshape(shape)
 
@@ -113,8 +119,10 @@ def _write_megatron(
         **extra_states(geometry),
         COMMON_STATE: common_state(geometry, stored),
     }
-    write_torch_dist(folder / RELEASE, pieces, objects)
+    with closing(readings):
+        written = write_torch_dist(folder / RELEASE, pieces, objects)
     (folder / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
+    return written
 
 
 def _plan_piece(
@@ -123,7 +131,7 @@ def _plan_piece(
     stored: dtype,
     make: Callable[[Unit, tuple[int, ...]], Tensor],
 ) -> LazyPiece:
-    from megatron_long.conversion.torch_dist import LazyPiece
+    from megatron_long.conversion.torch_dist_writer import LazyPiece
 
     global_shape = checkpoint_shape(unit.rule, geometry)
     shape = megatron_shape(unit.rule, geometry)
@@ -139,8 +147,3 @@ def _plan_piece(
         dtype=stored,
         make=partial(make, unit, shape),
     )
-
-
-def _make_megatron(unit: Unit, weights: Weights, geometry: LlamaGeometry, stored: dtype) -> Tensor:
-    tensors = [tensor for _, tensor in read_source(unit, weights, stored)]
-    return unit.rule.layout.to_megatron(tensors, geometry)

@@ -6,7 +6,8 @@ Memory holds one tensor, never the model; what is written is whole or absent.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from megatron_long.conversion.megatron_folder import (
 )
 from megatron_long.conversion.options import ConversionReport, Options, make_report
 from megatron_long.conversion.pieces import read_checkpoint, read_source, size_of
-from megatron_long.conversion.stored import ReadAhead
+from megatron_long.conversion.stored import read_ahead
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.conversion.verify import compare_tensors, verify_output, write_verification
 from megatron_long.errors import ConfigError
@@ -100,7 +101,7 @@ def megatron_to_hf(
     report = make_report(output_dir, geometry, stored)
     if options.dry_run:
         return report
-    read = _reading_ahead(reader, geometry, stored)
+    read = partial(read_checkpoint, reader=reader, geometry=geometry, stored=stored)
     with atomic_path(output_dir, directory=True) as folder:
         _write_hf(folder, read, geometry, stored, options)
         hf_folder.write_config(folder / CONFIG_NAME, config, geometry, stored)
@@ -120,23 +121,6 @@ def _choose_dtype(
     if reader.prefix and wanted == KEEP:
         wanted = str(state["args"].params_dtype).removeprefix("torch.")
     return choose_megatron_dtype(reader, geometry, wanted)
-
-
-def _reading_ahead(
-    reader: TorchDistReader, geometry: LlamaGeometry, stored: dtype
-) -> Callable[[Unit], list[tuple[str, Tensor]]]:
-    """Give the function that reads the units of a checkpoint, each in its turn."""
-    ahead = ReadAhead(
-        list(units_of(geometry)),
-        lambda unit: reader.will_need(unit.rule.megatron_key, unit.layer),
-        lambda unit: size_of(unit, geometry, stored),
-    )
-
-    def read(unit: Unit) -> list[tuple[str, Tensor]]:
-        ahead.reach(unit)
-        return read_checkpoint(unit, reader, geometry, stored)
-
-    return read
 
 
 def gguf_to_hf(
@@ -200,12 +184,14 @@ def _write_hf(
     options: Options,
 ) -> None:
     units = list(units_of(geometry))
-    sizes_bytes = [size_of(unit, geometry, stored) for unit in units]
+    size = partial(size_of, geometry=geometry, stored=stored)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for unit, size_bytes in zip(units, sizes_bytes, strict=True):
-            yield from read(unit)
-            options.progress(size_bytes)
+    def tensors() -> Generator[tuple[str, Tensor]]:
+        with closing(read_ahead(units, read, size)) as readings:
+            for unit, found in readings:
+                yield from found
+                found.clear()  # before the next is waited for
+                options.progress(size(unit))
 
     shards = [
         [
@@ -213,9 +199,10 @@ def _write_hf(
             for number in numbers
             for name, shape in _hf_shapes(units[number], geometry)
         ]
-        for numbers in hf_folder.plan_shards(sizes_bytes, options.max_shard_bytes)
+        for numbers in hf_folder.plan_shards(list(map(size, units)), options.max_shard_bytes)
     ]
-    hf_folder.write_weights(folder, shards, tensors())
+    with closing(tensors()) as converted:
+        hf_folder.write_weights(folder, shards, converted)
 
 
 def _hf_shapes(unit: Unit, geometry: LlamaGeometry) -> list[tuple[str, tuple[int, ...]]]:

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_long.conversion.direct_io import FileWriter
 from megatron_long.conversion.stored import StoredTensor, find_tensors
 from megatron_long.conversion.weights import STORED_DTYPES, Weights
 from megatron_long.errors import ConfigError, DataError
@@ -93,10 +94,6 @@ class HfWeights(Weights):
     def read(self, name: str) -> Tensor:
         """Give a whole tensor."""
         return self._stored[name].tensor()
-
-    def will_need(self, name: str) -> None:
-        """Let the system begin to read a tensor."""
-        self._stored[name].will_need()
 
     def read_slice(self, name: str, rows: slice, columns: slice | None) -> Tensor:
         """Give a part of a tensor; `columns` is None for a vector."""
@@ -223,8 +220,8 @@ def _write_file(
         header[tensor.name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-    with path.open("wb", buffering=0) as file:
-        _write_all(file, len(text).to_bytes(8, "little") + text)
+    with FileWriter(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
         for expected in planned:
             name, value = next(tensors)
             same = (name, tuple(value.shape), value.dtype) == (
@@ -234,14 +231,8 @@ def _write_file(
             )
             assert same, (name, value.shape, value.dtype, expected)
             flat = value.contiguous().reshape(-1).view(torch.uint8)
-            _write_all(file, memoryview(flat.numpy()))
-
-
-def _write_all(file: Any, data: bytes | memoryview) -> None:
-    """Write every byte: the system takes at most 2 GiB at once."""
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view[: 2**30]) :]
+            file.write(flat.numpy())
+            file.raise_error()
 
 
 def write_config(

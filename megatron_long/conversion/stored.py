@@ -1,7 +1,6 @@
 """Tensors that lie in files as plain bytes: read in one go into memory of their own.
 
-safetensors and torch's saved tensors both hold a tensor's bytes in row order at a known place. Reading them
-with one system call is as fast as `cp`; touching a map of the file page by page takes half as long again.
+safetensors and torch's saved tensors both hold a tensor's bytes in row order at a known place.
 """
 
 from __future__ import annotations
@@ -13,11 +12,14 @@ import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from megatron_long.conversion.direct_io import read_bytes
 from megatron_long.conversion.weights import STORED_DTYPES
 
 if TYPE_CHECKING:
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
     from megatron_long.conversion.mapping import Unit
 
 
-LOOKAHEAD_BYTES = 2**28
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+LOOKAHEAD_BYTES = 2**29
+READERS = 2
+"""Threads that read; the disk is busier with two requests than with one."""
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
 def keep_freed_memory() -> None:
@@ -41,30 +45,39 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
+        mallopt(_M_ARENA_MAX, 1)  # what one thread frees the others can take
 
 
-class ReadAhead:
-    """Tells the system what is read next, while something else is done."""
+def read_ahead[Found](
+    units: Iterable[Unit], read: Callable[[Unit], Found], size_bytes: Callable[[Unit], int]
+) -> Generator[tuple[Unit, Found]]:
+    """Give what `read` gives for each unit, in order, reading the next ones while the caller works.
 
-    def __init__(
-        self,
-        units: Sequence[Unit],
-        will_need: Callable[[Unit], object],
-        size_bytes: Callable[[Unit], int],
-    ) -> None:
-        """Take the pieces in the order in which they will be read."""
-        self._units, self._will_need, self._size_bytes = units, will_need, size_bytes
-        self._told_bytes = self._read_bytes = self._told = 0
+    Args:
+        units: The pieces, in the order in which they are needed.
+        read: Called in threads of its own; what it raises comes out in its turn.
+        size_bytes: Size of a unit; at most `LOOKAHEAD_BYTES`, or one unit, lie ready.
+    """
+    waiting: deque[tuple[Unit, Future[Found]]] = deque()
+    ready_bytes = 0
+    threads = ThreadPoolExecutor(READERS)
+    try:
+        for unit in units:
+            while waiting and ready_bytes + size_bytes(unit) > LOOKAHEAD_BYTES:
+                ready_bytes -= size_bytes(waiting[0][0])
+                yield _take(waiting)
+            waiting.append((unit, threads.submit(read, unit)))
+            ready_bytes += size_bytes(unit)
+        while waiting:
+            yield _take(waiting)
+    finally:
+        threads.shutdown(cancel_futures=True)
 
-    def reach(self, unit: Unit) -> None:
-        """Say that this piece is read now."""
-        while (
-            self._told < len(self._units) and self._told_bytes < self._read_bytes + LOOKAHEAD_BYTES
-        ):
-            self._will_need(self._units[self._told])
-            self._told_bytes += self._size_bytes(self._units[self._told])
-            self._told += 1
-        self._read_bytes += self._size_bytes(unit)
+
+def _take[Found](waiting: deque[tuple[Unit, Future[Found]]]) -> tuple[Unit, Found]:
+    """Give the oldest; in a function of its own, so that nothing here holds on to its tensors."""
+    unit, future = waiting.popleft()
+    return unit, future.result()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +92,6 @@ class StoredTensor:
     """safetensors' name of the type."""
     size_bytes: int
 
-    def will_need(self) -> None:
-        """Let the system begin to read it."""
-        read_soon(self.path, self.offset, self.size_bytes)
-
     def tensor(self) -> Tensor:
         """Give the tensor."""
         import torch
@@ -95,26 +104,12 @@ class StoredTensor:
         return flat.reshape(self.shape) if name else flat
 
 
-def read_soon(path: Path, offset: int, size_bytes: int) -> None:
-    """Let the system begin to read a part of a file."""
-    if not hasattr(os, "posix_fadvise"):  # not on every system
-        return
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), offset, size_bytes, os.POSIX_FADV_WILLNEED)
-
-
 def _read(path: Path, offset: int, size_bytes: int, kind: dtype) -> Tensor:
-    import torch
-
-    flat = torch.empty(size_bytes, dtype=torch.uint8)
-    left = memoryview(flat.numpy())
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while left:
-            count = file.readinto(left[: 2**30])  # the system gives at most 2 GiB at once
-            if not count:
-                raise OSError(f"{path} ends {len(left)} bytes too soon")
-            left = left[count:]
+    flat = read_bytes(path, offset, size_bytes)
+    if (
+        offset % kind.itemsize
+    ):  # memory begins like the file, and values must begin at their multiples
+        flat = flat.clone()
     return flat.view(kind)
 
 

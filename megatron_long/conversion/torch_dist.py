@@ -1,9 +1,7 @@
-"""Reading and writing Megatron's `torch_dist` folders one piece at a time, in constant memory.
+"""Reading Megatron's `torch_dist` folders one piece at a time; `torch_dist_writer` writes them.
 
 `torch_dist` is the folder of `torch.distributed.checkpoint` (DCP) with two additions of Megatron's:
-`metadata.json`, and the state that is no tensor, pickled as the object `common_state`. Megatron's
-own writer gathers the whole model first and wants a process group and CUDA; DCP's planners are made
-for what is needed here, tensors that come into being when their turn to be written comes.
+`metadata.json`, and the state that is no tensor, pickled as the object `common_state`.
 """
 
 from __future__ import annotations
@@ -11,132 +9,31 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_long.conversion.stored import read_saved_tensor, read_soon
+from megatron_long.conversion.stored import read_saved_tensor
 from megatron_long.errors import DataError
 
 FORMAT_FILE = "metadata.json"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 COMMON_STATE = "common_state/shard_0_1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LazyPiece:
-    """A part of a stored tensor that `make` brings into being."""
-
-    key: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-    """Gives the tensor in memory that is nobody else's: it is freed when it is written."""
-
-
-class _LazySavePlanner(DefaultSavePlanner):
-    """Plans from shapes alone and asks for each tensor when it is written."""
-
-    def __init__(self, pieces: Sequence[LazyPiece], objects: Mapping[str, Any]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._objects = objects
-        self._written: Tensor | None = None
-        self._pieces = {MetadataIndex(p.key, torch.Size(p.offset)): p for p in pieces}
-
-    def create_local_plan(self) -> SavePlan:
-        items = [
-            WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in self._objects
-        ]
-        items += [
-            WriteItem(
-                index=index,
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(
-                        offsets=torch.Size(piece.offset), sizes=torch.Size(piece.shape)
-                    ),
-                    properties=TensorProperties(dtype=piece.dtype),
-                    size=torch.Size(piece.global_shape),
-                ),
-            )
-            for index, piece in self._pieces.items()
-        ]
-        self.plan = SavePlan(items)
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            stream = io.BytesIO()
-            # Megatron stores a list: an object for each shard that a rank holds.
-            torch.save([self._objects[write_item.index.fqn]], stream)
-            return stream
-        self._let_go()
-        piece = self._pieces[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
-        tensor = piece.make()
-        assert tensor.shape == piece.shape, (piece.key, tensor.shape, piece.shape)
-        assert tensor.dtype == piece.dtype, (piece.key, tensor.dtype, piece.dtype)
-        self._written = tensor
-        return tensor
-
-    def _let_go(self) -> None:
-        """Free the memory of the piece before: the writer of torch 2.11 keeps one tensor of each key."""
-        storage = None if self._written is None else self._written.untyped_storage()
-        if storage is not None and storage.resizable():
-            storage.resize_(0)
-
-
-def write_torch_dist(folder: Path, pieces: Sequence[LazyPiece], objects: Mapping[str, Any]) -> None:
-    """Write a `torch_dist` folder.
-
-    Args:
-        folder: The folder to fill; made if missing.
-        pieces: The tensors; together they must cover each global shape exactly.
-        objects: Picklable things by their full key, `common_state/shard_0_1` among them.
-    Raises: DataError: the disk refuses. What a piece's `make` raises comes through.
-    """
-    # One thread: torch 2.11 drops the exceptions of others, and with them parts of the checkpoint.
-    writer = dcp.FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
-    planner = _LazySavePlanner(pieces, objects)
-    with warnings.catch_warnings():  # that there is no process group is meant
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
-        except CheckpointException as error:
-            _raise_cause(error, folder)
-    (folder / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
-
-
-def _raise_cause(error: CheckpointException, folder: Path) -> NoReturn:
-    cause = next(iter(error.failures.values()))[0]
-    for seen in (cause, cause.__context__):  # torch.save's own complaint hides the disk's
-        if isinstance(seen, OSError):
-            raise DataError(f"{folder} cannot be written: {seen}; free some space") from cause
-    raise cause
 
 
 class TorchDistReader:
@@ -205,12 +102,6 @@ class TorchDistReader:
                 "the checkpoint is damaged: copy it again or use another iteration"
             ) from error
         return found if layer is None else found[0]
-
-    def will_need(self, key: str, layer: int | None) -> None:
-        """Let the system begin to read what `read` will be asked for."""
-        for item in self._plan(key, layer)[1]:
-            stored = (self._metadata.storage_data or {})[item.storage_index]
-            read_soon(self.folder / stored.relative_path, stored.offset, stored.length)
 
     def _plan(
         self, key: str, layer: int | None

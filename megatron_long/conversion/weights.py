@@ -44,9 +44,6 @@ class Weights(ABC):
     def close(self) -> None:
         """Let go of the files."""
 
-    def will_need(self, name: str) -> None:  # noqa: B027
-        """Say that a tensor is read soon; where nothing is done, the system's own reading ahead serves."""
-
     def __enter__(self) -> Self:
         return self
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -112,10 +111,9 @@ def join_or_start_job() -> int:
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
+        # Port 0: the system gives a free one at the moment it is taken; one that was looked for before may
+        # belong to another job of this machine by then.
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 0}
         os.environ.update({name: str(value) for name, value in alone.items()})
         os.environ["MASTER_ADDR"] = "localhost"
     return int(os.environ["WORLD_SIZE"])

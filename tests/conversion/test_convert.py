@@ -14,6 +14,7 @@ from megatron_long.conversion.megatron_folder import find_iteration, read_geomet
 from megatron_long.conversion.options import Options
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.errors import ConfigError, DataError
+from megatron_long.training.checkpoint_hashes import files_within, find_damage, read_hashes
 
 NORM = "model.layers.1.input_layernorm.weight"
 
@@ -50,6 +51,19 @@ def test_round_trip_is_bit_equal(make_llama, read_weights, tmp_path, tied, dtype
     assert report.dtype == dtype
     for name in ("tokenizer.model", "generation_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_hashes_taken_while_writing_are_those_of_the_files(converted, checkpoint_copy):
+    release = checkpoint_copy / "release"
+    hashed = read_hashes(release)["files"]
+    assert sorted(hashed) == files_within(release)
+    assert find_damage(release) == []
+    for name in hashed:
+        damaged = bytearray((release / name).read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        (release / name).write_bytes(damaged)
+        assert [name in found for found in find_damage(release)] == [True], name
+        shutil.copyfile(converted / "release" / name, release / name)
 
 
 def test_sharded_input_and_output(make_llama, read_weights, tmp_path):

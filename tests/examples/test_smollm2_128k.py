@@ -16,9 +16,11 @@ import pytest
 from examples.smollm2_128k import check_export, fetch_model, summarize
 from examples.smollm2_128k.divide_corpus import held_out_lines, write_rest
 from examples.smollm2_128k.job_runner import Job, Machine, run_jobs
-from examples.smollm2_128k.phases import PHASES, Work, choose_rate
+from examples.smollm2_128k.phases import PHASES
 from examples.smollm2_128k.run import _parser
 from examples.smollm2_128k.settings import Settings, load_settings
+from examples.smollm2_128k.training import choose_rate
+from examples.smollm2_128k.work import Work
 from megatron_long.data.indexed import IndexedDatasetReader
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.loss_report import LossReport, LossSettings, write_loss_report

@@ -18,6 +18,7 @@ import torch
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 FP8 = ("--fp8-format", "hybrid", "--fp8-recipe")
 PRECISIONS = {"bf16": (), "tensorwise": (*FP8, "tensorwise"), "blockwise": (*FP8, "blockwise")}
+PORTABLE = ("--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -110,15 +111,29 @@ def train_on_text(run_job: Callable, text_dataset: Path, tmp_path_factory) -> Ca
     return run
 
 
+def blocks_of_ten(losses: list[float], reference: list[float]) -> list[float]:
+    """Mean relative difference of each ten steps."""
+    apart = [a / b - 1 for a, b in zip(losses, reference, strict=True)]
+    return [statistics.mean(apart[i : i + 10]) for i in range(0, len(apart), 10)]
+
+
 def test_fp8_follows_bf16_on_real_text(train_on_text):
+    """Within 0.5% over 50 steps; ten steps within 0.5% beyond what BF16 itself does if it rounds elsewhere.
+
+    From random weights the loss falls so fast that two BF16 runs that differ in rounding alone part
+    for some steps, too: the portable attention, Transformer Engine's equal elsewhere, shows by how much.
+    """
     bf16 = train_on_text("bf16")
+    control = blocks_of_ten(train_on_text("control", *PORTABLE), bf16)
     fp8 = train_on_text("fp8", *PRECISIONS["tensorwise"], "--fp8-param-gather")
-    apart = [a / b - 1 for a, b in zip(fp8, bf16, strict=True)]
-    print(
-        f"50 steps, BF16 {bf16[0]:.3f} to {bf16[-1]:.3f}; FP8 apart by {statistics.mean(apart):+.2%} "
-        f"on average, at most {max(map(abs, apart)):.2%}"
-    )
     assert all(map(math.isfinite, fp8))
-    assert bf16[-1] < bf16[0] - 1
-    blocks = [statistics.mean(apart[i : i + 10]) for i in range(0, 50, 10)]
-    assert max(map(abs, blocks)) < 0.005
+    blocks = blocks_of_ten(fp8, bf16)
+    text = (
+        f"BF16 {bf16[0]:.3f} to {bf16[-1]:.3f}; FP8 {statistics.mean(blocks):+.2%}, tens of steps "
+        f"{[f'{block:+.2%}' for block in blocks]}; BF16 with the portable attention "
+        f"{[f'{block:+.2%}' for block in control]}"
+    )
+    print(text)
+    assert bf16[-1] < bf16[0] - 1, text
+    assert abs(statistics.mean(blocks)) < 0.005, text
+    assert max(map(abs, blocks)) < 0.005 + max(map(abs, control)), text
