@@ -15,7 +15,12 @@ import numpy as np
 
 from megatron_long.cli import run_tool, tool_parser
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.loss_report import LossReport, format_bucket, read_loss_report
+from megatron_long.evaluation.loss_report import (
+    LossReport,
+    format_bucket,
+    format_tokens,
+    read_loss_report,
+)
 from megatron_long.evaluation.loss_table import build_table, format_loss_table, table_figure
 from megatron_long.evaluation.needle_report import NeedleReport, read_needle_report
 from megatron_long.evaluation.needle_scores import NeedleResult
@@ -101,7 +106,7 @@ def needle_table(results: Results) -> list[str]:
         for task in report.settings.tasks:
             mine = [cell for cell in cells if cell.task == task]
             rows.append([name, task, *found(mine, lengths)])
-    header = ["model", "task", *(f"{length // 1024}K" for length in lengths)]
+    header = ["model", "task", *map(format_tokens, lengths)]
     return ["## Needle: found exactly (nats per answer token)", *markdown(header, rows)]
 
 

@@ -10,6 +10,7 @@ the reference itself. Engines get a `tokenizer.json` without special tokens, so 
 import itertools
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
@@ -35,6 +36,9 @@ SAMPLE_BYTES = 1 << 20
 """Text of a corpus that is compared with the reference, about."""
 SAMPLE_TEXT_CHARS = 1 << 16
 """Characters that are taken of one text of the sample."""
+
+SOURCE_LOCATION = "\n\nLocation:"
+"""What an engine written in Rust puts before the line of its own code where an error arose."""
 
 HARD_STRINGS = (
     "",
@@ -142,7 +146,7 @@ def open_engine(reference: ReferenceTokenizer, engine: str) -> Tokenizer:
         except ImportError:
             reason = f"it is not installed (pip install {name})"
         except Exception as error:
-            reason = f"it cannot read this vocabulary ({error})"
+            reason = unreadable(name, error)
         if not reason:
             return fast
         notes.append(f"{name} is not used: {reason}")
@@ -195,6 +199,22 @@ def find_difference(fast: Tokenizer, reference: Tokenizer, texts: Sequence[str])
                 f"{expected[at : at + 4].tolist()}"
             )
     return ""
+
+
+def unreadable(name: str, error: Exception) -> str:
+    """Say why an engine could not take a vocabulary, in words for the one who chose the tokenizer.
+
+    An engine may answer with the source line of its own code; the log keeps that for its authors.
+
+    >>> unreadable("gigatoken", ValueError("a.rs:7: no single-byte vocab entry for byte 0x04"))
+    'its vocabulary lacks bytes that gigatoken needs as tokens of their own (0x04)'
+    """
+    logger.debug("%s cannot read the vocabulary: %s", name, error)
+    byte = re.search(r"no single-byte vocab entry for byte (0x[0-9a-fA-F]{2})", str(error))
+    if byte:
+        return f"its vocabulary lacks bytes that {name} needs as tokens of their own ({byte[1]})"
+    message = " ".join(str(error).partition(SOURCE_LOCATION)[0].split())
+    return f"it cannot read this vocabulary ({message or type(error).__name__})"
 
 
 def plain_json(reference: ReferenceTokenizer) -> str:

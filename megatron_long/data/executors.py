@@ -95,7 +95,7 @@ def run_stage(stage: Stage, count: int, options: ExecutorOptions) -> None:
 def _run_in_processes(stage: Stage, pending: Sequence[int], workers: int) -> None:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_end_with_parent, initargs=(os.getpid(),)
+        workers, mp_context=context, initializer=end_with_parent, initargs=(os.getpid(),)
     )
     try:
         for future in as_completed([pool.submit(stage.run, index) for index in pending]):
@@ -109,7 +109,7 @@ def _run_in_processes(stage: Stage, pending: Sequence[int], workers: int) -> Non
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """End this worker soon after the run itself was killed: it would wait for work for ever."""
 
     def watch() -> None:

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_long.data import engines, gigatoken_engine
-from megatron_long.data.engines import ENGINES, HARD_STRINGS, check_sample, find_difference
+from megatron_long.data.engines import (
+    ENGINES,
+    HARD_STRINGS,
+    check_sample,
+    find_difference,
+    unreadable,
+)
 from megatron_long.data.sentencepiece_json import NotConvertible, sentencepiece_to_json
 from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.errors import ConfigError
@@ -69,7 +75,7 @@ def llama3_like(tmp_path_factory, real_texts):
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=4000,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=sorted(pre_tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
         show_progress=False,
     )
@@ -183,6 +189,25 @@ def test_missing_packages_leave_the_reference(llama_like, monkeypatch):
     assert tokenizer.engine_name == "sentencepiece"
     assert len(tokenizer.engine_notes) == len(ENGINES)
     assert "pip install gigatoken" in tokenizer.engine_notes[0]
+
+
+def test_vocabulary_without_a_byte_is_refused_in_plain_words():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet.remove("\u0104")  # what byte 0x04 is called
+    tokenizer = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    with pytest.raises(RuntimeError) as caught:
+        ENGINES["gigatoken"](tokenizer.to_str())
+    message = unreadable("gigatoken", caught.value)
+    assert (
+        message == "its vocabulary lacks bytes that gigatoken needs as tokens of their own (0x04)"
+    )
+
+
+def test_no_line_of_an_engine_s_own_code_is_shown():
+    error = RuntimeError("cannot\nread\n\nLocation:\n    src/bpe/mod.rs:88:24")
+    assert unreadable("gigatoken", error) == "it cannot read this vocabulary (cannot read)"
+    assert unreadable("x", ValueError()) == "it cannot read this vocabulary (ValueError)"
 
 
 def test_sample_of_the_corpus_decides_too(llama_like, real_texts, monkeypatch, caplog):

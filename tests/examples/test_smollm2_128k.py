@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -327,6 +328,31 @@ def one_cell(log_likelihood: float, is_exact: bool) -> NeedleResult:
     return NeedleResult(64, 0.5, 0.5, 30, is_exact, 1.0, log_likelihood, task="passkey")
 
 
+def needle_settings(*lengths: int) -> NeedleSettings:
+    return NeedleSettings(
+        model="m",
+        backend="hf",
+        iteration="1",
+        precision=None,
+        haystack_sha256="",
+        vocabulary_sha256="",
+        prompt="paper",
+        tasks={"passkey": ""},
+        context_lengths=lengths,
+        depths=(0.5,),
+    )
+
+
+def test_needle_table_writes_short_lengths_out(tmp_path):
+    settings = {"history_lengths": [512, 2048], "history_depths": 3, "history_steps": []}
+    cells = [replace(one_cell(-1.0, True), context_length=length) for length in (512, 2048)]
+    results = summarize.Results(tmp_path, settings)
+    (tmp_path / "before" / "needle").mkdir(parents=True)
+    report = NeedleReport(needle_settings(512, 2048), cells)
+    write_needle_report(tmp_path / "before" / "needle" / "needle.json", report)
+    assert summarize.needle_table(results)[1] == "| model | task | 512 | 2K |"
+
+
 def flat_loss(mean: float) -> LossReport:
     counts = np.array([64.0])
     loss = PositionLoss((0, 64), {"a": mean * counts}, {"a": counts}, {"a": 1})
@@ -347,18 +373,6 @@ def flat_loss(mean: float) -> LossReport:
 
 def test_export_is_judged(tmp_path, monkeypatch, capsys):
     """Status 0 only if both find the same needles at the same likelihoods, and the loss agrees."""
-    settings = NeedleSettings(
-        model="m",
-        backend="hf",
-        iteration="1",
-        precision=None,
-        haystack_sha256="",
-        vocabulary_sha256="",
-        prompt="paper",
-        tasks={"passkey": ""},
-        context_lengths=(64,),
-        depths=(0.5,),
-    )
     monkeypatch.setattr(sys, "argv", ["check", str(tmp_path)])
     for likely, exact, loss, status in (
         (-0.10, True, 2.005, 0),
@@ -370,7 +384,9 @@ def test_export_is_judged(tmp_path, monkeypatch, capsys):
             ("needle", one_cell(-0.1, True)),
             ("needle-hf", one_cell(likely, exact)),
         ):
-            write_needle_report(tmp_path / name / "needle.json", NeedleReport(settings, [cell]))
+            write_needle_report(
+                tmp_path / name / "needle.json", NeedleReport(needle_settings(64), [cell])
+            )
         for name, mean in (("loss", 2.0), ("loss-hf", loss)):
             write_loss_report(tmp_path / f"{name}.json", flat_loss(mean))
         assert check_export.main() == status
