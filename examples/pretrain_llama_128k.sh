@@ -28,9 +28,12 @@
 # a lost node.
 set -euo pipefail
 
-: "${CHECKPOINT:?set CHECKPOINT to the Megatron checkpoint to start from}"
-: "${DATASET:?set DATASET to the folder of tools/preprocess_mix.py}"
-: "${OUTPUT:?set OUTPUT to the folder for checkpoints and logs}"
+need() {
+    [[ -n ${!1:-} ]] || { echo "error: $1 is not set; set it to $2" >&2; exit 2; }
+}
+need CHECKPOINT "the Megatron checkpoint to start from"
+need DATASET "the folder of tools/preprocess_mix.py"
+need OUTPUT "the folder for checkpoints and logs"
 RECIPE=${RECIPE:-llama3_8b_128k}
 PYTHON=${PYTHON:-python3}
 # SLURM runs a copy of this script, so that its own place says nothing there: submit from the repository.

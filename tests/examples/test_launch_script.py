@@ -75,7 +75,8 @@ def test_missing_variable_is_named(paths):
     del paths["DATASET"]
     with pytest.raises(subprocess.CalledProcessError) as refused:
         dry_run(**paths)
-    assert "set DATASET to the folder" in refused.value.stderr
+    assert refused.value.returncode == 2
+    assert "DATASET is not set; set it to the folder" in refused.value.stderr
 
 
 FAKE_SRUN = """#!{python}
