@@ -19,6 +19,7 @@
 # OUTPUT       checkpoints, TensorBoard and losses; started again, the run goes on from the newest there
 # RECIPE       llama3_8b_128k (default), llama2_7b_80k, llama2_7b_128k, llama2_13b_64k, llama3_70b_128k
 # NPROC_PER_NODE  processes on each node (default: its GPUs; 1 without any)
+# MASTER_PORT  where the nodes of a SLURM job meet (default: 20000 + the job's number modulo 20000)
 # PYTHON       interpreter (default: python3)
 # REQUEUE=0    do not queue the job again when its time limit comes
 # DRY_RUN=1    print the command and leave
@@ -62,6 +63,11 @@ LAUNCH=("$PYTHON" -m megatron_long.launch --nproc-per-node "$NPROC_PER_NODE")
 if [ "${SLURM_JOB_ID:-}" ]; then
     HEAD_NODE=${HEAD_NODE:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+    if ! [[ $PORT =~ ^[0-9]{1,5}$ ]] || ((PORT < 1 || PORT > 65535)); then
+        echo "error: MASTER_PORT is $PORT; all nodes meet at one port, 1 to 65535: unset it for one made from" \
+            "the job's number" >&2
+        exit 2
+    fi
     # A step of one task would be bound to one core.
     LAUNCH=(srun --nodes "$NUM_NODES" --ntasks-per-node 1 --cpu-bind none --kill-on-bad-exit 1
         --open-mode append --output "$OUTPUT/logs/%j-%N.log" "${LAUNCH[@]}" --nnodes "$NUM_NODES"

@@ -2,6 +2,7 @@
 
 Torchrun answers SIGTERM by ending its processes 30 s later and itself with status 1, and SIGUSR1 by dying.
 Here both are handed to the processes, and torchrun waits until they have saved; its status is then theirs.
+While no process runs, as when it waits for the other nodes, it leaves at once with status 0.
 
 With `--enable-ft-package` among the flags of training, the launcher is `ft_launcher` of
 nvidia-resiliency-ext, which also ends and starts again (`--max-restarts`) ranks that the kernel has stopped.
@@ -18,7 +19,7 @@ from types import FrameType
 
 from megatron_long.cli import run_tool
 from megatron_long.errors import ConfigError
-from megatron_long.training.signals import LEAVE_SIGNALS
+from megatron_long.training.signals import LEAVE_SIGNALS, leave
 
 OTHER_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
 """What torchrun goes on handling in its own way."""
@@ -70,12 +71,16 @@ def monitor_flags(words: Sequence[str]) -> list[str]:
 def _hand_on(number: int, frame: FrameType | None) -> None:
     import psutil
 
+    handed_on = 0
     for child in psutil.Process().children():
         try:
             if "TORCHELASTIC_RUN_ID" in child.environ():  # a rank, no monitor of one
                 child.send_signal(number)
+                handed_on += 1
         except psutil.Error:
             continue  # it has just ended
+    if not handed_on:
+        leave(number, "while no rank was running")
 
 
 if __name__ == "__main__":

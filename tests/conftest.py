@@ -6,7 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +40,16 @@ def write_corpus(path: Path, num_documents: int = 120, seed: int = 0) -> Path:
             record = {"text": text, "meta": {"redpajama_set_name": source}}
             file.write(json.dumps(record) + "\n")
     return path
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """What a test, or a job of one that ran within it, sets in the environment reaches no other test."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

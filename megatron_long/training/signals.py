@@ -15,7 +15,7 @@ LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 def leave_before_training() -> None:
     """End with status 0 on a signal that comes while the run is still being set up."""
     for number in LEAVE_SIGNALS:
-        signal.signal(number, _leave)
+        signal.signal(number, _leave_setup)
 
 
 def watch(note: Callable[[], None]) -> None:
@@ -28,7 +28,12 @@ def watch(note: Callable[[], None]) -> None:
         signal.signal(number, handle)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def leave(number: int, when: str) -> None:
+    """End with status 0, and say that the signal came when there was nothing to save."""
     name = signal.Signals(number).name
-    print(f"{name} came before the first step: nothing to save", file=sys.stderr, flush=True)
+    print(f"{name} came {when}: nothing to save", file=sys.stderr, flush=True)
     sys.exit(0)
+
+
+def _leave_setup(number: int, frame: FrameType | None) -> None:
+    leave(number, "before the first step")

@@ -4,9 +4,11 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,15 @@ def test_missing_variable_is_named(paths):
     assert "DATASET is not set; set it to the folder" in refused.value.stderr
 
 
+@pytest.mark.parametrize("port", ["0", "66000", "http"])
+def test_port_that_nodes_cannot_share_is_refused(port, paths):
+    slurm = {"SLURM_JOB_ID": 77, "SLURM_NNODES": 2, "HEAD_NODE": "node-a"}
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        dry_run(MASTER_PORT=port, **slurm, **paths)
+    assert refused.value.returncode == 2
+    assert f"MASTER_PORT is {port}; all nodes meet at one port" in refused.value.stderr
+
+
 FAKE_SRUN = """#!{python}
 # Two "nodes" on this machine: each runs the command, with a log of its own; signals go to both.
 import os, signal, subprocess, sys
@@ -113,6 +124,8 @@ def slurm(tmp_path: Path, tiny_dataset: Path):
         (folder / name).chmod(0o755)
     (folder / "batch_script").write_text(SCRIPT.read_text())  # SLURM runs a copy
 
+    jobs = []
+
     def start(checkpoint: Path, output: Path, *argv: object) -> subprocess.Popen[str]:
         environment = os.environ | {
             "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -128,16 +141,37 @@ def slurm(tmp_path: Path, tiny_dataset: Path):
             "OUTPUT": str(output),
             "OMP_NUM_THREADS": "1",
         }
-        return subprocess.Popen(
+        job = subprocess.Popen(
             ["bash", folder / "batch_script", *map(str, argv)],
             env=environment,
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
+        jobs.append(job)
+        return job
 
-    return start
+    yield start
+    for job in jobs:
+        if job.poll() is None:  # the test has failed: both nodes go with it
+            os.killpg(job.pid, signal.SIGKILL)
+
+
+def wait_for(
+    condition: Callable[[], bool], job: subprocess.Popen[str], seconds: float = 200
+) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < deadline, f"nothing after {seconds} s"
+        time.sleep(0.2)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
 
 
 def losses(output: Path) -> list[dict]:
@@ -155,9 +189,7 @@ def test_time_limit_saves_queues_again_and_goes_on(slurm, tmp_path, tiny_dataset
     run_job(1, first)
     output = tmp_path / "output"
     job = slurm(tmp_path / "start", output, *small, "--train-iters", 100_000)
-    deadline = time.monotonic() + 200
-    while len(losses(output)) < 2 and time.monotonic() < deadline and job.poll() is None:
-        time.sleep(0.2)
+    wait_for(lambda: len(losses(output)) >= 2, job)
     job.send_signal(signal.SIGUSR1)  # to the shell alone, as --signal=B:USR1@300 does
     text, _ = job.communicate(timeout=100)
     logs = sorted(path.name for path in (output / "logs").iterdir())
@@ -178,6 +210,23 @@ def test_time_limit_saves_queues_again_and_goes_on(slurm, tmp_path, tiny_dataset
     assert len((tmp_path / "slurm" / "requeued").read_text().split()) == 2  # a finished run is not
     size = (output / "logs" / f"{os.getpid()}-node0.log").stat().st_size
     assert size > 0
+
+
+@pytest.mark.slow
+def test_time_limit_ends_a_job_that_waits_for_a_node(slurm, tmp_path, paths):
+    """A node that never comes: the launcher waits for it, and no rank runs that could take the signal."""
+    lost = (tmp_path / "slurm" / "srun").read_text().replace("range(int(", "range(-1 + int(")
+    (tmp_path / "slurm" / "srun").write_text(lost)
+    output = paths["OUTPUT"]
+    job = slurm(paths["CHECKPOINT"], output, "--allow-repeat")
+    log = output / "logs" / f"{os.getpid()}-node0.log"
+    wait_for(lambda: answers(20_000 + os.getpid() % 20_000), job)
+    job.send_signal(signal.SIGUSR1)
+    text, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, text
+    assert "SIGTERM came while no rank was running" in log.read_text()
+    assert "queued again" in text
+    assert (tmp_path / "slurm" / "requeued").exists()
 
 
 @pytest.mark.slow
