@@ -101,7 +101,7 @@ def convert(args: argparse.Namespace) -> ConversionReport:
     """Run the conversion that the flags ask for, under a progress bar."""
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, desc=args.command, disable=args.dry_run) as bar:
+    with tqdm(unit="B", unit_scale=True, desc=args.command, delay=0.5, disable=args.dry_run) as bar:
         options = Options(
             dtype=args.dtype,
             verify=args.verify,

@@ -18,6 +18,8 @@ from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS, find_gpu
 from megatron_long.planning.search import Plan, Task, find_plans
 from megatron_long.training.recipe import build_recipe
 
+SMALLEST_HIDDEN_SIZE = 2048
+"""The rates were fitted on 4,096."""
 PRECISIONS = {"bf16": ("bf16",), "fp8": ("fp8",), "both": ("bf16", "fp8")}
 
 
@@ -34,6 +36,12 @@ def main() -> int:
         attention=arguments.attention,
     )
     plans = find_plans(task)[: arguments.top]
+    if task.model.hidden_size < SMALLEST_HIDDEN_SIZE:
+        print(
+            f"note: hidden size {task.model.hidden_size} is below {SMALLEST_HIDDEN_SIZE}, where starting "
+            "kernels takes much of a step and is not predicted: expect more hours",
+            file=sys.stderr,
+        )
     if arguments.json:
         print(json.dumps([as_record(plan) for plan in plans], indent=2))
     else:

@@ -48,6 +48,8 @@ class ModelChoice:
     """Config of a model of random weights."""
     check_hashes: bool = True
     """Whether the checkpoint's files are compared with its hashes before it is loaded."""
+    tool_flags: tuple[str, ...] = ()
+    """All flags of the tool itself."""
 
     def geometry(self) -> LlamaGeometry | None:
         """Its shape, where a config says it."""
@@ -107,14 +109,15 @@ def choose_model(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Mode
         raise ConfigError(
             f"--backend hf does not know {megatron_argv[0]}; Megatron's flags need Megatron"
         )
+    tool_flags = tuple(f"--{name.replace('_', '-')}" for name in vars(args))
     if args.random_weights:
         folder = CheckpointFolder.of_config(args.hf_config)
-        return ModelChoice(folder, backend, True, folder.hf_config)
+        return ModelChoice(folder, backend, True, folder.hf_config, tool_flags=tool_flags)
     if backend == HF:
         return ModelChoice(find_hf_folder(args.checkpoint), backend, False, None)
     checks = not args.skip_hash_check
     folder = find_checkpoint(args.checkpoint, megatron_argv, check_hashes=checks)
-    return ModelChoice(folder, backend, False, None, checks)
+    return ModelChoice(folder, backend, False, None, checks, tool_flags)
 
 
 def warn_beyond_rope(
@@ -169,6 +172,7 @@ def open_model(
         precision=precision,
         hf_config=choice.hf_config,
         check_hashes=choice.check_hashes,
+        tool_flags=choice.tool_flags,
     )
 
 

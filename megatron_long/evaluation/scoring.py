@@ -270,6 +270,7 @@ def open_scorer(
     precision: str | None = None,
     hf_config: Path | None = None,
     check_hashes: bool = True,
+    tool_flags: Sequence[str] = (),
 ) -> Scorer:
     """Load a checkpoint in the layout of the flags; under torchrun, every rank calls this.
 
@@ -281,6 +282,7 @@ def open_scorer(
         precision: `bf16` or `fp32`; None is bf16 on GPUs, fp32 on the host.
         hf_config: Hugging Face folder or config.json; None is the checkpoint's.
         check_hashes: Whether the checkpoint's files are compared with their hashes; each rank reads a share.
+        tool_flags: Flags of the calling tool, which a mistyped one may mean.
     Raises: ConfigError: no checkpoint there, or a layout that cannot be cut. DataError: it is damaged.
     """
     host_backend.install()
@@ -301,7 +303,7 @@ def open_scorer(
     argv = [*backend.to_argv(), *PRECISION_ARGV[precision], *geometry.to_argv()]
     argv += _scoring_argv(checkpoint, geometry, context_length)
     args = megatron_adapter.parse_flags(
-        [*argv, *megatron_argv, "--seq-length", str(context_length)]
+        [*argv, *megatron_argv, "--seq-length", str(context_length)], tool_flags=tool_flags
     )
     check_layout(args, world_size)
     if checkpoint is not None:
@@ -309,7 +311,7 @@ def open_scorer(
     with contextlib.redirect_stdout(
         sys.stderr
     ):  # Megatron's own lines; the result alone is the output
-        megatron_adapter.validate_flags(args)
+        megatron_adapter.validate_flags(args, quiet=True)
         model = megatron_adapter.load_model_for_scoring(args)
     return Scorer(
         model,

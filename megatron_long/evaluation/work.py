@@ -24,9 +24,11 @@ class Work:
     flops: float
 
     def __str__(self) -> str:
+        millions = self.num_tokens / 1e6
+        tokens = f"{millions:,.1f}M" if millions >= 0.1 else f"{self.num_tokens:,}"
         padding = self.num_tokens / self.num_row_tokens - 1
         return (
-            f"{self.num_batches} forward passes over {self.num_tokens / 1e6:,.1f}M tokens "
+            f"{self.num_batches} forward passes over {tokens} tokens "
             f"({padding:.1%} of them padding), {self.flops:.3g} FLOPs"
         )
 

@@ -6,10 +6,12 @@ Beside `megatron_hooks`, which changes the running loop, the only file that impo
 after `host_backend.install()`.
 """
 
+import contextlib
 import difflib
 import functools
 import importlib
 import importlib.metadata
+import io
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -83,10 +85,17 @@ def check_version() -> None:
 
 
 def parse_flags(
-    argv: Sequence[str], add_arguments: Callable[[ArgumentParser], ArgumentParser] | None = None
+    argv: Sequence[str],
+    add_arguments: Callable[[ArgumentParser], ArgumentParser] | None = None,
+    *,
+    tool_flags: Sequence[str] = (),
 ) -> Namespace:
     """Parse Megatron's flags with Megatron's own parser; later flags win.
 
+    Args:
+        argv: The words.
+        add_arguments: Adds flags of ours to Megatron's.
+        tool_flags: Flags that the calling tool has taken out: an unknown one may be meant to be one of them.
     Raises: ConfigError: an unknown flag, a value of the wrong type or choice, or `--yaml-cfg`.
     """
     from megatron.training.arguments import parse_args
@@ -100,7 +109,7 @@ def parse_flags(
     def add_and_mend(parser: ArgumentParser) -> ArgumentParser:
         parser = add_arguments(parser) if add_arguments else parser
         parser = add_dataclass_flags(parser, Llama3RopeArguments, "megatron_long RoPE")
-        parser.error = functools.partial(_refuse_flags, parser)  # type: ignore[method-assign]
+        parser.error = functools.partial(_refuse_flags, parser, tool_flags)  # type: ignore[method-assign]
         for action in parser._actions:  # a bare "%" in a help text breaks `--help`
             if action.help and "%" in action.help.replace("%%", "").replace("%(", ""):
                 action.help = action.help.replace("%", "%%")
@@ -114,10 +123,10 @@ def parse_flags(
         sys.argv = kept
 
 
-def _refuse_flags(parser: ArgumentParser, message: str) -> NoReturn:
+def _refuse_flags(parser: ArgumentParser, tool_flags: Sequence[str], message: str) -> NoReturn:
     """Stand in for `parser.error`, which would print the usage of some 700 flags first."""
     unknown = [word for word in message.split() if word.startswith("--")]
-    known = list(parser._option_string_actions)
+    known = [*tool_flags, *parser._option_string_actions]
     near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
     hint = f"did you mean {', '.join(near)}? " if "unrecognized" in message and near else ""
     raise ConfigError(f"{message}; {hint}`--help` lists the flags, ours and Megatron's")
@@ -131,16 +140,20 @@ def add_dataclass_flags(parser: ArgumentParser, kind: type, title: str) -> Argum
     return parser
 
 
-def validate_flags(args: Namespace) -> None:
+def validate_flags(args: Namespace, *, quiet: bool = False) -> None:
     """Run Megatron's own validation and make the flags global for its code.
 
+    Args:
+        args: The parsed flags.
+        quiet: Leave out the list of all 800 values, which Megatron prints.
     Raises: ConfigError: Megatron refuses them; its words are kept.
     """
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
     try:
-        validate_args(args)
+        with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+            validate_args(args)
     except (AssertionError, ValueError) as error:
         reason = str(error) or "an unnamed assertion, see the line below"
         raise ConfigError(f"Megatron refuses these flags: {reason}") from error

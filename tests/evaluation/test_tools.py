@@ -90,6 +90,7 @@ def test_loss(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
         "loss", *flags, "--context-length", 128, "--plot", plot, "--micro-batch-size", 3, *layout
     )
     assert status == 0
+    assert {"--buckets", "--context-length"} < set(opened[0].pop("tool_flags"))
     assert opened == [
         {
             "checkpoint": checkpoint,

@@ -209,6 +209,10 @@ def test_tool_plans_a_hugging_face_model(tmp_path):
     assert table[-1].split() == records[0]["flags"]
     parts = [value for name, value in records[0]["peak_gib"].items() if name != "total"]
     assert sum(parts) == pytest.approx(records[0]["peak_gib"]["total"])
+    assert "note:" not in run_tool(*flags).stderr
+    small = replace(LLAMA3_8B, hidden_size=1024, ffn_hidden_size=4096).to_hf_config()
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    assert "hidden size 1024 is below 2048" in run_tool(*flags).stderr
     refused = run_tool(*flags[2:])
     assert refused.returncode == 2
     assert "one of --hf-config and --recipe" in " ".join(refused.stderr.split())

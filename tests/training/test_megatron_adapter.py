@@ -115,6 +115,11 @@ def test_help_prints_every_flag(capsys):
     assert "--context-parallel-size" in capsys.readouterr().out
 
 
+def test_mistyped_flag_of_the_calling_tool_is_told():
+    with pytest.raises(ConfigError, match="--bukets 8; did you mean --buckets"):
+        megatron_adapter.parse_flags(["--bukets", "8"], tool_flags=["--buckets", "--dataset"])
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
