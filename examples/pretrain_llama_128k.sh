@@ -68,9 +68,9 @@ if [ "${SLURM_JOB_ID:-}" ]; then
             "the job's number" >&2
         exit 2
     fi
-    # A step of one task would be bound to one core.
-    LAUNCH=(srun --nodes "$NUM_NODES" --ntasks-per-node 1 --cpu-bind none --kill-on-bad-exit 1
-        --open-mode append --output "$OUTPUT/logs/%j-%N.log" "${LAUNCH[@]}" --nnodes "$NUM_NODES"
+    # A step of one task would be bound to one core. --kill-on-bad-exit takes its value only behind "=".
+    LAUNCH=(srun --nodes="$NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1
+        --open-mode=append --output="$OUTPUT/logs/%j-%N.log" "${LAUNCH[@]}" --nnodes "$NUM_NODES"
         --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$HEAD_NODE:$PORT")
 else
     LAUNCH+=(--standalone)
@@ -89,14 +89,15 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     exec "${COMMAND[@]}"
 fi
 
-# The shell alone gets SLURM's signal: it hands it on as SIGTERM, which srun sends to every node.
+# The shell alone gets SLURM's signal and hands it on as SIGUSR1, which srun sends to every node. SIGTERM would
+# make srun kill the step at once, before anything is saved.
 mkdir -p "$OUTPUT/logs"
 echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $NUM_NODES nodes: logs in $OUTPUT/logs"
 TIME_IS_UP=0
 "${COMMAND[@]}" &
 STEP=$!
-trap 'TIME_IS_UP=1; kill -TERM "$STEP" 2>/dev/null || true' USR1
-trap 'kill -TERM "$STEP" 2>/dev/null || true' TERM
+trap 'TIME_IS_UP=1; kill -USR1 "$STEP" 2>/dev/null || true' USR1
+trap 'kill -USR1 "$STEP" 2>/dev/null || true' TERM
 STATUS=0
 wait "$STEP" || STATUS=$?
 while kill -0 "$STEP" 2>/dev/null; do  # a trapped signal ends `wait` while the step still saves

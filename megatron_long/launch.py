@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+import psutil  # not in the handler: a second signal would find it half imported
+
 from megatron_long.cli import run_tool
 from megatron_long.errors import ConfigError
 from megatron_long.training.signals import LEAVE_SIGNALS, leave
@@ -69,8 +71,6 @@ def monitor_flags(words: Sequence[str]) -> list[str]:
 
 
 def _hand_on(number: int, frame: FrameType | None) -> None:
-    import psutil
-
     handed_on = 0
     for child in psutil.Process().children():
         try:

@@ -68,9 +68,10 @@ def test_slurm_starts_one_launcher_a_node(paths):
     text = " ".join(command)
     assert command[0] == "srun"
     assert "--nnodes 4" in text
-    assert "srun --nodes 4" in text
+    assert "srun --nodes=4" in text
     assert "--rdzv-endpoint node-a:20077" in text
-    assert "--ntasks-per-node 1" in text
+    assert "--ntasks-per-node=1" in text
+    assert "--kill-on-bad-exit=1" in text  # srun would run a "1" that stands alone
 
 
 def test_missing_variable_is_named(paths):
@@ -91,19 +92,21 @@ def test_port_that_nodes_cannot_share_is_refused(port, paths):
 
 
 FAKE_SRUN = """#!{python}
-# Two "nodes" on this machine: each runs the command, with a log of its own; signals go to both.
+# Two "nodes" on this machine: each runs the command, with a log of its own. Like the real one
+# (test_launch_slurm.py), it sends SIGUSR1 to both, and kills both when it gets SIGTERM.
 import os, signal, subprocess, sys
-words = sys.argv[1:]
-pattern = words[words.index("--output") + 1]
-command = words[words.index("--output") + 2 :]
+start = next(i for i, word in enumerate(sys.argv) if i and not word.startswith("--"))
+flags = dict(word[2:].split("=") for word in sys.argv[1:start])  # a flag's value stands behind "="
+pattern, command = flags["output"], sys.argv[start:]
 children = []
-for node in range(int(words[words.index("--nodes") + 1])):
+for node in range(int(flags["nodes"])):
     name = f"node{{node}}"
     path = pattern.replace("%j", os.environ["SLURM_JOB_ID"]).replace("%N", name)
     environment = os.environ | {{"SLURM_NODEID": str(node), "SLURMD_NODENAME": name}}
     log = open(path, "a")
     children.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
+signal.signal(signal.SIGUSR1, lambda number, _: [child.send_signal(number) for child in children])
+signal.signal(signal.SIGTERM, lambda *_: [child.kill() for child in children])
 sys.exit(max(abs(child.wait()) for child in children))
 """
 FAKE_SCONTROL = """#!/bin/sh
@@ -224,7 +227,7 @@ def test_time_limit_ends_a_job_that_waits_for_a_node(slurm, tmp_path, paths):
     job.send_signal(signal.SIGUSR1)
     text, _ = job.communicate(timeout=60)
     assert job.returncode == 0, text
-    assert "SIGTERM came while no rank was running" in log.read_text()
+    assert "SIGUSR1 came while no rank was running" in log.read_text()
     assert "queued again" in text
     assert (tmp_path / "slurm" / "requeued").exists()
 
