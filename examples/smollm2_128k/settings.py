@@ -85,9 +85,36 @@ class Settings:
         return self.global_batch_windows * self.seq_length
 
 
+REHEARSAL: dict[str, object] = {
+    "seq_length": 512,
+    "eval_length": K,
+    "original_length": 256,
+    "global_batch_windows": 2,
+    "main_steps": 4,
+    "mixture_steps": 2,
+    "save_interval": 2,
+    "sweep_steps": 2,
+    "sweep_rates": (1e-4, 4e-4),
+    "held_out_tokens": 20_000,
+    "needle_lengths": (512, K),
+    "needle_depths": 2,
+    "history_lengths": (K,),
+    "history_depths": 2,
+    "history_steps": (2,),
+    "book_rows": 1,
+    "sweep_documents": 1,
+}
+"""Every phase, on a machine without GPUs."""
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each setting; what is not given is taken from the work folder, or the default."""
     group = parser.add_argument_group("settings, kept in settings.json of the work folder")
+    group.add_argument(
+        "--rehearsal",
+        action="store_true",
+        help="small numbers, with which every phase runs on a machine without GPUs; those given win",
+    )
     for field in fields(Settings):
         default = field.default
         flag = "--" + field.name.replace("_", "-")
@@ -117,6 +144,8 @@ def load_settings(args: argparse.Namespace, path: Path) -> Settings:
                 "another --work-dir"
             )
         values |= known
+    if args.rehearsal:
+        values |= REHEARSAL
     given = {name: getattr(args, name) for name in values if getattr(args, name) is not None}
     values = {name: _plain(value) for name, value in (values | given).items()}
     return Settings(**values)

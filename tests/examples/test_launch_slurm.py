@@ -124,6 +124,20 @@ def test_time_limit_saves_and_the_queued_job_goes_on(job):
     assert [step["iteration"] for step in log] == list(range(1, len(log) + 1))
 
 
+def test_lost_node_loses_one_save_interval_at_most(job):
+    job.submit(["--time=30"], "--train-iters", 100_000, "--save-interval", 5)
+    job.wait(lambda: job.steps() >= 12)
+    job.ask("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=lost")
+    job.wait(lambda: job.state() == "PENDING")
+    saved, before = job.saved(), job.steps()
+    assert 0 <= before - saved <= 5
+    job.ask("scontrol", "update", "NodeName=node2", "State=RESUME")
+    job.wait(lambda: job.steps() > before + 2, 240)
+    assert "start 1, 2 nodes" in job.said()
+    log = [json.loads(line) for line in (job.output / "loss.jsonl").read_text().splitlines()]
+    assert log[before]["iteration"] == saved + 1
+
+
 @pytest.mark.parametrize("options", [(), ("--batch", "--signal=TERM")], ids=["all", "script"])
 def test_cancelled_job_saves_and_is_not_queued_again(options, job):
     job.submit(["--time=30"], "--train-iters", 100_000)

@@ -81,6 +81,15 @@ def test_flags_win_over_the_work_folder_and_stay(tmp_path):
         load_settings(_parser().parse_args(["before"]), path)
 
 
+def test_rehearsal_is_small_and_flags_win(tmp_path):
+    argv = ["prepare", "--rehearsal", "--main-steps", "7"]
+    settings = load_settings(_parser().parse_args(argv), tmp_path / "settings.json")
+    assert (settings.seq_length, settings.main_steps) == (512, 7)
+    assert max(settings.needle_lengths) == settings.eval_length == 1024
+    assert set(settings.history_lengths) <= set(settings.needle_lengths)
+    assert all(step % settings.save_interval == 0 for step in settings.history_steps)
+
+
 def test_all_training_flags_parse(work, tiny_dataset, tmp_path):
     """Each training command is what the real parser takes, with the numbers that are published."""
     from megatron_long.training import host_backend
