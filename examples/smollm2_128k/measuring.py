@@ -50,7 +50,7 @@ def export(work: Work) -> list[list[Job]]:
     out = work.results / "export"
     model = Model("after", work.run("per-source"), settings.main_steps)
     cells = ("--num-depths", "1", "--tasks", *TASKS, "--context-lengths")
-    lengths = [str(length) for length in settings.history_lengths[2:]]
+    lengths = [str(length) for length in settings.history_lengths[-3:]]
     haystack = ("--haystack", str(work.books[0]))
     text = (
         *("--text", str(work.books[0]), "--max-documents-per-source", "1"),

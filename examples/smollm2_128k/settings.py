@@ -95,7 +95,7 @@ REHEARSAL: dict[str, object] = {
     "save_interval": 2,
     "sweep_steps": 2,
     "sweep_rates": (1e-4, 4e-4),
-    "held_out_tokens": 20_000,
+    "held_out_tokens": 4_000,
     "needle_lengths": (512, K),
     "needle_depths": 2,
     "history_lengths": (K,),

@@ -312,13 +312,24 @@ def test_rehearsal(tiny_model, tmp_path):
         "--shares": str(tmp_path / "shares.yaml"),
     }
     work = tmp_path / "work"
-    phases = ["prepare", "sweep", "main", "after", "history", "report"]
+    phases = [
+        "prepare",
+        "sweep",
+        "before",
+        "main",
+        "after",
+        "export",
+        "mixtures",
+        "history",
+        "compare",
+        "report",
+    ]
     command = [sys.executable, "examples/smollm2_128k/run.py", *phases, "--gpus", "0"]
     command += ["--jobs-per-gpu", "2", "--work-dir", str(work), "--corpus", str(corpus)]
     command += ["--gguf", str(tiny_model), *(w for pair in numbers.items() for w in pair)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stdout + result.stderr
     text = (work / "results" / "summary.md").read_text()
@@ -328,7 +339,7 @@ def test_rehearsal(tiny_model, tmp_path):
     assert len(trained) == 4
     assert (work / "runs" / "per-source" / "iter_0000002").is_dir()
     results = summarize.Results(work / "results", json.loads((work / "settings.json").read_text()))
-    assert [label for label, _ in summarize.history(results)] == ["0.0M tokens"] * 2
+    assert [label for label, _ in summarize.history(results)] == ["0.0M tokens"] * 3
     again = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert "started" not in again.stdout, "what is done is skipped"
 
