@@ -1,7 +1,7 @@
 """examples/pretrain_llama_128k.sh under SLURM itself, on two nodes that are this machine.
 
 What `test_launch_script.py` does with a stand-in for srun, with the real one: its way of reading flags and of
-passing signals on is not ours to imitate.
+passing signals on is not ours to imitate. `SLURM_TESTS=1 pytest tests/examples/test_launch_slurm.py`, as root.
 """
 
 import json
@@ -112,8 +112,8 @@ def job(cluster, tmp_path, tiny_dataset, run_job) -> Iterator[Job]:
 
 def test_time_limit_saves_and_the_queued_job_goes_on(job):
     """The signal is SLURM's own, a minute before the limit; the job comes back from the queue by itself."""
-    job.submit(["--time=2", "--signal=B:USR1@75"], "--train-iters", 100_000)
-    job.wait(lambda: "time is up, queued again" in job.said())
+    job.submit(["--time=4", "--signal=B:USR1@60"], "--train-iters", 100_000)
+    job.wait(lambda: "time is up, queued again" in job.said(), 300)
     assert job.saved() == job.steps() >= 1, job.said()
     before = job.steps()
     assert "DUE TO TIME LIMIT" not in job.said()
