@@ -1,7 +1,9 @@
 """examples/pretrain_llama_128k.sh under SLURM itself, on two nodes that are this machine.
 
 What `test_launch_script.py` does with a stand-in for srun, with the real one: its way of reading flags and of
-passing signals on is not ours to imitate. `SLURM_TESTS=1 pytest tests/examples/test_launch_slurm.py`, as root.
+passing signals on is not ours to imitate. Root types
+
+    SLURM_TESTS=1 pytest tests/examples/test_launch_slurm.py
 """
 
 import json
