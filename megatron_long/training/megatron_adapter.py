@@ -26,6 +26,7 @@ from megatron_long.model.flash_attention import mend_windows
 from megatron_long.model.rope import BaseRope, Llama3Rope, rope_from_arguments
 from megatron_long.training import host_backend, signals
 from megatron_long.training.adamw_resume import mend_torch_adamw_resume
+from megatron_long.training.bucket_padding import mend_bucket_padding
 
 SUPPORTED_VERSIONS = ("0.19.",)
 OLDEST_RESILIENCY = "0.6"
@@ -40,10 +41,12 @@ PATCHED_SYMBOLS = {
         "DistributedOptimizer.sharded_state_dict",
         "DistributedOptimizer.load_state_dict",
         "DistributedOptimizer._set_main_param_and_optimizer_states",
+        "DistributedOptimizer.sharded_param_state_fully_reshardable",
     ),
 }
-"""What is replaced, by module: `compile_helpers` always, `_apply_scaling` where RoPE is Llama-3.1's,
-`_grad_accum_fusion_available` where the output layer is not called, the others on the host backend only."""
+"""What is replaced, by module: `compile_helpers` and `sharded_param_state_fully_reshardable` always,
+`_apply_scaling` where RoPE is Llama-3.1's, `_grad_accum_fusion_available` where the output layer is not
+called, the others on the host backend only."""
 
 
 @dataclass(kw_only=True)
@@ -200,6 +203,7 @@ def install_patches(*, output_layer_is_called: bool = True) -> None:
     # The wheel ships the compiled helpers but no Makefile: compile_helpers() would end the process.
     helpers: Any = importlib.import_module("megatron.core.datasets.utils")
     helpers.compile_helpers = lambda: None
+    mend_bucket_padding()
     training: Any = importlib.import_module("megatron.training.training")
     if not output_layer_is_called:
         # Its constructor refuses in-place weight gradients without Apex's kernel, which it will not run.
@@ -229,6 +233,7 @@ def run_pretrain(
         fill_model: Called with the model chunks of this rank when they are built and before anything,
             the optimizer among it, is made from them.
         lengths_vary: Whether micro-batches may differ in length.
+    Raises: ConfigError: the run that is continued had another schedule.
     """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -241,7 +246,16 @@ def run_pretrain(
     if fill_model is not None:
         config.pre_wrap_hooks.append(lambda chunks: fill_model(chunks) or chunks)
     container = pretrain_cfg_container_from_args(args, config)
-    pretrain(container, dataset_provider, ModelType.encoder_or_decoder, forward_step)
+    try:
+        pretrain(container, dataset_provider, ModelType.encoder_or_decoder, forward_step)
+    except AssertionError as error:
+        if not str(error).startswith("OptimizerParamScheduler:"):
+            raise
+        raise ConfigError(
+            f"--load {args.load} was trained on another schedule ({error}): --train-iters, --lr and the like "
+            "must be as they were; give --override-opt-param-scheduler to go on with the new values, or "
+            "--use-checkpoint-opt-param-scheduler for the old ones"
+        ) from error
     leave_process_group()
 
 

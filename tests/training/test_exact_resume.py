@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 
 DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+PADDED_BUCKETS = ("--ddp-bucket-size", "20000", "--ffn-hidden-size", "196")
+"""Several buckets of gradients, none of which ends on a multiple of 128: Megatron pads their ends."""
 LAYOUTS = {
     "tp2-cp2": (4, ("--tensor-model-parallel-size", "2", "--context-parallel-size", "2")),
     "pp2": (2, ("--pipeline-model-parallel-size", "2")),
     "dp2-distributed-optimizer": (2, DISTRIBUTED),
+    "dp2-padded-buckets": (2, (*DISTRIBUTED, *PADDED_BUCKETS)),
 }
 TOLERANCE = 2e-6
 
@@ -78,7 +81,7 @@ CHAIN = (
 
 @pytest.mark.slow
 def test_another_number_of_processes_goes_on_in_the_same_data(jobs, read_log, tmp_path):
-    common = ("--train-iters", 20, "--override-opt-param-scheduler")
+    common = (*PADDED_BUCKETS, "--train-iters", 20, "--override-opt-param-scheduler")
     whole = (*common, "--use-distributed-optimizer", "--loss-log", tmp_path / "whole.jsonl")
     jobs.run(1, *whole)
     for number, (ranks, layout) in enumerate(CHAIN):
@@ -100,3 +103,13 @@ def test_another_number_of_processes_goes_on_in_the_same_data(jobs, read_log, tm
     largest = max(abs(a - b) for a, b in losses)
     print(f"largest difference of a loss {largest:.1e}")
     assert largest <= TOLERANCE
+
+
+def test_another_schedule_is_refused(jobs, tmp_path):
+    """By name, in the place of Megatron's assertion; the flag that it names lets the run go on."""
+    save = ("--save", tmp_path, "--load", tmp_path)
+    jobs.run(1, "--train-iters", 1, *save[:2])
+    refused = jobs.run(1, "--train-iters", 2, *save, status=2)
+    assert "--override-opt-param-scheduler" in " ".join(refused.text.split())
+    jobs.run(1, "--train-iters", 2, *save, "--override-opt-param-scheduler")
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
