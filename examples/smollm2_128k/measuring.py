@@ -45,53 +45,46 @@ def compare(work: Work) -> list[list[Job]]:
 
 
 def export(work: Work) -> list[list[Job]]:
-    """The stretched model for transformers, and what it reproduces there."""
+    """The stretched model for transformers, and what it reproduces there.
+
+    In FP32, in which two implementations agree closely, up to the training length; and a few needle cells as
+    the run was measured, to be seen beside its own.
+    """
     hf, settings = work.folder / "hf", work.settings
     out = work.results / "export"
     model = Model("after", work.run("per-source"), settings.main_steps)
-    cells = ("--num-depths", "1", "--tasks", *TASKS, "--context-lengths")
-    lengths = [str(length) for length in settings.history_lengths[-3:]]
-    haystack = ("--haystack", str(work.books[0]))
-    text = (
-        *("--text", str(work.books[0]), "--max-documents-per-source", "1"),
-        *("--context-length", str(settings.eval_length)),
+    haystack = ("--haystack", str(work.books[0]), "--num-depths", "1", "--tasks", *TASKS)
+    needle = (work.python, "tools/evaluate_needle.py", *haystack, "--context-lengths")
+    trained = [length for length in settings.history_lengths if length <= settings.seq_length]
+    lengths = [str(length) for length in trained[-3:] or settings.history_lengths[:1]]
+    loss = (
+        *(work.python, "tools/evaluate_loss.py", "--text", str(work.books[0]), "--force"),
+        *("--max-documents-per-source", "1", "--context-length", str(settings.seq_length)),
     )
     backend = ("--backend", "hf", "--checkpoint", str(hf))
-    needle = (work.python, "tools/evaluate_needle.py", *haystack, *cells, *lengths)
-    loss = (work.python, "tools/evaluate_loss.py", *text, "--force")
     megatron = ("--checkpoint", str(model.folder), *model.flags)
+    exact = ("--precision", "fp32")
+    longest = [str(length) for length in settings.history_lengths[-3:]]
+    convert = Job(
+        name="export",
+        command=(
+            *(work.python, "tools/convert_checkpoint.py", "megatron-to-hf", "--force"),
+            *("--input", str(model.folder), "--output", str(hf)),
+            *("--iteration", str(settings.main_steps)),
+        ),
+    )
+    commands = {
+        "needle": (*needle, *lengths, *megatron, *exact, "--output-dir", str(out / "needle")),
+        "needle-hf": (*needle, *lengths, *backend, *exact, "--output-dir", str(out / "needle-hf")),
+        "needle-hf-run": (*needle, *longest, *backend, "--output-dir", str(out / "needle-hf-run")),
+        "loss": (*loss, *megatron, *exact, "--output", str(out / "loss.json")),
+        "loss-hf": (*loss, *backend, *exact, "--output", str(out / "loss-hf.json")),
+    }
+    check = (work.python, "-m", "examples.smollm2_128k.check_export", str(out))
     return [
-        [
-            Job(
-                name="export",
-                command=(
-                    *(work.python, "tools/convert_checkpoint.py", "megatron-to-hf", "--force"),
-                    *("--input", str(model.folder), "--output", str(hf)),
-                    *("--iteration", str(settings.main_steps)),
-                ),
-            )
-        ],
-        [
-            Job(
-                name="export-needle-hf",
-                command=(*needle, *backend, "--output-dir", str(out / "needle-hf")),
-            ),
-            Job(
-                name="export-needle",
-                command=(*needle, *megatron, "--output-dir", str(out / "needle")),
-            ),
-            Job(
-                name="export-loss-hf",
-                command=(*loss, *backend, "--output", str(out / "loss-hf.json")),
-            ),
-            Job(name="export-loss", command=(*loss, *megatron, "--output", str(out / "loss.json"))),
-        ],
-        [
-            Job(
-                name="export-check",
-                command=(work.python, "-m", "examples.smollm2_128k.check_export", str(out)),
-            )
-        ],
+        [convert],
+        [Job(name=f"export-{name}", command=command) for name, command in commands.items()],
+        [Job(name="export-check", command=check)],
     ]
 
 

@@ -104,6 +104,47 @@ def _score_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return losses, logits.argmax(-1) == labels
 
 
+def _register_attention() -> str:
+    """Give `transformers` an attention whose memory does not grow with the square of the length in FP32.
+
+    Its own asks PyTorch for grouped heads, for which no kernel takes FP32 on GPUs: all weights of a layer
+    would be there at once, 600 GiB for nine heads at 128K tokens.
+
+    Returns: Its name, for `attn_implementation`.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    name = "sdpa_repeated_heads"
+    AttentionInterface.register(name, _attend_with_repeated_heads)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def _attend_with_repeated_heads(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Query [b, heads, s, d] over key and value [b, groups, t, d]; gives [b, s, heads, d]."""
+    repeats = query.size(1) // key.size(1)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key.repeat_interleave(repeats, dim=1),
+        value.repeat_interleave(repeats, dim=1),
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        is_causal=attention_mask is None and query.size(2) > 1,
+        scale=scaling,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
 def open_hf_scorer(
     folder: Path,
     *,
@@ -127,16 +168,17 @@ def open_hf_scorer(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Objects of a few KB travel between processes: the host's network is fast enough.
         torch.distributed.init_process_group("gloo")
-    dtype = (
-        torch.bfloat16 if (precision or ("bf16" if cuda else "fp32")) == "bf16" else torch.float32
-    )
+    precision = precision or ("bf16" if cuda else "fp32")
+    how: dict[str, Any] = {"dtype": torch.bfloat16 if precision == "bf16" else torch.float32}
+    if precision == "fp32":
+        how["attn_implementation"] = _register_attention()
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         if random_weights:
             with torch.device(device):
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+                model = transformers.AutoModelForCausalLM.from_config(config, **how)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--checkpoint {folder} is not a model that transformers can read ({error}); give a folder "

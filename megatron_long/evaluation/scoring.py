@@ -10,7 +10,7 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -300,6 +300,8 @@ def open_scorer(
     megatron_adapter.install_patches()
     world_size, backend = join_or_start_job(), detect_backend()
     precision = precision or ("bf16" if backend.cuda else "fp32")
+    if precision == "fp32":  # Transformer Engine's fused attention takes 16 bits only
+        backend = replace(backend, transformer_engine=False)
     argv = [*backend.to_argv(), *PRECISION_ARGV[precision], *geometry.to_argv()]
     argv += _scoring_argv(checkpoint, geometry, context_length)
     args = megatron_adapter.parse_flags(

@@ -395,10 +395,10 @@ def test_export_is_judged(tmp_path, monkeypatch, capsys):
     """Status 0 only if both find the same needles at the same likelihoods, and the loss agrees."""
     monkeypatch.setattr(sys, "argv", ["check", str(tmp_path)])
     for likely, exact, loss, status in (
-        (-0.10, True, 2.005, 0),
-        (-0.20, True, 2.005, 1),
-        (-0.10, False, 2.005, 1),
-        (-0.10, True, 2.05, 1),
+        (-0.101, True, 2.0001, 0),
+        (-0.105, True, 2.0001, 1),
+        (-0.101, False, 2.0001, 1),
+        (-0.101, True, 2.001, 1),
     ):
         for name, cell in (
             ("needle", one_cell(-0.1, True)),
