@@ -95,16 +95,16 @@ def text_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def train_on_text(run_job: Callable, text_dataset: Path, tmp_path_factory) -> Callable:
-    """Train 50 steps of 32K tokens on real text from random weights; give the losses."""
+    """Train a model of 110M parameters on real text, 32K tokens a step; give the losses."""
 
-    def run(name: str, *flags: str) -> list[float]:
+    def run(name: str, steps: int, rate: str, *flags: str) -> list[float]:
         log = tmp_path_factory.mktemp(name) / "loss.jsonl"
         command = ["-m", "megatron_long.pretrain", "--recipe", "tiny_debug", "--allow-repeat"]
         command += ["--dataset", text_dataset, "--seq-length", "4096", "--global-batch-size", "8"]
-        command += ["--max-position-embeddings", "4096", "--num-layers", "8", "--lr", "3e-4"]
+        command += ["--max-position-embeddings", "4096", "--num-layers", "8", "--lr", rate]
         command += ["--hidden-size", "1024", "--ffn-hidden-size", "2816", "--kv-channels", "128"]
-        command += ["--num-attention-heads", "8", "--num-query-groups", "4", "--min-lr", "3e-4"]
-        command += ["--train-iters", "50", "--loss-log", str(log), *flags]
+        command += ["--num-attention-heads", "8", "--num-query-groups", "4", "--min-lr", rate]
+        command += ["--train-iters", str(steps), "--loss-log", str(log), *flags]
         run_job(1, command)
         return [json.loads(line)["lm loss"] for line in log.read_text().splitlines()]
 
@@ -117,23 +117,26 @@ def blocks_of_ten(losses: list[float], reference: list[float]) -> list[float]:
     return [statistics.mean(apart[i : i + 10]) for i in range(0, len(apart), 10)]
 
 
-def test_fp8_follows_bf16_on_real_text(train_on_text):
-    """Within 0.5% over 50 steps; ten steps within 0.5% beyond what BF16 itself does if it rounds elsewhere.
+def test_fp8_follows_bf16_on_real_text(train_on_text, tmp_path_factory):
+    """50 steps of continual pretraining at its rate, 2e-5: 0.5% over all of them and in each ten.
 
-    From random weights the loss falls so fast that two BF16 runs that differ in rounding alone part
-    for some steps, too: the portable attention, Transformer Engine's equal elsewhere, shows by how much.
+    They go on from a model that has left the plateau at the start: there the loss falls by a fifth within a
+    few steps, and the step at which it begins to do so moves with the rounding (docs/results.md).
     """
-    bf16 = train_on_text("bf16")
-    control = blocks_of_ten(train_on_text("control", *PORTABLE), bf16)
-    fp8 = train_on_text("fp8", *PRECISIONS["tensorwise"], "--fp8-param-gather")
+    folder = str(tmp_path_factory.mktemp("model"))
+    begun = train_on_text("begun", 200, "3e-4", "--save", folder, "--save-interval", "200")
+    on = ("--pretrained-checkpoint", folder)
+    bf16 = train_on_text("bf16", 50, "2e-5", *on)
+    control = blocks_of_ten(train_on_text("control", 50, "2e-5", *on, *PORTABLE), bf16)
+    fp8 = train_on_text("fp8", 50, "2e-5", *on, *PRECISIONS["tensorwise"], "--fp8-param-gather")
     assert all(map(math.isfinite, fp8))
     blocks = blocks_of_ten(fp8, bf16)
     text = (
-        f"BF16 {bf16[0]:.3f} to {bf16[-1]:.3f}; FP8 {statistics.mean(blocks):+.2%}, tens of steps "
-        f"{[f'{block:+.2%}' for block in blocks]}; BF16 with the portable attention "
-        f"{[f'{block:+.2%}' for block in control]}"
+        f"before {begun[0]:.3f} to {begun[-1]:.3f}; BF16 {bf16[0]:.3f} to {bf16[-1]:.3f}; FP8 "
+        f"{statistics.mean(blocks):+.2%}, tens of steps {[f'{block:+.2%}' for block in blocks]}; BF16 with "
+        f"the portable attention {[f'{block:+.2%}' for block in control]}"
     )
     print(text)
-    assert bf16[-1] < bf16[0] - 1, text
+    assert begun[-1] < begun[0] - 2, text
     assert abs(statistics.mean(blocks)) < 0.005, text
-    assert max(map(abs, blocks)) < 0.005 + max(map(abs, control)), text
+    assert max(map(abs, blocks)) < 0.005, text
