@@ -2,10 +2,11 @@
 
 The fully reshardable format of 0.19.2 puts a buffer's buckets together without their padding, and then takes
 each parameter out at its place in the buffer with padding. So what is saved for the parameters of all buckets
-but the first is shifted, and the end is zeros: the run goes on from other weights. Buckets are padded to a
-multiple of 128 and of the data-parallel size (context parallelism included): it happens to models with a hidden
-size that 128 does not divide, to any model where that size has a factor of 3, as on 24 or 48 GPUs, and with
-`--ddp-pad-buckets-for-high-nccl-busbw`. (Mended upstream by Megatron-LM pull request 5077, after this release.)
+but the first is shifted, and the end is zeros: the run goes on from other weights.
+
+Buckets are padded to a multiple of 128 and of the data-parallel size (context parallelism included): so it is
+with a hidden size that 128 does not divide, with a data-parallel size that has a factor of 3, and with
+`--ddp-pad-buckets-for-high-nccl-busbw`. (Mended upstream by Megatron-LM pull request 5077, after 0.19.2.)
 """
 
 import contextlib
