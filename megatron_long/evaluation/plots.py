@@ -151,7 +151,7 @@ def needle_history_figure(history: Sequence[tuple[str, Sequence[NeedleResult]]])
         places, likelihoods, "s--", color=SOURCE_COLOURS[0], label="log-likelihood of the answer"
     )
     twin.set_ylabel("nats per token")
-    axes.legend(handles=[exact, likely], frameon=False, fontsize=9)
+    axes.legend(handles=[exact, likely], frameon=False, fontsize=9, loc="center right")
     axes.grid(alpha=0.25)
     return figure
 
