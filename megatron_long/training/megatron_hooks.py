@@ -174,21 +174,31 @@ def _shield_helpers(writers: Sequence[str]) -> None:
     They are the one that holds the writers' results, spawned at the first save, and the lasting writer of
     `--async-save`, which Megatron ends with a message.
     """
-
-    def shielded(start: Callable) -> Callable:
-        @functools.wraps(start)
-        def start_shielded(*args, **kwargs):
-            with signals.withheld():
-                return start(*args, **kwargs)
-
-        return start_shielded
-
-    for name in writers:
-        files: Any = importlib.import_module(name)
-        files.get_write_results_queue = shielded(files.get_write_results_queue)
     initialize: Any = importlib.import_module("megatron.training.initialize")
-    initialize.init_persistent_async_worker = shielded(initialize.init_persistent_async_worker)
+    start_writer = initialize.init_persistent_async_worker
+
+    @functools.wraps(start_writer)
+    def init_persistent_async_worker(*args, **kwargs):
+        with signals.withheld():
+            return start_writer(*args, **kwargs)
+
+    initialize.init_persistent_async_worker = init_persistent_async_worker
+    for name in writers:
+        _shield_results(importlib.import_module(name))
     atexit.register(signals.kill_helpers)
+
+
+def _shield_results(files: Any) -> None:
+    get = files.get_write_results_queue
+
+    @functools.wraps(get)
+    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        with (
+            signals.withheld()
+        ):  # never "fork": it would keep the rank's files open, and not see its end
+            return get("spawn")
+
+    files.get_write_results_queue = get_write_results_queue
 
 
 def _patch_writers(keeper: CheckpointKeeper, writers: Sequence[str]) -> None:

@@ -65,15 +65,22 @@ def kill_helpers() -> None:
 
 
 def end_with_parent() -> None:
-    """Let this helper process end when the process that spawned it is gone, even by SIGKILL."""
+    """Let this helper process end when the process that started it is gone, even by SIGKILL.
+
+    So do those that are forked from it: a fork server reads the main file in the place of its children.
+    """
 
     def watch_parent() -> None:
         while (parent := multiprocessing.parent_process()) is None:
-            time.sleep(0.1)  # it is not known before the helper has read all it is started with
+            time.sleep(1)  # it is known once the helper has read all it is started with
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=watch_parent, daemon=True).start()
+    def start_watching() -> None:
+        threading.Thread(target=watch_parent, daemon=True).start()
+
+    start_watching()
+    os.register_at_fork(after_in_child=start_watching)
 
 
 def leave(number: int, when: str) -> None:
