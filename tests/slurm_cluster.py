@@ -1,4 +1,4 @@
-"""Two SLURM nodes on this machine, as its user: SLURM's own daemons, with a network of their own ports."""
+"""SLURM nodes on this machine, as its user: SLURM's own daemons, with a network of their own ports."""
 
 import contextlib
 import os
@@ -6,12 +6,13 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+PARTITION = "all"
 CONFIGURATION = """\
-ClusterName=two
+ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 AuthInfo=socket={folder}/munge.socket
@@ -21,7 +22,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/%n.log
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/affinity
 ReturnToService=2
@@ -29,32 +30,41 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MailProg=/bin/true
 GresTypes=gpu
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 Gres=gpu:1
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 Gres=gpu:1
-PartitionName=gpu Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName={partition} Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=8000"
+)
+
+
+class NotStarted(RuntimeError):
+    """The daemons do not come up here; what they log is the message."""
 
 
 def missing() -> str | None:
-    """What keeps a cluster from being started: nobody asked for daemons, or something is not there."""
-    if os.environ.get("SLURM_TESTS") != "1":
-        return "SLURM_TESTS=1 is not set: starts munged, slurmctld and slurmd, 8 minutes"
-    lacks = [name for name in DAEMONS if shutil.which(name) is None]
+    """What keeps a cluster from being started."""
+    lacks = [name for name in PROGRAMS if shutil.which(name) is None]
     if lacks:
         return f"no {', '.join(lacks)}: apt install slurm-wlm munge"
     return None if os.geteuid() == 0 else "slurmd needs root"
 
 
 @contextlib.contextmanager
-def start(folder: Path) -> Iterator[dict[str, str]]:
-    """Give the environment in which SLURM's commands talk to the cluster."""
-    for name in ("state", "node1", "node2"):
+def start(
+    folder: Path, *, num_nodes: int = 1, cpus: int = 1, gpus: int = 0
+) -> Iterator[dict[str, str]]:
+    """Give the environment in which SLURM's commands talk to the cluster.
+
+    Args:
+        folder: Where the daemons keep their files.
+        cpus: Of each node; SLURM believes it.
+        gpus: Likewise, 0 or 1; its device is /dev/null.
+    Raises: NotStarted: the nodes are not there in time.
+    """
+    nodes = [f"node{number}" for number in range(1, num_nodes + 1)]
+    for name in ("state", *nodes):
         (folder / name).mkdir(parents=True)
-    host = socket.gethostname()
-    (folder / "slurm.conf").write_text(
-        CONFIGURATION.format(folder=folder, host=host, ports=free_ports(3))
-    )
-    (folder / "gres.conf").write_text("Name=gpu Count=1 File=/dev/null\n")
+    _configure(folder, nodes, cpus, gpus)
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
@@ -64,19 +74,19 @@ def start(folder: Path) -> Iterator[dict[str, str]]:
     commands = [
         ["munged", "--foreground", "--force", f"--key-file={key}", *munge],
         ["slurmctld", "-D"],
-        ["slurmd", "-D", "-N", "node1"],
-        ["slurmd", "-D", "-N", "node2"],
+        *(["slurmd", "-D", "-N", name] for name in nodes),
     ]
     daemons = []
     try:
-        for command in commands:
-            log = (folder / "daemons.log").open("a")
-            daemons.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
-            )
-            if command[0] == "munged":
-                _wait(lambda: (folder / "munge.socket").exists(), folder)
-        _wait(lambda: ask(environment, "sinfo", "-h", "-o", "%T %D") == "idle 2", folder)
+        with (folder / "daemons.log").open("a") as log:
+            for command in commands:
+                daemons.append(
+                    subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
+                )
+                if command[0] == "munged":
+                    _wait((folder / "munge.socket").exists, folder)
+        idle = f"idle {num_nodes}"
+        _wait(lambda: ask(environment, "sinfo", "-h", "-o", "%T %D") == idle, folder)
         yield environment
     finally:
         subprocess.run(["scancel", "--user", "root"], env=environment, check=False)
@@ -94,6 +104,17 @@ def ask(environment: dict[str, str], *command: str) -> str:
     ).stdout.strip()
 
 
+def _configure(folder: Path, nodes: list[str], cpus: int, gpus: int) -> None:
+    host, (port, *ports) = socket.gethostname(), free_ports(1 + len(nodes))
+    text = CONFIGURATION.format(folder=folder, host=host, port=port, partition=PARTITION)
+    for name, own in zip(nodes, ports, strict=True):
+        text += NODE.format(name=name, host=host, port=own, cpus=cpus)
+        text += f" Gres=gpu:{gpus}\n" if gpus else "\n"
+    (folder / "slurm.conf").write_text(text)
+    if gpus:
+        (folder / "gres.conf").write_text(f"Name=gpu Count={gpus} File=/dev/null\n")
+
+
 def free_ports(number: int) -> list[int]:
     """Ports that nobody listens at."""
     with contextlib.ExitStack() as stack:
@@ -103,9 +124,10 @@ def free_ports(number: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _wait(condition, folder: Path, seconds: float = 60) -> None:
+def _wait(condition: Callable[[], bool], folder: Path, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        logs = [path.read_text(errors="replace")[-1500:] for path in sorted(folder.glob("*.log"))]
-        assert time.monotonic() < deadline, "\n".join(logs)
+        if time.monotonic() > deadline:
+            logs = sorted(folder.glob("*.log"))
+            raise NotStarted("\n".join(path.read_text(errors="replace")[-1500:] for path in logs))
         time.sleep(0.3)
