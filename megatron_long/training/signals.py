@@ -67,7 +67,8 @@ def kill_helpers() -> None:
 def end_with_parent() -> None:
     """Let this helper process end when the process that started it is gone, even by SIGKILL.
 
-    So do those that are forked from it: a fork server reads the main file in the place of its children.
+    So do those that are forked from it: the fork server of newer Pythons reads the main file in the place of
+    its children.
     """
 
     def watch_parent() -> None:

@@ -30,12 +30,15 @@ print(queue.get(), flush=True)
 raise OSError
 """
 MAIN_FILE = """
-import multiprocessing
+import multiprocessing, time
 from megatron_long.training import signals
 if __name__ == "__mp_main__":
     signals.end_with_parent()
 elif __name__ == "__main__":
-    helper = multiprocessing.get_context("spawn").Manager()
+    results = multiprocessing.get_context("spawn").Manager()
+    server = multiprocessing.get_context("forkserver")
+    writer = server.Process(target=time.sleep, args=(600,), daemon=True)
+    writer.start()
     print("started", flush=True)
     input()
 """
@@ -73,5 +76,6 @@ def test_helpers_end_when_the_parent_is_killed(tmp_path):
     script = tmp_path / "main.py"
     script.write_text(MAIN_FILE)
     process, helpers = start(script)
+    assert len(helpers) == 4  # a resource tracker, the results, a fork server and its child
     process.kill()
     assert psutil.wait_procs(helpers, 10)[1] == []
