@@ -115,7 +115,9 @@ def job(cluster, tmp_path, tiny_dataset, run_job) -> Iterator[Job]:
 
 def test_time_limit_saves_and_the_queued_job_goes_on(job):
     """The signal is SLURM's own, a minute before the limit; the job comes back from the queue by itself."""
-    job.submit(["--time=4", "--signal=B:USR1@60"], "--train-iters", 100_000)
+    flags = ("--train-iters", 100_000, "--save-interval", 50)
+    job.submit(["--time=4", "--signal=B:USR1@60"], *flags)
+    job.wait(lambda: (job.output / "iter_0000050").is_dir(), 200)  # its helpers get the signal, too
     job.wait(lambda: "time is up, queued again" in job.said(), 300)
     assert job.saved() == job.steps() >= 1, job.said()
     before = job.steps()
@@ -143,8 +145,8 @@ def test_lost_node_loses_one_save_interval_at_most(job):
 
 @pytest.mark.parametrize("options", [(), ("--batch", "--signal=TERM")], ids=["all", "script"])
 def test_cancelled_job_saves_and_is_not_queued_again(options, job):
-    job.submit(["--time=30"], "--train-iters", 100_000)
-    job.wait(lambda: job.steps() >= 2)
+    job.submit(["--time=30"], "--train-iters", 100_000, "--save-interval", 50)
+    job.wait((job.output / "iter_0000050").is_dir)
     job.ask("scancel", *options, job.number)
     job.wait(lambda: job.state() not in ("RUNNING", "COMPLETING"))
     assert job.state() == ("COMPLETED" if options else "CANCELLED")
