@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import sys
 import textwrap
 from collections.abc import Callable
@@ -25,13 +26,15 @@ def tool_parser(documentation: str | None) -> argparse.ArgumentParser:
     )
 
 
-def run_tool(main: Callable[[], int | None]) -> int:
+def run_tool(main: Callable[[], int | None], *, prints_result: bool = True) -> int:
     """Run a tool's `main` and give its exit status.
 
     Only rank 0 prints, so that a torchrun job shows the message once.
 
     Args:
         main: The tool; returns None or an exit status.
+        prints_result: Whether the tool has done its work when nobody reads its output any more, as with
+            `| head`; training has not.
     Returns: 0 or what `main` returned; 2 after a `UserError`; 130 after Ctrl-C.
     """
     try:
@@ -44,9 +47,21 @@ def run_tool(main: Callable[[], int | None]) -> int:
                 file=sys.stderr,
             )
         return USER_ERROR_STATUS
-    except BrokenPipeError:  # of `| head`: nobody reads the rest
+    except BrokenPipeError:
+        if not prints_result or not _nobody_reads_stdout():
+            raise  # the pipe of something else, as of a process that has died
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _nobody_reads_stdout() -> bool:
+    try:
+        stdout = sys.stdout.fileno()
+    except (AttributeError, OSError):  # none, or replaced by something that is no file
+        return False
+    errors = select.poll()
+    errors.register(stdout, 0)  # errors are always reported
+    return bool(errors.poll(0))

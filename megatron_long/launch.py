@@ -84,4 +84,4 @@ def _hand_on(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(main, prints_result=False))

@@ -240,5 +240,7 @@ class _LossLog:
             file.write(json.dumps(record) + "\n")
 
 
-if __name__ == "__main__":
-    sys.exit(run_tool(main))
+if __name__ == "__mp_main__":  # a helper process that Megatron spawns imports this file once more
+    signals.end_with_parent()
+elif __name__ == "__main__":
+    sys.exit(run_tool(main, prints_result=False))

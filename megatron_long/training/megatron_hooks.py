@@ -5,17 +5,19 @@ of some of them. Beside `megatron_adapter`, the only file that knows `megatron.t
 symbol is in `tests/training/test_megatron_adapter.py`.
 """
 
+import atexit
 import functools
 import importlib
 import inspect
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_long.training import signals
 from megatron_long.training.checkpoint_choice import Choice
 from megatron_long.training.checkpoint_saving import CheckpointKeeper, ErrorKeepingStream
 from megatron_long.training.step_guard import FAULT_STATUS, StepGuard
@@ -41,7 +43,9 @@ CHANGED_SYMBOLS = {
     "megatron.core.dist_checkpointing.strategies.filesystem_async": (
         "FileSystemWriterAsync.finish",
         "_write_item",
+        "get_write_results_queue",
     ),
+    "megatron.training.initialize": ("init_persistent_async_worker",),
 }
 """What is replaced, by module."""
 
@@ -98,7 +102,11 @@ def install_keeper(keeper: CheckpointKeeper, args: Namespace, watchdog: Watchdog
     from megatron_long.training.guarded_step import all_finite, state_tensors
 
     training: Any = importlib.import_module("megatron.training.training")
-    _patch_writers(keeper, args)
+    writers = ["megatron.core.dist_checkpointing.strategies.filesystem_async"]
+    if args.async_save and args.async_strategy == "nvrx":
+        writers.append("nvidia_resiliency_ext.checkpointing.async_ckpt.filesystem_async")
+    _patch_writers(keeper, writers)
+    _shield_helpers(writers)
     save, save_and_time = training.save_checkpoint, training.save_checkpoint_and_time
     decide, settle = training.checkpoint_and_decide_exit, _survive_late(keeper, args, watchdog)
 
@@ -160,14 +168,43 @@ def _survive_late(
     return lambda: maybe_finalize_async_save(blocking=True)
 
 
-def _patch_writers(keeper: CheckpointKeeper, args: Namespace) -> None:
+def _shield_helpers(writers: Sequence[str]) -> None:
+    """Let no signal reach the processes that the last save needs.
+
+    They are the one that holds the writers' results, spawned at the first save, and the lasting writer of
+    `--async-save`, which Megatron ends with a message.
+    """
+    initialize: Any = importlib.import_module("megatron.training.initialize")
+    start_writer = initialize.init_persistent_async_worker
+
+    @functools.wraps(start_writer)
+    def init_persistent_async_worker(*args, **kwargs):
+        with signals.withheld():
+            return start_writer(*args, **kwargs)
+
+    initialize.init_persistent_async_worker = init_persistent_async_worker
+    for name in writers:
+        _shield_results(importlib.import_module(name))
+    atexit.register(signals.kill_helpers)
+
+
+def _shield_results(files: Any) -> None:
+    get = files.get_write_results_queue
+
+    @functools.wraps(get)
+    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        # Never "fork": it would keep the rank's files open, and not see its end.
+        with signals.withheld():
+            return get("spawn")
+
+    files.get_write_results_queue = get_write_results_queue
+
+
+def _patch_writers(keeper: CheckpointKeeper, writers: Sequence[str]) -> None:
     """Write to the keeper's folder; what fails on one process is kept, not raised there alone."""
     checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
     package: Any = importlib.import_module("megatron.core.dist_checkpointing")
     serialization: Any = importlib.import_module("megatron.core.dist_checkpointing.serialization")
-    writers = ["megatron.core.dist_checkpointing.strategies.filesystem_async"]
-    if args.async_save and args.async_strategy == "nvrx":
-        writers.append("nvidia_resiliency_ext.checkpointing.async_ckpt.filesystem_async")
     save = package.save
     write_item = importlib.import_module(writers[0])._write_item  # torch's, in both
 

@@ -1,12 +1,10 @@
 """One code path under every executor: the same bytes."""
 
+import contextlib
 import dataclasses
 import os
-import shutil
 import stat
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from megatron_long.data.mixture import Mixture
 from megatron_long.data.preprocess import preprocess
 from megatron_long.data.preprocess_config import PreprocessConfig
 from megatron_long.errors import ConfigError, DataError
+from tests import slurm_cluster
 from tests.data.conftest import files_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -105,93 +104,19 @@ def test_tasks_that_the_cluster_ended(config, tmp_path, fake_slurm):
 
 
 @pytest.fixture
-def real_slurm(tmp_path, importable):
-    """A cluster of this one machine: munged, slurmctld and slurmd, ended at the end of the test."""
+def real_slurm(tmp_path, importable, monkeypatch):
+    """A cluster of this one machine, ended at the end of the test."""
     pytest.importorskip("datatrove")
-    programs = ["munged", "slurmctld", "slurmd", "sbatch", "srun"]
-    if os.geteuid() != 0 or not all(shutil.which(program) for program in programs):
-        pytest.skip("needs root and slurm-wlm (Debian) to start a cluster")
-    cluster = Cluster(tmp_path / "slurm")
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
-
-
-class Cluster:
-    """One node, started with a configuration of its own."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.processes: list[subprocess.Popen] = []
-        folder.mkdir(mode=0o755)
-        (folder / "state").mkdir()
-        (folder / "spool").mkdir()
-
-    def start(self):
-        host = os.uname().nodename
-        key, socket = self.folder / "munge.key", self.folder / "munge.socket"
-        key.write_bytes(os.urandom(1024))
-        key.chmod(0o400)
-        text = f"""ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort=16817
-SlurmdPort=16818
-SlurmUser=root
-AuthType=auth/munge
-AuthInfo=socket={socket}
-CredType=cred/munge
-StateSaveLocation={self.folder}/state
-SlurmdSpoolDir={self.folder}/spool
-SlurmctldPidFile={self.folder}/slurmctld.pid
-SlurmdPidFile={self.folder}/slurmd.pid
-SlurmctldLogFile={self.folder}/slurmctld.log
-SlurmdLogFile={self.folder}/slurmd.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-MpiDefault=none
-ReturnToService=2
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} RealMemory=8000 State=UNKNOWN
-PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
-"""
-        (self.folder / "slurm.conf").write_text(text, encoding="utf-8")
-        os.environ["SLURM_CONF"] = str(self.folder / "slurm.conf")
-        munged = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={socket}"]
-        for name in ("pid", "log", "seed"):
-            munged.append(f"--{name}-file={self.folder}/munged.{name}")
-        self._run(munged)
-        time.sleep(1)
-        self._run(["slurmctld", "-D"])
-        time.sleep(1)
-        self._run(["slurmd", "-D"])
-        deadline = time.monotonic() + 60
-        while "idle" not in self._sinfo():
-            if time.monotonic() > deadline or any(p.poll() is not None for p in self.processes):
-                pytest.skip(f"SLURM does not start here: {self._sinfo()}")
-            time.sleep(1)
-
-    def stop(self):
-        for process in reversed(self.processes):
-            process.terminate()
-        for process in self.processes:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        os.environ.pop("SLURM_CONF", None)
-
-    def _run(self, command):
-        log = open(self.folder / f"{command[0]}.out", "wb")  # noqa: SIM115, ends with the process
-        self.processes.append(subprocess.Popen(command, stdout=log, stderr=log))
-
-    def _sinfo(self):
-        return subprocess.run(
-            ["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True
-        ).stdout
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+        cluster = slurm_cluster.start(tmp_path / "slurm", cpus=os.cpu_count() or 1)
+        try:
+            environment = stack.enter_context(cluster)
+        except slurm_cluster.NotStarted as error:
+            pytest.skip(f"SLURM does not start here: {error}")
+        monkeypatch.setenv("SLURM_CONF", environment["SLURM_CONF"])
+        yield
 
 
 @pytest.mark.slow
@@ -203,7 +128,7 @@ def test_slurm_on_a_cluster_of_one_node(config, tmp_path, real_slurm):
         executor="slurm",
         tasks=3,
         workers=2,
-        slurm_partition="all",
+        slurm_partition=slurm_cluster.PARTITION,
         memory_gb=1,
     )
     assert made == files_of(tmp_path / "local")

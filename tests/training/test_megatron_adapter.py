@@ -65,6 +65,11 @@ def test_initialize_megatron_can_do_without_cuda():
     assert "allow_no_cuda" in parameters("megatron.training.initialize", "initialize_megatron")
 
 
+def test_the_queue_of_results_is_told_how_to_start():
+    module = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    assert parameters(module, "get_write_results_queue") == ["mp_mode"]
+
+
 def test_pretrain_is_called_as_it_is_declared():
     names = parameters("megatron.training.training", "pretrain")
     assert names[:4] == [

@@ -1,5 +1,6 @@
 """Saves that fail, signals that are really sent, processes that are really killed."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_long.training.checkpoint_choice import check_whole, saved_iterations
@@ -174,6 +176,57 @@ def test_launcher_lets_training_save_and_leave(number, flags, tiny_dataset, tmp_
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
     assert tracked(tmp_path / "out") == count_lines(tmp_path / "log.jsonl") < 300
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--async-save",)], ids=["at once", "in the background"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_every_process_of_the_run(number, more, flags, tiny_dataset, tmp_path):
+    """As SLURM sends it, also to the helpers that an earlier save has started."""
+    out, log = tmp_path / "out", tmp_path / "log.jsonl"
+    launcher = start_launcher(
+        tiny_dataset, *flags, "--save-interval", 10, "--num-workers", 1, *more
+    )
+    try:
+        processes = wait_for_helpers(launcher, out)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a writer that is done
+                process.send_signal(number)
+        assert launcher.wait(GRACE_S) == 0
+        assert tracked(out) == count_lines(log) < 300
+        assert check_whole(out / f"iter_{tracked(out):07d}")
+        assert psutil.wait_procs(processes, 10)[1] == []
+    finally:
+        end_all(launcher)
+
+
+@pytest.mark.slow
+def test_helpers_of_a_killed_rank_end(flags, tiny_dataset, tmp_path):
+    launcher = start_launcher(tiny_dataset, *flags, "--save-interval", 10)
+    try:
+        processes = wait_for_helpers(launcher, tmp_path / "out")
+        processes[1].kill()
+        assert launcher.wait(GRACE_S) == 1
+        assert psutil.wait_procs(processes, 10)[1] == []
+    finally:
+        end_all(launcher)
+
+
+def wait_for_helpers(launcher: subprocess.Popen, out: Path) -> list[psutil.Process]:
+    """Wait for the first save; give the launcher, its two ranks, and what they have started."""
+    wait_until(lambda: (out / TRACKER).exists())
+    launching = psutil.Process(launcher.pid)
+    ranks = launching.children()
+    helpers = [helper for rank in ranks for helper in rank.children(recursive=True)]
+    assert len(ranks) == 2
+    assert len(helpers) >= 4  # a resource tracker and a spawned process each
+    return [launching, *ranks, *helpers]
+
+
+def end_all(launcher: subprocess.Popen) -> None:
+    if launcher.poll() is None:
+        for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
+            process.kill()
 
 
 @pytest.mark.slow

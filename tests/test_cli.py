@@ -1,0 +1,53 @@
+"""A reader that has enough is no error; any other broken pipe is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_long.cli import run_tool
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PRINT_MUCH = """
+import sys
+from megatron_long.cli import run_tool
+def main():
+    for number in range(100_000):
+        print(number)
+sys.exit(run_tool(main, prints_result={}))
+"""
+
+
+def write_to_nobody() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        os.write(writer, b"x")
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("buffering", "prints_result", "status"), [("", True, 0), ("-u", True, 0), ("", False, 1)]
+)
+def test_output_that_is_cut(buffering, prints_result, status):
+    """By a real `| head`; the tool's status, not that of head."""
+    pipeline = f'"$0" {buffering} -c "$1" | head -n 1; exit ${{PIPESTATUS[0]}}'
+    result = subprocess.run(
+        ["bash", "-c", pipeline, sys.executable, PRINT_MUCH.format(prints_result)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "0\n"
+    assert result.returncode == status
+    assert ("BrokenPipeError" in result.stderr) == (status != 0)
+    assert ("Traceback" in result.stderr) == (status != 0)
+
+
+@pytest.mark.parametrize("prints_result", [True, False])
+def test_another_broken_pipe_is_an_error(prints_result):
+    with pytest.raises(BrokenPipeError):
+        run_tool(write_to_nobody, prints_result=prints_result)
