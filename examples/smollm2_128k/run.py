@@ -17,7 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.smollm2_128k.job_runner import Machine, run_jobs
 from examples.smollm2_128k.phases import PHASES
-from examples.smollm2_128k.settings import Settings, add_flags, keep_settings, load_settings
+from examples.smollm2_128k.settings import (
+    Settings,
+    add_flags,
+    check_unchanged,
+    keep_settings,
+    load_settings,
+)
 from examples.smollm2_128k.work import Work
 from megatron_long.cli import run_tool, tool_parser
 from megatron_long.errors import ConfigError
@@ -40,6 +46,7 @@ def main() -> int:
     if "prepare" in args.phases:
         check_corpus(args.corpus, settings)
     if not args.dry_run:
+        check_unchanged(settings, args.work_dir / "settings.json")
         args.work_dir.mkdir(parents=True, exist_ok=True)
         keep_settings(settings, args.work_dir / "settings.json")
     os.chdir(REPOSITORY)
@@ -95,7 +102,8 @@ def check_corpus(corpus: Path | None, settings: Settings) -> None:
     if corpus is None:
         raise ConfigError("the phase prepare needs --corpus FOLDER, with *.jsonl and heldout/*.txt")
     if not any(corpus.glob("*.jsonl")):
-        raise ConfigError(f"--corpus {corpus} has no *.jsonl file; give the folder of the corpus")
+        state = "has no *.jsonl file" if corpus.is_dir() else "does not exist"
+        raise ConfigError(f"--corpus {corpus} {state}; give the folder of the corpus")
     missing = [name for name in settings.books if not (corpus / "heldout" / name).is_file()]
     if missing:
         there = sorted(path.name for path in (corpus / "heldout").glob("*.txt"))

@@ -148,7 +148,36 @@ def load_settings(args: argparse.Namespace, path: Path) -> Settings:
         values |= REHEARSAL
     given = {name: getattr(args, name) for name in values if getattr(args, name) is not None}
     values = {name: _plain(value) for name, value in (values | given).items()}
+    for name, value in values.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, int | float) and number <= 0 for number in numbers):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: it must be greater than 0")
     return Settings(**values)
+
+
+def check_unchanged(settings: Settings, path: Path) -> None:
+    """Refuse other settings than those with which phases of the work folder were done.
+
+    A learning rate may be given once the sweep is done, and in the place of the sweep.
+
+    Args:
+        settings: Those that would be kept.
+        path: Those that were; the markers of what is done lie beside it, in `done/`.
+    Raises: ConfigError: they differ.
+    """
+    if not path.is_file() or not any((path.parent / "done").glob("*")):
+        return
+    kept, asked = json.loads(path.read_text()), json.loads(json.dumps(asdict(settings)))
+    if kept.get("learning_rate") is None:
+        kept["learning_rate"] = asked["learning_rate"]
+    changed = [name for name, value in asked.items() if kept.get(name, value) != value]
+    if changed:
+        name = changed[0]
+        raise ConfigError(
+            f"{path.parent} has phases done with {name.replace('_', ' ')} {kept[name]}, and {asked[name]} is "
+            "asked for now: what is done would not be done again. Give another --work-dir, or leave the flag out"
+            + (f" (so with {', '.join(changed[1:])})" if changed[1:] else "")
+        )
 
 
 def keep_settings(settings: Settings, path: Path) -> None:

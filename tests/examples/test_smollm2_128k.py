@@ -19,7 +19,12 @@ from examples.smollm2_128k.divide_corpus import held_out_lines, write_rest
 from examples.smollm2_128k.job_runner import Job, Machine, run_jobs
 from examples.smollm2_128k.phases import PHASES
 from examples.smollm2_128k.run import _parser, main
-from examples.smollm2_128k.settings import Settings, keep_settings, load_settings
+from examples.smollm2_128k.settings import (
+    Settings,
+    check_unchanged,
+    keep_settings,
+    load_settings,
+)
 from examples.smollm2_128k.training import choose_rate
 from examples.smollm2_128k.work import Work
 from megatron_long.cli import run_tool
@@ -214,6 +219,28 @@ def test_time_limit_stops_a_job_and_starts_no_other(tmp_path, capsys):
     assert "a: stopped after" in printed
     assert "b: no time left" in printed
     assert not list((tmp_path / "done").iterdir())
+
+
+def test_done_phases_keep_their_settings(tmp_path):
+    path = tmp_path / "settings.json"
+    settings = Settings(main_steps=7)
+    check_unchanged(settings, path)
+    keep_settings(settings, path)
+    check_unchanged(replace(settings, main_steps=8), path)  # nothing is done yet
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "convert").touch()
+    check_unchanged(replace(settings, learning_rate=4e-4), path)
+    with pytest.raises(ConfigError, match="main steps 7, and 8 is asked for now"):
+        check_unchanged(replace(settings, main_steps=8), path)
+    keep_settings(replace(settings, learning_rate=4e-4), path)
+    with pytest.raises(ConfigError, match="learning rate"):
+        check_unchanged(settings, path)
+
+
+def test_settings_are_positive(tmp_path):
+    args = _parser().parse_args(["before", "--seq-length", "-5"])
+    with pytest.raises(ConfigError, match="--seq-length -5: it must be greater than 0"):
+        load_settings(args, tmp_path / "settings.json")
 
 
 def test_training_that_left_early_is_not_done(tmp_path, capsys):
