@@ -175,7 +175,7 @@ def check_unchanged(settings: Settings, path: Path) -> None:
         name = changed[0]
         raise ConfigError(
             f"{path.parent} has phases done with {name.replace('_', ' ')} {kept[name]}, and {asked[name]} is "
-            "asked for now: what is done would not be done again. Give another --work-dir, or leave the flag out"
+            "asked for now: what is done would not be done again. Give another --work-dir, or no flag"
             + (f" (so with {', '.join(changed[1:])})" if changed[1:] else "")
         )
 
