@@ -45,7 +45,7 @@ setup(
         "tiktoken": ["tiktoken"],
         "eval": ["rouge-score", "lm-eval[hf]>=0.4.13"],
         "dev": [
-            *("pytest", "pytest-xdist", "hypothesis", "tiktoken", "gguf", "rouge-score"),
+            *("pytest", "pytest-xdist", "hypothesis", "tiktoken", "gguf", "rouge-score", "wandb"),
             "accelerate",  # transformers reads GGUF files with it
             *("datatrove>=0.10,<0.11", "pyarrow"),
             *("ruff", "mypy", "types-tqdm", "types-PyYAML"),

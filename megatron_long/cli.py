@@ -29,7 +29,8 @@ def tool_parser(documentation: str | None) -> argparse.ArgumentParser:
 def run_tool(main: Callable[[], int | None], *, prints_result: bool = True) -> int:
     """Run a tool's `main` and give its exit status.
 
-    Only rank 0 prints, so that a torchrun job shows the message once.
+    Only the first rank of each node prints, so that a torchrun job shows the message once in each node's log:
+    a file may be missing on one of them.
 
     Args:
         main: The tool; returns None or an exit status.
@@ -40,7 +41,7 @@ def run_tool(main: Callable[[], int | None], *, prints_result: bool = True) -> i
     try:
         return main() or 0
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             paragraph = " ".join(f"error: {error}".split())
             print(
                 textwrap.fill(paragraph, width=100, break_long_words=False, break_on_hyphens=False),

@@ -41,6 +41,23 @@ def move_into_place(temporary: Path, path: Path) -> None:
     _replace(temporary, path)
 
 
+def append_whole(path: Path, text: str) -> None:
+    """Append text to a file, made if missing; a write that fails leaves the file as it was.
+
+    Raises: OSError: it could not be written, as on a full disk.
+    """
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        left = memoryview(text.encode("utf-8"))
+        try:
+            while left:
+                left = left[file.write(left) or 0 :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
+
+
 def refuse_overwrite(path: Path, *, force: bool, flag: str = "--output") -> None:
     """Raise unless `path` is free, an empty folder, or `force` is given.
 

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from types import FrameType
@@ -37,14 +38,26 @@ PATIENCE = 5
 """How many times `--hang-timeout` the monitor waits: our own watchdog comes first, and writes stacks."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun, or ft_launcher, with these arguments.
 
+    Returns: 0, or the status of the rank that failed first; 1 if a signal has killed it.
     Raises: ConfigError: `--enable-ft-package` without nvidia-resiliency-ext.
     """
     for number in LEAVE_SIGNALS:
         signal.signal(number, _hand_on)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _launch(words)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _tell(rank, failure.exitcode)
+    return 0
+
+
+def _launch(words: list[str]) -> None:
     if MONITOR_FLAG in words:
         if importlib.util.find_spec(MONITOR_PACKAGE) is None:
             raise ConfigError(f"{MONITOR_FLAG} needs nvidia-resiliency-ext: {MONITOR_REMEDY}")
@@ -55,6 +68,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     from torch.distributed import run
 
     run.main(["--signals-to-handle", OTHER_SIGNALS, *words])
+
+
+def _tell(rank: int, status: int) -> int:
+    """Say which rank failed in one line (torchrun takes thirty), and give the launcher's status."""
+    host = socket.gethostname()
+    if status >= 0:
+        print(f"error: rank {rank} on {host} ended with status {status}", file=sys.stderr)
+        return status
+    name = signal.Signals(-status).name
+    hint = ": the kernel does that when memory runs out" if name == "SIGKILL" else ""
+    print(f"error: rank {rank} on {host} was killed by {name}{hint}", file=sys.stderr)
+    return 1
 
 
 def monitor_flags(words: Sequence[str]) -> list[str]:

@@ -5,7 +5,6 @@ The loop is Megatron's own `megatron.training.pretrain`. Its flags all work; our
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ PROGRAM_START = time.time()
 from megatron_long.cli import run_tool
 from megatron_long.conversion.sources import read_config, read_source_geometry
 from megatron_long.data.manifest import read_manifest
+from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import geometry_from_args
 from megatron_long.training import hugging_face, signals
 from megatron_long.training.arguments import (
@@ -47,6 +47,7 @@ from megatron_long.training.reliability import (
     make_snapshot,
     record_sidecars,
 )
+from megatron_long.training.side_output import LossLog, keep_standard_streams
 from megatron_long.training.watchdog import Watchdog
 
 
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns: Exit status.
     """
     signals.leave_before_training()
+    keep_standard_streams()
     user_argv = list(sys.argv[1:] if argv is None else argv)
     arguments, args, start = prepare(user_argv)
     from megatron_long.training import megatron_adapter, megatron_hooks
@@ -72,13 +74,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     live = plan_live_evaluation(args, arguments.dataset, tokenizer_dir(arguments, args))
     megatron_adapter.install_patches(output_layer_is_called=arguments.megatron_loss)
     if arguments.loss_log:
-        megatron_hooks.install_listener(_LossLog(Path(arguments.loss_log)))
+        log = LossLog(Path(arguments.loss_log), writes=args.rank == args.world_size - 1)
+        megatron_hooks.install_listener(log)
+    megatron_hooks.install_surviving_logs()
     if start.choice is not None:
         megatron_hooks.load_from(start.choice, args)
     megatron_adapter.validate_flags(args)
     if args.save and args.rank == 0:
-        write_sidecars(Path(args.save), arguments, args, user_argv)
-        record_sidecars(Path(args.save), start)
+        try:
+            write_sidecars(Path(args.save), arguments, args, user_argv)
+            record_sidecars(Path(args.save), start)
+        except OSError as error:
+            raise ConfigError(
+                f"--save {args.save} cannot be written to ({error}); nothing has been trained"
+            ) from error
     _train(arguments, args, start, user_argv, live)
     _export(arguments, args)
     return 0
@@ -220,24 +229,6 @@ def _evaluator(
         live.run(scorer, iteration, Logs(tensorboard, wandb))
 
     return evaluate
-
-
-class _LossLog:
-    """Appends the unrounded figures of each step to a JSON-lines file, from the last rank."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __call__(self, iteration: int, losses: dict, grad_norm: float | None) -> None:
-        import torch
-
-        if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
-            return
-        figures = {name: float(value) for name, value in losses.items()}
-        record = {"iteration": iteration, **figures, "grad_norm": grad_norm}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__mp_main__":  # a helper process that Megatron spawns imports this file once more

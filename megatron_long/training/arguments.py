@@ -129,6 +129,27 @@ def check_monitor(args: Namespace) -> None:
         raise ConfigError(f"{MONITOR_FLAG} keeps its timeouts beside the checkpoints; give --save")
 
 
+def check_wandb(args: Namespace) -> None:
+    """Refuse to log to W&B where Megatron could not.
+
+    Raises: ConfigError: the package, the run's name or a folder is missing.
+    """
+    if not args.wandb_project:
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"--wandb-project {args.wandb_project} needs wandb, which is not installed: pip install wandb"
+        )
+    if not args.wandb_exp_name:
+        raise ConfigError(
+            f"--wandb-project {args.wandb_project} needs a name for the run; give --wandb-exp-name"
+        )
+    if not args.wandb_save_dir and not args.save:
+        raise ConfigError(
+            "--wandb-project keeps its files beside the checkpoints; give --save or --wandb-save-dir"
+        )
+
+
 def check_monitor_is_there(args: Namespace) -> None:
     """Refuse to train beside a monitor that was not started.
 

@@ -25,6 +25,7 @@ from megatron_long.training.arguments import (
     check_reliability,
     check_rope,
     check_start_and_end,
+    check_wandb,
     choose_async_writer,
 )
 from megatron_long.training.backend import GUARD_ARGV, Backend, split_flags
@@ -69,6 +70,7 @@ def parse(
     check_start_and_end(arguments, args)
     check_reliability(arguments, args)
     check_monitor(args)
+    check_wandb(args)
     choose_async_writer(args)
     check_layout(args, world_size)
     check_rope(args)

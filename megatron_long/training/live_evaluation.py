@@ -41,6 +41,7 @@ from megatron_long.evaluation.needle_tasks import SENTENCE, NeedleTask
 from megatron_long.evaluation.plots import heatmap_figure, position_figure, save_figure
 from megatron_long.evaluation.position_loss import default_buckets, loss_by_position
 from megatron_long.files import atomic_path
+from megatron_long.training.side_output import survived
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,9 +104,7 @@ class Logs:
         if self.tensorboard is not None:
             self.tensorboard.add_figure(name, figure, iteration, close=False)
         if self.wandb is not None:
-            import wandb
-
-            self.wandb.log({name: wandb.Image(figure)}, iteration)
+            self.wandb.log({name: self.wandb.Image(figure)}, iteration)
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,8 @@ class LiveEvaluation:
             self._run_loss(self.loss, scorer, folder, iteration, logs)
         if scorer.is_writer:
             progress = {"iteration": iteration, "tokens": iteration * self.tokens_per_step}
-            with atomic_path(folder / PROGRESS_NAME) as temporary:
+            path = folder / PROGRESS_NAME
+            with survived(str(path)), atomic_path(path) as temporary:
                 temporary.write_text(json.dumps(progress) + "\n", encoding="utf-8")
 
     def _run_needle(
@@ -166,8 +166,9 @@ class LiveEvaluation:
             results, title=f"Needle in a haystack, step {iteration}"
         )
         if scorer.is_writer:
-            write_needle_report(folder / "needle.json", NeedleReport(settings, results))
-            save_figure(figure(), folder / "needle.png")
+            with survived(f"needle results in {folder}"):
+                write_needle_report(folder / "needle.json", NeedleReport(settings, results))
+                save_figure(figure(), folder / "needle.png")
         if logs != Logs():
             for name, value in summarize(results, None)["all"].items():
                 if name != "num_cells":
@@ -181,8 +182,9 @@ class LiveEvaluation:
         settings = _at_iteration(plan.settings, iteration)
         title = f"Loss by position in the document, step {iteration}"
         if scorer.is_writer:
-            write_loss_report(folder / "loss.json", LossReport(settings, loss))
-            save_figure(position_figure(loss, title=title), folder / "loss.png")
+            with survived(f"losses by position in {folder}"):
+                write_loss_report(folder / "loss.json", LossReport(settings, loss))
+                save_figure(position_figure(loss, title=title), folder / "loss.png")
         if logs != Logs():
             for bucket in settings.buckets:
                 for source in (*loss.loss_sums, None):

@@ -151,8 +151,8 @@ def validate_flags(args: Namespace, *, quiet: bool = False) -> None:
         quiet: Leave out the list of all 800 values, which Megatron prints.
     Raises: ConfigError: Megatron refuses them; its words are kept.
     """
+    from megatron.training import global_vars
     from megatron.training.arguments import validate_args
-    from megatron.training.global_vars import set_global_variables
 
     try:
         with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
@@ -160,14 +160,32 @@ def validate_flags(args: Namespace, *, quiet: bool = False) -> None:
     except (AssertionError, ValueError) as error:
         reason = str(error) or "an unnamed assertion, see the line below"
         raise ConfigError(f"Megatron refuses these flags: {reason}") from error
+    if args.tokenizer_type is None:
+        raise ConfigError(
+            "these data have no tokenizer: give --tokenizer-type and --tokenizer-model, or --tokenizer-type "
+            "NullTokenizer --vocab-size N where tokens are numbers already"
+        )
     if host_backend.is_installed():
         args.use_persistent_ckpt_worker = False  # it would look for a GPU; a forked process writes
-    set_global_variables(args)
+    build = global_vars.build_tokenizer
+    global_vars.build_tokenizer = functools.partial(_build_tokenizer, build)
+    try:
+        global_vars.set_global_variables(args)
+    finally:
+        global_vars.build_tokenizer = build
     if args.exit_signal_handler:
-        from megatron.training.global_vars import get_signal_handler
-
-        handler = get_signal_handler()
+        handler = global_vars.get_signal_handler()
         signals.watch(lambda: setattr(handler, "_signal_received", True))
+
+
+def _build_tokenizer(build: Callable, args: Namespace) -> Any:
+    try:
+        return build(args)
+    except Exception as error:  # whatever a tokenizer's package raises
+        raise ConfigError(
+            f"Megatron cannot make a tokenizer of --tokenizer-type {args.tokenizer_type} --tokenizer-model "
+            f"{args.tokenizer_model} --vocab-size {args.vocab_size} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def build_model_config(args: Namespace) -> Any:

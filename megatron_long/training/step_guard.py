@@ -19,6 +19,8 @@ import numpy as np
 
 from megatron_long.data.indexed import IndexedDatasetReader
 from megatron_long.data.manifest import DOCUMENTS_FILE, TRAIN_PREFIX, read_manifest
+from megatron_long.files import append_whole
+from megatron_long.training.side_output import survived
 
 FAULT_STATUS = 3
 """Exit status of a run that ended for faulty steps, or for weights that are not finite."""
@@ -135,9 +137,10 @@ class StepGuard:
             "windows": windows,
         }
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / FAULTS_NAME).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            path = self.folder / FAULTS_NAME
+            with survived(str(path)):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                append_whole(path, json.dumps(record) + "\n")
         documents = [doc for window in windows for doc in window["documents"]]
         names = [f"{doc['source']} {doc['id']}" for doc in documents[:5]]
         logger.warning(

@@ -22,6 +22,7 @@ from megatron_long.cli import run_tool
 from megatron_long.model.attention import ContextParallelAttention
 from megatron_long.training import batch
 from megatron_long.training.documents import PaddedDocuments
+from megatron_long.training.side_output import LossLog
 
 
 class GatherRanks(torch.autograd.Function):
@@ -69,7 +70,7 @@ def packed_attention(self, query, key, value, attention_mask, **arguments) -> to
 def main() -> int:
     path, attention, *argv = sys.argv[1:]
     models: list[torch.nn.Module] = []
-    stock_step, stock_log = batch.forward_step, pretrain._LossLog.__call__
+    stock_step, stock_log = batch.forward_step, LossLog.__call__
 
     def forward_step(settings, iterator, model):
         models.append(model)
@@ -81,7 +82,7 @@ def main() -> int:
             torch.save(gradients, path)
         stock_log(self, iteration, losses, grad_norm)
 
-    batch.forward_step, pretrain._LossLog.__call__ = forward_step, log
+    batch.forward_step, LossLog.__call__ = forward_step, log
     if attention == "thd":
         pretrain.attention_format = lambda args: "thd"
         ContextParallelAttention.forward = packed_attention

@@ -66,13 +66,15 @@ def flags(base, tmp_path) -> tuple:
 FULL_DISK = """
 set -e
 mount -t tmpfs -o size=6m none "$1"
-head -c 6000000 /dev/zero > "$1/ballast"
-(for i in {1..3000}; do grep -q "could not be saved" "$1.log" && break; sleep 0.05; done
+(until [ -e "$1/ckpt/hashes.json" ]; do sleep 0.02; done  # the run has begun
+ cat /dev/zero > "$1/ballast" || true
+ for i in {1..3000}; do grep -q "could not be saved" "$1.log" && break; sleep 0.05; done
  rm "$1/ballast") > /dev/null 2>&1 &
 shift 1
 "$@" > "$DISK.log" 2>&1 || { cat "$DISK.log" >&2; exit 1; }
 find "$DISK" -type f
 cp "$DISK/ckpt/latest_checkpointed_iteration.txt" "$DISK.tracker"
+cp "$DISK/log.jsonl" "$DISK.jsonl"
 """
 
 
@@ -80,13 +82,18 @@ cp "$DISK/ckpt/latest_checkpointed_iteration.txt" "$DISK.tracker"
 @pytest.mark.skipif(not can_mount(), reason="no right to mount a small file system")
 @pytest.mark.parametrize("more", [(), ("--async-save",)], ids=["at once", "in the background"])
 def test_a_full_disk_does_not_end_training(more, tiny_dataset, read_log, tmp_path):
-    """The first save fails; it is tried again soon, and all steps are trained."""
-    disk, log = tmp_path / "disk", tmp_path / "log.jsonl"
+    """The first save fails; it is tried again soon, and all steps are trained.
+
+    Losses, TensorBoard and evaluations are on that disk too, as the launch script has them.
+    """
+    disk, log = tmp_path / "disk", tmp_path / "disk.jsonl"
     disk.mkdir()
     command = [sys.executable, "-m", "megatron_long.pretrain", *FLAGS, "--dataset", tiny_dataset]
     command += ["--train-iters", 30, "--save-interval", 6]
     command += ["--save", disk / "ckpt", "--keep-last", 1]
-    command += ["--loss-log", log, "--use-distributed-optimizer", *more]
+    command += ["--loss-log", disk / "log.jsonl", "--tensorboard-dir", disk / "board"]
+    command += ["--position-loss-interval", 3, "--position-loss-documents", 1]
+    command += ["--log-interval", 1, "--use-distributed-optimizer", *more]
     environment = {**os.environ, "DISK": str(disk), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*NAMESPACE, "bash", "-c", FULL_DISK, "bash", *map(str, (disk, *command))],
@@ -109,7 +116,9 @@ def test_a_full_disk_does_not_end_training(more, tiny_dataset, read_log, tmp_pat
         assert "the next try is at iteration 7" in failed[0]
     assert len(failed) < 4
     assert (tmp_path / "disk.tracker").read_text() == "30"
-    folders = {Path(line).parent.name for line in result.stdout.splitlines() if "iter_" in line}
+    folders = {
+        Path(line).parent.name for line in result.stdout.splitlines() if "/ckpt/iter_" in line
+    }
     assert folders == {"iter_0000030"}
 
 
