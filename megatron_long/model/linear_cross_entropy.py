@@ -99,7 +99,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight = weight
         ctx.mark_non_differentiable(losses)
-        return torch.sum(losses * loss_mask), losses
+        # A masked position may have a label outside the vocabulary, whose loss is infinite.
+        return torch.sum(losses.masked_fill(loss_mask == 0, 0.0) * loss_mask), losses
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple:

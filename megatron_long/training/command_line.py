@@ -33,6 +33,7 @@ from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TOKENIZER_D
 from megatron_long.training.checkpoint_hashes import check_sidecars
 from megatron_long.training.live_evaluation import EvaluationArguments
 from megatron_long.training.recipe import build_recipe
+from megatron_long.training.recipe_flags import follow_user
 from megatron_long.training.rope import stretch_rope
 
 
@@ -55,7 +56,8 @@ def parse(
         if folder:
             check_sidecars(Path(folder))
     model = _stretched(arguments, early, _model_geometry(arguments, early))
-    argv = [*_recipe_argv(arguments, model, backend), *_dataset_argv(arguments)]
+    argv = follow_user(_recipe_argv(arguments, model, backend), user_argv)
+    argv += _dataset_argv(arguments)
     argv += split_flags(GUARD_ARGV)
     args = megatron_adapter.parse_flags([*argv, *user_argv], _add_own_flags)
     arguments = _own_arguments(args)
@@ -121,12 +123,14 @@ def check_dataset(manifest: Manifest, args: argparse.Namespace) -> None:
 def _check_windows(manifest: Manifest, args: argparse.Namespace) -> None:
     held = max(manifest.train.num_tokens - 1, 0) // args.seq_length
     asked = args.train_samples or (args.train_iters or 0) * (args.global_batch_size or 0)
+    by = f"--train-iters {args.train_iters} * --global-batch-size {args.global_batch_size}"
+    if args.train_samples:
+        by = f"--train-samples {args.train_samples}"
     if asked <= held or args.allow_repeat:
         return
     raise ConfigError(
-        f"--train-iters {args.train_iters} * --global-batch-size {args.global_batch_size} asks for "
-        f"{asked:,} windows of --seq-length {args.seq_length}, and one pass over --dataset "
-        f"{args.dataset} ({manifest.train.num_tokens:,} tokens) holds {held:,}; lower --train-iters, "
+        f"{by} asks for {asked:,} windows of --seq-length {args.seq_length}, and one pass over --dataset "
+        f"{args.dataset} ({manifest.train.num_tokens:,} tokens) holds {held:,}; lower it, "
         "prepare more tokens (--train-tokens of tools/preprocess_mix.py), or give --allow-repeat"
     )
 

@@ -3,6 +3,7 @@
 Shapes: d data-parallel ranks, m micro-batches of a step.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -78,10 +79,27 @@ def guard_optimizer(
     @torch.no_grad()
     def prepare_grads() -> bool:
         overflow = stock()
+        micro_losses = losses.reduce()
+        if overflow and _lowers_loss_scale(optimizer) and _finite(micro_losses):
+            return True  # FP16 finds its loss scale so: Megatron leaves the step out, and it is no fault
         norm = optimizer.get_grad_norm()
-        return guard.judge(iteration(), losses.reduce(), float(norm or 0.0)) or overflow
+        return guard.judge(iteration(), micro_losses, float(norm or 0.0)) or overflow
 
     optimizer.prepare_grads = prepare_grads
+
+
+def _lowers_loss_scale(optimizer: Any) -> bool:
+    """Whether the loss scale of FP16 can go down after an overflow."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        scaler = getattr(part, "grad_scaler", None)
+        lowest = getattr(scaler, "min_scale", None)  # a constant scaler has none
+        if lowest is not None and bool(scaler.scale > lowest):
+            return True
+    return False
+
+
+def _finite(losses: MicroLosses) -> bool:
+    return all(math.isfinite(loss) for rank in losses for loss, _ in rank)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

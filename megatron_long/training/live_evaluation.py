@@ -20,6 +20,7 @@ from megatron_long.errors import ConfigError
 from megatron_long.evaluation.batches import TokenScorer
 from megatron_long.evaluation.haystack import read_haystack
 from megatron_long.evaluation.held_out import HeldOutDocument, open_held_out, select_documents
+from megatron_long.evaluation.inputs import check_output
 from megatron_long.evaluation.loss_report import (
     ALL_SOURCES,
     LossReport,
@@ -130,8 +131,8 @@ class LiveEvaluation:
     """What is measured when, and where it goes."""
 
     folder: Path
-    train_iters: int
-    tokens_per_step: int
+    args: Namespace
+    """The run's flags, where Megatron also counts; some values are known only after its own checks."""
     needle: NeedlePlan | None
     loss: LossPlan | None
 
@@ -142,7 +143,7 @@ class LiveEvaluation:
     def _is_due(self, plan: NeedlePlan | LossPlan | None, iteration: int) -> bool:
         if plan is None:
             return False
-        return iteration % plan.interval == 0 or iteration == self.train_iters
+        return iteration % plan.interval == 0 or iteration == self.args.train_iters
 
     def run(self, scorer: TokenScorer, iteration: int, logs: Logs) -> None:
         """Measure; every rank of the job calls this with the model in evaluation mode."""
@@ -152,7 +153,8 @@ class LiveEvaluation:
         if self.loss is not None and self._is_due(self.loss, iteration):
             self._run_loss(self.loss, scorer, folder, iteration, logs)
         if scorer.is_writer:
-            progress = {"iteration": iteration, "tokens": iteration * self.tokens_per_step}
+            tokens = self.args.consumed_train_samples * self.args.seq_length
+            progress = {"iteration": iteration, "tokens": tokens}
             path = folder / PROGRESS_NAME
             with survived(str(path)), atomic_path(path) as temporary:
                 temporary.write_text(json.dumps(progress) + "\n", encoding="utf-8")
@@ -221,10 +223,14 @@ def plan_live_evaluation(
             "the flag for these, or evaluate the checkpoints with tools/evaluate_needle.py"
         )
     folder = Path(own.evaluation_dir or Path(args.save) / FOLDER_NAME)
+    check_output(folder / PROGRESS_NAME, force=True, flag="--evaluation-dir")
+    for name in ("needle_num_lengths", "needle_num_depths", "position_loss_documents"):
+        if getattr(own, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {getattr(own, name)} measures nothing; give 1 or more")
     return LiveEvaluation(
         folder=folder,
-        train_iters=args.train_iters or 0,
-        tokens_per_step=(args.global_batch_size or 0) * args.seq_length,
+        args=args,
         needle=_plan_needle(own, args, tokenizer),
         loss=_plan_loss(own, args, dataset),
     )
@@ -247,6 +253,11 @@ def _plan_needle(
         )
     text = read_haystack(Path(own.needle_haystack))
     tokenizer = load_tokenizer(tokenizer_path, "reference")
+    if (own.needle_min_length or 1) > args.seq_length:
+        raise ConfigError(
+            f"--needle-min-length {own.needle_min_length} is above --seq-length {args.seq_length}; give a "
+            "smaller one"
+        )
     lengths = spread_lengths(own.needle_min_length, args.seq_length, own.needle_num_lengths)
     depths = spread_depths(own.needle_num_depths)
     task = NeedleTask()
@@ -262,7 +273,13 @@ def _plan_needle(
         context_lengths=lengths,
         depths=depths,
     )
-    cases = build_cases(text, tokenizer, task, lengths, depths)
+    try:
+        cases = build_cases(text, tokenizer, task, lengths, depths)
+    except ConfigError as error:
+        raise ConfigError(
+            f"no heatmap of --needle-haystack {own.needle_haystack} up to --seq-length "
+            f"{args.seq_length}: {error}"
+        ) from error
     return NeedlePlan(own.needle_interval, cases, settings)
 
 

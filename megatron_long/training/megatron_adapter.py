@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import io
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def validate_flags(args: Namespace, *, quiet: bool = False) -> None:
         with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
             validate_args(args)
     except (AssertionError, ValueError) as error:
-        reason = str(error) or "an unnamed assertion, see the line below"
+        reason = str(error) or _source_line(error)
         raise ConfigError(f"Megatron refuses these flags: {reason}") from error
     if args.tokenizer_type is None:
         raise ConfigError(
@@ -176,6 +177,12 @@ def validate_flags(args: Namespace, *, quiet: bool = False) -> None:
     if args.exit_signal_handler:
         handler = global_vars.get_signal_handler()
         signals.watch(lambda: setattr(handler, "_signal_received", True))
+
+
+def _source_line(error: BaseException) -> str:
+    """What an assertion without words has asserted."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"`{frames[-1].line}` does not hold"
 
 
 def _build_tokenizer(build: Callable, args: Namespace) -> Any:

@@ -67,6 +67,18 @@ def test_when_it_is_due(tmp_path, tiny_dataset):
             {"position_loss_interval": 5, "num_layers_per_virtual_pipeline_stage": 2},
             "virtual pipeline stages",
         ),
+        (
+            {"needle_interval": 5, "needle_num_lengths": 0},
+            "--needle-num-lengths 0 measures nothing",
+        ),
+        (
+            {"position_loss_interval": 5, "position_loss_documents": -5},
+            "--position-loss-documents -5 measures nothing",
+        ),
+        (
+            {"position_loss_interval": 5, "evaluation_dir": "/dev/null/results"},
+            "--evaluation-dir /dev/null/results",
+        ),
     ],
 )
 def test_bad_flags_are_refused(flags, words, tmp_path, tiny_dataset):
