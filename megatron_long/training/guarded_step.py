@@ -91,7 +91,7 @@ def guard_optimizer(
 def _lowers_loss_scale(optimizer: Any) -> bool:
     """Whether the loss scale of FP16 can go down after an overflow."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        scaler = getattr(part, "grad_scaler", None)
+        scaler: Any = getattr(part, "grad_scaler", None)
         lowest = getattr(scaler, "min_scale", None)  # a constant scaler has none
         if lowest is not None and bool(scaler.scale > lowest):
             return True
