@@ -9,8 +9,9 @@ from megatron_long.errors import ConfigError
 def follow_user(recipe_argv: Sequence[str], user_argv: Sequence[str]) -> list[str]:
     """Let a recipe's flags follow those of the user that they depend on.
 
-    `--min-lr` is the user's `--lr` while the rate is constant, else 0; `--train-samples` and `--fp16` take
-    the place of `--train-iters` and `--bf16`; the positions reach as far as `--seq-length`.
+    `--min-lr` is the user's `--lr` while the rate is constant, else 0; `--train-samples`, `--fp16` and
+    `--step-batch-size-schedule` take the place of `--train-iters`, `--bf16` and `--global-batch-size`; the
+    positions reach as far as `--seq-length`.
 
     Args:
         recipe_argv: The words of the recipe, each value behind its flag.
@@ -30,6 +31,8 @@ def follow_user(recipe_argv: Sequence[str], user_argv: Sequence[str]) -> list[st
         argv = [*_without(argv, "--min-lr"), "--min-lr", rate if style == "constant" else "0"]
     if user.train_samples:
         argv = _without(argv, "--train-iters")
+    if user.step_batch_size_schedule:
+        argv = _without(argv, "--global-batch-size")
     if user.fp16:
         argv = [word for word in argv if word != "--bf16"]
     positions = recipe.max_position_embeddings
@@ -45,7 +48,14 @@ def follow_user(recipe_argv: Sequence[str], user_argv: Sequence[str]) -> list[st
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--lr", "--min-lr", "--lr-decay-style", "--train-samples"):
+    texts = (
+        "--lr",
+        "--min-lr",
+        "--lr-decay-style",
+        "--train-samples",
+        "--step-batch-size-schedule",
+    )
+    for flag in texts:
         parser.add_argument(flag)
     for flag in ("--seq-length", "--max-position-embeddings"):
         parser.add_argument(flag, type=int)

@@ -18,6 +18,7 @@ USER = "--recipe tiny_debug --mock-data --tokenizer-type NullTokenizer --vocab-s
         ("--lr-decay-style cosine", {"lr": 1e-3, "min_lr": 0.0}),
         ("--lr-decay-style cosine --lr 2e-3", {"lr": 2e-3, "min_lr": 0.0}),
         ("--train-samples 80", {"train_iters": None, "train_samples": 80}),
+        ("--step-batch-size-schedule 0:2", {"global_batch_size": None}),
         ("--seq-length 4096", {"seq_length": 4096, "max_position_embeddings": 4096}),
         ("--seq-length 1024", {"seq_length": 1024, "max_position_embeddings": 2048}),
         (
