@@ -309,7 +309,7 @@ def install_guard(
             guarded.append(optimizer)
         losses.clear()
         result = stock(*positional, **named)
-        watchdog.beat()
+        watchdog.end_step()
         if guard.stop_reason is None:
             return result
         folder = snapshot(args.curr_iteration + 1)
