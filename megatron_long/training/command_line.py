@@ -72,6 +72,9 @@ def parse(
     check_monitor(args)
     check_wandb(args)
     choose_async_writer(args)
+    args.exit_signal_handler = (
+        True  # without it Megatron's loop would not see a signal, and save nothing
+    )
     check_layout(args, world_size)
     check_rope(args)
     check_documents(arguments, args)
