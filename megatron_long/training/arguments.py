@@ -66,7 +66,8 @@ class LongContextArguments:
     """JSON-lines file for the loss and gradient norm of every step, unrounded."""
 
     allow_dataset_change: bool = False
-    """Go on from a checkpoint with another dataset, sequence length or tokenizer than it was trained on."""
+    """Go on from a checkpoint with another dataset, sequence length, tokenizer or --document-masking than it
+    was trained on."""
 
     keep_last: int | None = None
     """Newest checkpoints of --save to keep; earlier ones are deleted after each save. By default all
