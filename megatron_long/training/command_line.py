@@ -6,13 +6,13 @@ line. Megatron's own parser reads them all; everything that can be wrong is foun
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from megatron_long.conversion.sources import is_gguf, read_source_geometry
 from megatron_long.data.manifest import Manifest, read_manifest
 from megatron_long.errors import ConfigError
-from megatron_long.model.geometry import CONFIG_NAME, LlamaGeometry
+from megatron_long.model.geometry import CONFIG_NAME, LlamaGeometry, geometry_from_args
 from megatron_long.training import hugging_face
 from megatron_long.training.arguments import (
     LongContextArguments,
@@ -34,6 +34,7 @@ from megatron_long.training.checkpoint_hashes import check_sidecars
 from megatron_long.training.live_evaluation import EvaluationArguments
 from megatron_long.training.recipe import build_recipe
 from megatron_long.training.rope import stretch_rope
+from megatron_long.training.trained_model import check_same_model, keep_rope, trained_model
 
 
 def parse(
@@ -45,7 +46,7 @@ def parse(
         backend: What the run computes with.
         world_size: Processes of the job.
     Returns: Our flags, and all flags as Megatron's code takes them (not yet validated by Megatron).
-    Raises: ConfigError: see `check_files`, `check_layout`, `check_dataset`.
+    Raises: ConfigError: see `check_files`, `check_layout`, `check_same_model`, `check_dataset`.
     """
     from megatron_long.training import megatron_adapter
 
@@ -54,8 +55,15 @@ def parse(
     for folder in (early.load, early.pretrained_checkpoint):
         if folder:
             check_sidecars(Path(folder))
-    model = _stretched(arguments, early, _model_geometry(arguments, early))
-    argv = [*_recipe_argv(arguments, model, backend), *_dataset_argv(arguments)]
+    model, trained = (
+        _model_geometry(arguments, early),
+        trained_model(early.load, finetune=early.finetune),
+    )
+    if trained is not None:
+        model = keep_rope(model, trained)
+    model = _stretched(arguments, early, model)
+    recipe = _recipe_argv(arguments, model, backend, keeps_rope=trained is not None)
+    argv = [*recipe, *_dataset_argv(arguments)]
     argv += split_flags(GUARD_ARGV)
     args = megatron_adapter.parse_flags([*argv, *user_argv], _add_own_flags)
     arguments = _own_arguments(args)
@@ -77,6 +85,8 @@ def parse(
     )
     check_layout(args, world_size)
     check_rope(args)
+    if trained is not None:
+        check_same_model(trained, geometry_from_args(args), args.load)
     check_documents(arguments, args)
     if arguments.hf_checkpoint:
         hugging_face.check_weights(Path(arguments.hf_checkpoint))
@@ -153,6 +163,7 @@ def _parse_early(argv: Sequence[str]) -> tuple[LongContextArguments, argparse.Na
     for flag in ("--load", "--pretrained-checkpoint"):
         parser.add_argument(flag)
     parser.add_argument("--seq-length", type=int)
+    parser.add_argument("--finetune", action="store_true")
     try:
         early, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -217,11 +228,18 @@ def _stretched(
 
 
 def _recipe_argv(
-    arguments: LongContextArguments, model: LlamaGeometry | None, backend: Backend
+    arguments: LongContextArguments,
+    model: LlamaGeometry | None,
+    backend: Backend,
+    *,
+    keeps_rope: bool,
 ) -> list[str]:
     own_loss = not arguments.megatron_loss
     if arguments.recipe:
-        return build_recipe(arguments.recipe, model).to_argv(backend, own_loss=own_loss)
+        recipe = build_recipe(arguments.recipe, model)
+        if keeps_rope:
+            recipe = replace(recipe, rotary_base=int(recipe.model.rotary_base))
+        return recipe.to_argv(backend, own_loss=own_loss)
     return [*backend.to_argv(own_loss=own_loss), *(model.to_argv() if model else [])]
 
 
