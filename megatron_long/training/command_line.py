@@ -80,9 +80,8 @@ def parse(
     check_monitor(args)
     check_wandb(args)
     choose_async_writer(args)
-    args.exit_signal_handler = (
-        True  # without it Megatron's loop would not see a signal, and save nothing
-    )
+    # Without it Megatron's loop would not see a signal, and the run would end with nothing saved.
+    args.exit_signal_handler = True
     check_layout(args, world_size)
     check_rope(args)
     if trained is not None:
