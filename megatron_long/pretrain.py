@@ -6,6 +6,7 @@ The loop is Megatron's own `megatron.training.pretrain`. Its flags all work; our
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from megatron_long.training.checkpoint_folder import (
     write_hf_config,
     write_run,
 )
-from megatron_long.training.checkpoint_saving import CheckpointKeeper
+from megatron_long.training.checkpoint_saving import CheckpointKeeper, Job
 from megatron_long.training.command_line import (
     model_source,
     parse,
@@ -80,14 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if start.choice is not None:
         megatron_hooks.load_from(start.choice, args)
     megatron_adapter.validate_flags(args)
-    if args.save and args.rank == 0:
-        try:
-            write_sidecars(Path(args.save), arguments, args, user_argv)
-            record_sidecars(Path(args.save), start)
-        except OSError as error:
-            raise ConfigError(
-                f"--save {args.save} cannot be written to ({error}); nothing has been trained"
-            ) from error
+    if args.save:
+        _check_writable(Path(args.save))
     _train(arguments, args, start, user_argv, live)
     _export(arguments, args)
     return 0
@@ -133,6 +128,36 @@ def write_sidecars(
     write_run(folder, run)
 
 
+def _check_writable(save: Path) -> None:
+    """Find out early; what lies there stays as it is until Megatron has loaded and accepted everything."""
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=save):
+            pass
+    except OSError as error:
+        raise _unwritable(save, str(error)) from error
+
+
+def _unwritable(save: Path, reason: str) -> ConfigError:
+    return ConfigError(f"--save {save} cannot be written to ({reason}); nothing has been trained")
+
+
+def _in_all(job: Job, write: Callable[[], None], save: str | None) -> Callable[[], None]:
+    """`write` that fails in all processes of the job where it fails in one."""
+
+    def write_together() -> None:
+        reason = None
+        try:
+            write()
+        except OSError as error:
+            reason = str(error)
+        reasons = [found for found in job.gather(reason) if found]
+        if save and reasons:
+            raise _unwritable(Path(save), reasons[0])
+
+    return write_together
+
+
 def _train(
     arguments: LongContextArguments,
     args: argparse.Namespace,
@@ -164,7 +189,13 @@ def _train(
     def write_beside(folder: Path) -> None:
         write_sidecars(folder, arguments, args, argv)
 
+    def write_first() -> None:
+        if save and args.rank == 0:
+            write_beside(save)
+            record_sidecars(save, start)
+
     snapshot = make_snapshot(guard, args.save, args.rank, write_beside)
+    megatron_hooks.install_before_training(_in_all(keeper.job, write_first, args.save))
     megatron_hooks.install_keeper(keeper, args, watchdog)
     megatron_hooks.install_guard(guard, losses, args, watchdog, snapshot)
     if live is not None:

@@ -12,6 +12,8 @@ from megatron_long.model.rope import rope_from_arguments
 from megatron_long.training.checkpoint_choice import has_checkpoint
 from megatron_long.training.checkpoint_folder import TRACKER_NAME
 
+CHECKPOINT_FORMAT = "torch_dist"
+"""Megatron's format whose files are hashed when they are saved."""
 MONITOR_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 """Set by nvidia-resiliency-ext's launcher for each rank."""
 
@@ -64,7 +66,8 @@ class LongContextArguments:
     """JSON-lines file for the loss and gradient norm of every step, unrounded."""
 
     allow_dataset_change: bool = False
-    """Go on from a checkpoint with another dataset, sequence length or tokenizer than it was trained on."""
+    """Go on from a checkpoint with another dataset, sequence length, tokenizer or --document-masking than it
+    was trained on."""
 
     keep_last: int | None = None
     """Newest checkpoints of --save to keep; earlier ones are deleted after each save. By default all
@@ -109,6 +112,24 @@ def check_reliability(arguments: LongContextArguments, args: Namespace) -> None:
         raise ConfigError(
             "--keep-last and Megatron's --save-retain-interval both delete checkpoints; give one of them"
         )
+    _check_checkpoints_are_covered(args)
+
+
+def _check_checkpoints_are_covered(args: Namespace) -> None:
+    """Refuse checkpoints that would be written or loaded without hashes."""
+    if args.save and args.ckpt_format != CHECKPOINT_FORMAT:
+        raise ConfigError(
+            f"--ckpt-format {args.ckpt_format} with --save: checkpoints of that format get no hashes, and "
+            f"the next start would not find them; give --ckpt-format {CHECKPOINT_FORMAT}, or drop the flag"
+        )
+    for flag in ("--non-persistent-ckpt-type", "--non-persistent-save-interval"):
+        value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        if value is not None:
+            raise ConfigError(
+                f"{flag} {value} is not supported: Megatron would load such a checkpoint in the place of the "
+                "one that was checked; save more often with --save-interval, and give --keep-last to keep "
+                "few of them"
+            )
 
 
 def check_monitor(args: Namespace) -> None:

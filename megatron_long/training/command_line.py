@@ -6,13 +6,13 @@ line. Megatron's own parser reads them all; everything that can be wrong is foun
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from megatron_long.conversion.sources import is_gguf, read_source_geometry
 from megatron_long.data.manifest import Manifest, read_manifest
 from megatron_long.errors import ConfigError
-from megatron_long.model.geometry import CONFIG_NAME, LlamaGeometry
+from megatron_long.model.geometry import CONFIG_NAME, LlamaGeometry, geometry_from_args
 from megatron_long.training import hugging_face
 from megatron_long.training.arguments import (
     LongContextArguments,
@@ -35,6 +35,7 @@ from megatron_long.training.live_evaluation import EvaluationArguments
 from megatron_long.training.recipe import build_recipe
 from megatron_long.training.recipe_flags import follow_user
 from megatron_long.training.rope import stretch_rope
+from megatron_long.training.trained_model import check_same_model, keep_rope, trained_model
 
 
 def parse(
@@ -46,7 +47,7 @@ def parse(
         backend: What the run computes with.
         world_size: Processes of the job.
     Returns: Our flags, and all flags as Megatron's code takes them (not yet validated by Megatron).
-    Raises: ConfigError: see `check_files`, `check_layout`, `check_dataset`.
+    Raises: ConfigError: see `check_files`, `check_layout`, `check_same_model`, `check_dataset`.
     """
     from megatron_long.training import megatron_adapter
 
@@ -55,9 +56,13 @@ def parse(
     for folder in (early.load, early.pretrained_checkpoint):
         if folder:
             check_sidecars(Path(folder))
-    model = _stretched(arguments, early, _model_geometry(arguments, early))
-    argv = follow_user(_recipe_argv(arguments, model, backend), user_argv)
-    argv += _dataset_argv(arguments)
+    model = _model_geometry(arguments, early)
+    trained = trained_model(early.load, finetune=early.finetune)
+    if trained is not None:
+        model = keep_rope(model, trained)
+    model = _stretched(arguments, early, model)
+    recipe = _recipe_argv(arguments, model, backend, keeps_rope=trained is not None)
+    argv = [*follow_user(recipe, user_argv), *_dataset_argv(arguments)]
     argv += split_flags(GUARD_ARGV)
     args = megatron_adapter.parse_flags([*argv, *user_argv], _add_own_flags)
     arguments = _own_arguments(args)
@@ -74,8 +79,12 @@ def parse(
     check_monitor(args)
     check_wandb(args)
     choose_async_writer(args)
+    # Without it Megatron's loop would not see a signal, and the run would end with nothing saved.
+    args.exit_signal_handler = True
     check_layout(args, world_size)
     check_rope(args)
+    if trained is not None:
+        check_same_model(trained, geometry_from_args(args), args.load)
     check_documents(arguments, args)
     if arguments.hf_checkpoint:
         hugging_face.check_weights(Path(arguments.hf_checkpoint))
@@ -154,6 +163,7 @@ def _parse_early(argv: Sequence[str]) -> tuple[LongContextArguments, argparse.Na
     for flag in ("--load", "--pretrained-checkpoint"):
         parser.add_argument(flag)
     parser.add_argument("--seq-length", type=int)
+    parser.add_argument("--finetune", action="store_true")
     try:
         early, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -218,11 +228,18 @@ def _stretched(
 
 
 def _recipe_argv(
-    arguments: LongContextArguments, model: LlamaGeometry | None, backend: Backend
+    arguments: LongContextArguments,
+    model: LlamaGeometry | None,
+    backend: Backend,
+    *,
+    keeps_rope: bool,
 ) -> list[str]:
     own_loss = not arguments.megatron_loss
     if arguments.recipe:
-        return build_recipe(arguments.recipe, model).to_argv(backend, own_loss=own_loss)
+        recipe = build_recipe(arguments.recipe, model)
+        if keeps_rope:
+            recipe = replace(recipe, rotary_base=int(recipe.model.rotary_base))
+        return recipe.to_argv(backend, own_loss=own_loss)
     return [*backend.to_argv(own_loss=own_loss), *(model.to_argv() if model else [])]
 
 

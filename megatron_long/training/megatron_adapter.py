@@ -258,7 +258,7 @@ def run_pretrain(
         fill_model: Called with the model chunks of this rank when they are built and before anything,
             the optimizer among it, is made from them.
         lengths_vary: Whether micro-batches may differ in length.
-    Raises: ConfigError: the run that is continued had another schedule.
+    Raises: ConfigError: the run that is continued had another schedule, or its optimizer was not saved.
     """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -280,6 +280,13 @@ def run_pretrain(
             f"--load {args.load} was trained on another schedule ({error}): --train-iters, --lr and the like "
             "must be as they were; give --override-opt-param-scheduler to go on with the new values, or "
             "--use-checkpoint-opt-param-scheduler for the old ones"
+        ) from error
+    except KeyError as error:
+        if error.args != ("optimizer",):
+            raise
+        raise ConfigError(
+            f"--load {args.load} holds no optimizer state, as after --no-save-optim; give --no-load-optim to "
+            "go on at its step with a new optimizer, or --finetune to start at step 0 from its weights"
         ) from error
     leave_process_group()
 

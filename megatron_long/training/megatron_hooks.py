@@ -28,6 +28,7 @@ from megatron_long.training.watchdog import LONG_PHASE, Watchdog
 CHANGED_SYMBOLS = {
     "megatron.training.training": (
         "training_log",
+        "train",
         "train_step",
         "save_checkpoint",
         "save_checkpoint_and_time",
@@ -138,6 +139,23 @@ def load_from(choice: Choice, args: Namespace) -> None:
     checkpointing.read_metadata = read_metadata
     checkpointing.checkpoint_exists = checkpoint_exists
     args.ckpt_step = choice.iteration
+
+
+def install_before_training(action: Callable[[], None]) -> None:
+    """Do something when model, optimizer and data are loaded and accepted, before the first step.
+
+    Args:
+        action: Called by every process of the job.
+    """
+    training: Any = importlib.import_module("megatron.training.training")
+    stock = training.train
+
+    @functools.wraps(stock)
+    def train(*args, **kwargs):
+        action()
+        return stock(*args, **kwargs)
+
+    training.train = train
 
 
 def install_keeper(keeper: CheckpointKeeper, args: Namespace, watchdog: Watchdog) -> None:
@@ -309,7 +327,7 @@ def install_guard(
             guarded.append(optimizer)
         losses.clear()
         result = stock(*positional, **named)
-        watchdog.beat()
+        watchdog.end_step()
         if guard.stop_reason is None:
             return result
         folder = snapshot(args.curr_iteration + 1)

@@ -21,6 +21,7 @@ _NAMES = {
     "vocabulary_sha256": "vocabulary of its tokenizer",
     "seq_length": "--seq-length",
     "eod_mask_loss": "--eod-mask-loss",
+    "document_masking": "--document-masking",
     "train_tokens": "training tokens",
     "train_documents": "training documents",
     "seed": "seed of the mixture",
@@ -29,6 +30,8 @@ _NAMES = {
     "inputs": "files of the corpus (hash)",
     "stock_data": "--data-path and the like",
 }
+_NOT_ALWAYS_KEPT = ("document_masking",)
+"""Of `_NAMES`, what checkpoints of earlier versions do not say: nothing to compare with."""
 
 
 def describe_data(manifest: Manifest | None, args: Namespace) -> dict[str, Any]:
@@ -37,7 +40,11 @@ def describe_data(manifest: Manifest | None, args: Namespace) -> dict[str, Any]:
     Args:
         manifest: Of `--dataset`; None for Megatron's own data flags.
     """
-    facts: dict[str, Any] = {"seq_length": args.seq_length, "eod_mask_loss": args.eod_mask_loss}
+    facts: dict[str, Any] = {
+        "seq_length": args.seq_length,
+        "eod_mask_loss": args.eod_mask_loss,
+        "document_masking": args.document_masking,
+    }
     if manifest is None:
         stock = [args.data_path, args.train_data_path, args.data_args_path, args.split]
         return facts | {"stock_data": stock, "seed": args.seed}
@@ -60,7 +67,8 @@ def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], checkpoin
 
     Raises: ConfigError: names everything that differs, before and now.
     """
-    different = [name for name in _NAMES if before.get(name) != now.get(name)]
+    compared = [name for name in _NAMES if name in before or name not in _NOT_ALWAYS_KEPT]
+    different = [name for name in compared if before.get(name) != now.get(name)]
     if not before or not different:
         return
     listed = "; ".join(
@@ -69,7 +77,7 @@ def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], checkpoin
     )
     raise ConfigError(
         f"{checkpoint} was trained on other data ({listed}); its place in them means nothing here. Give the "
-        "same --dataset and --seq-length to go on, --finetune to start at step 0 from its weights, or "
+        "same --dataset and flags to go on, --finetune to start at step 0 from its weights, or "
         "--allow-dataset-change to go on at the same number of windows all the same"
     )
 

@@ -35,6 +35,7 @@ class Watchdog:
         self.path: Path | None = None
         self._file: IO[str] | None = None
         self._ends_at = float("inf")
+        self._least_times: float = LONG_PHASE
         self._stopped = threading.Event()
         if not timeout_s:
             return
@@ -43,15 +44,24 @@ class Watchdog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("w", encoding="utf-8")
         threading.Thread(target=self._announce, name="watchdog", daemon=True).start()
-        self.beat(LONG_PHASE)
+        self.beat()
 
     def beat(self, times: float = 1) -> None:
-        """Say that this process is alive; the next sign may take `times` as long as usual."""
+        """Say that this process is alive; the next sign may take `times` as long as usual.
+
+        Until the first step is done it may always take `LONG_PHASE` times as long: each micro-batch of that
+        step may be the first to compile kernels or to meet another rank.
+        """
         if not self.timeout_s:
             return
-        wait = self.timeout_s * times
+        wait = self.timeout_s * max(times, self._least_times)
         self._ends_at = time.monotonic() + wait
         faulthandler.dump_traceback_later(wait, exit=True, file=self._file or sys.stderr)
+
+    def end_step(self) -> None:
+        """Say that a step is done."""
+        self._least_times = 1
+        self.beat()
 
     def stop(self) -> None:
         """Watch no more, and remove the empty file."""

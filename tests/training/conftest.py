@@ -47,12 +47,18 @@ class JobServer:
         self.folder, self.dataset, self.count = folder, dataset, 0
         self.pids: list[int] = []
 
-    def start(self, ranks: int, *flags: object, faults: Sequence[dict[str, Any]] = ()) -> None:
-        """Start a training job with `FLAGS` and these."""
+    def start(
+        self,
+        ranks: int,
+        *flags: object,
+        faults: Sequence[dict[str, Any]] = (),
+        base: Sequence[str] = FLAGS,
+    ) -> None:
+        """Start a training job with the flags of `base` and these."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.count += 1
-        argv = [*FLAGS, "--dataset", str(self.dataset), *map(str, flags)]
+        argv = [*base, "--dataset", str(self.dataset), *map(str, flags)]
         job = {"ranks": ranks, "argv": argv, "log": str(self.log), "faults": list(faults)}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()

@@ -215,6 +215,20 @@ def test_old_checkpoints_are_deleted(newest, keep_last, keep_every, kept, tmp_pa
         (["--max-faulty-steps", "-1"], "--max-faulty-steps -1 is too small"),
         (["--spike-deviations", "-1"], "--spike-deviations -1.0 is too small"),
         (["--hang-timeout", "-1"], "--hang-timeout -1.0 is too small"),
+        (
+            ["--save", "/save", "--ckpt-format", "torch"],
+            "--ckpt-format torch with --save: checkpoints of that format get no hashes",
+        ),
+        (["--save", "/save", "--ckpt-format", "torch_dcp"], "give --ckpt-format torch_dist"),
+        (["--save", "/save", "--ckpt-format", "fsdp_dtensor"], "give --ckpt-format torch_dist"),
+        (
+            ["--non-persistent-ckpt-type", "global"],
+            "--non-persistent-ckpt-type global is not supported",
+        ),
+        (
+            ["--non-persistent-save-interval", "1"],
+            "save more often with --save-interval, and give --keep-last",
+        ),
     ],
 )
 def test_bad_flags_are_refused(flags, words, copy, tiny_dataset):

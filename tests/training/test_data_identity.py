@@ -83,6 +83,22 @@ def test_masking_of_document_ends_is_part_of_it(run, dataset):
         start(run, dataset, "--eod-mask-loss")
 
 
+def test_masks_between_documents_are_part_of_it(run, dataset, tmp_path):
+    masking = "--document-masking"
+    with pytest.raises(ConfigError, match=r"\(--document-masking: false before, true now\)"):
+        start(run, dataset, masking)
+    assert start(run, dataset, masking, "--allow-dataset-change").resumes
+    assert not start(run, dataset, masking, "--finetune").resumes
+    earlier = shutil.copytree(run, tmp_path / "earlier")  # of a version that did not keep it
+    facts = earlier / "iter_0000002" / "training.json"
+    content = json.loads(facts.read_text())
+    assert content["data"].pop("document_masking") is False
+    facts.write_text(json.dumps(content))
+    for path in earlier.rglob("hashes.json"):
+        path.unlink()
+    assert start(earlier, dataset, masking).resumes
+
+
 def test_another_tokenizer_is_refused(run, dataset, tmp_path):
     """By the tokenizer beside the checkpoint; where that is gone, by what the checkpoint says."""
     manifest = read_manifest(dataset)

@@ -155,6 +155,24 @@ def test_signals_wait_for_what_is_written_in_the_background(jobs, flags, tmp_pat
     assert not list(out.glob(".iter_*"))
 
 
+PLAIN_FLAGS = """
+--seq-length 128 --micro-batch-size 1 --global-batch-size 2 --lr 1e-3 --min-lr 1e-3 --log-interval 1
+--calculate-per-token-loss --eval-interval 100 --eval-iters 0
+""".split()
+
+
+@pytest.mark.slow
+def test_a_signal_is_heard_without_a_recipe(jobs, flags, tmp_path):
+    """Recipes give --exit-signal-handler; without it Megatron's loop would not look for signals."""
+    jobs.start(1, *flags, "--save-interval", 1000, base=PLAIN_FLAGS)
+    wait_until(lambda: count_lines(tmp_path / "log.jsonl") >= 3)
+    os.kill(jobs.pids[0], signal.SIGTERM)
+    job = jobs.wait()
+    assert job.statuses == [0]
+    assert "nothing to save" not in job.text
+    assert tracked(tmp_path / "out") == count_lines(tmp_path / "log.jsonl")
+
+
 def start_launcher(
     dataset: Path, *flags: object, options: tuple[str, ...] = ()
 ) -> subprocess.Popen:

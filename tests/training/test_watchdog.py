@@ -41,6 +41,7 @@ CHILD = """
 import sys, time
 from megatron_long.training.watchdog import Watchdog
 dog = Watchdog(float(sys.argv[1]), None, 3)
+dog.end_step()
 for _ in range(int(sys.argv[2])):
     time.sleep(0.2)
     dog.beat()
@@ -60,3 +61,26 @@ def test_signs_of_life(timeout_s, beats, then, status):
     assert result.returncode == status
     assert ("Timeout" in result.stderr) is (then == "hang")
     assert ("rank 3 has given no sign of life" in result.stderr) is (then == "hang")
+
+
+FIRST_STEP = """
+import time
+from megatron_long.training.watchdog import Watchdog
+dog = Watchdog(0.5, None, 3)
+dog.beat()
+time.sleep(1.2)
+dog.beat()
+time.sleep(1.2)
+dog.end_step()
+print("first step done", flush=True)
+dog.beat()
+time.sleep(1.2)
+print("never")
+"""
+
+
+def test_every_micro_batch_of_the_first_step_may_take_longer():
+    command = [sys.executable, "-c", FIRST_STEP]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (result.returncode, result.stdout) == (1, "first step done\n")
+    assert "Timeout (0:00:00.500000)!" in result.stderr
