@@ -51,7 +51,12 @@ from megatron_long.evaluation.models import (
     warn_beyond_rope,
 )
 from megatron_long.evaluation.plain_text import hash_texts, open_texts
-from megatron_long.evaluation.position_loss import default_buckets, loss_by_position, parse_buckets
+from megatron_long.evaluation.position_loss import (
+    count_positions,
+    default_buckets,
+    loss_by_position,
+    parse_buckets,
+)
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,9 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
     documents, hashed = choose_documents(args, choice)
     settings = describe_settings(args, megatron_argv, choice, hashed)
     earlier = [(path.stem, read_loss_report(path)) for path in args.compare]
+    counts = count_positions(documents, args.context_length, settings.buckets)
     for path, (_, report) in zip(args.compare, earlier, strict=True):
-        check_comparable(settings, report, path)
+        check_comparable(settings, counts, report, path)
     warn_beyond_rope(choice, args.context_length, megatron_argv)
     return Preparation(settings, choice, documents, earlier)
 
@@ -143,7 +149,7 @@ def choose_documents(
     if args.text is not None:
         tokenizer = open_tokenizer(args.tokenizer, choice.folder)
         rows = open_texts(args.text, tokenizer, args.context_length, args.max_documents_per_source)
-        return rows, hash_texts(args.text, tokenizer.vocabulary_sha256)
+        return rows, hash_texts(args.text, tokenizer.vocabulary_sha256, args.context_length)
     from megatron_long.data.manifest import read_manifest
 
     if not args.dataset.is_dir():

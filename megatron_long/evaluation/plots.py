@@ -166,7 +166,8 @@ def position_figure(
     """Draw loss against position, one line a source and a black one for all.
 
     Args:
-        before: Another measurement of the same documents, dashed; adds a panel of the difference.
+        before: Another measurement of the same documents, dashed; adds a panel of the difference,
+            over the cells that both can give.
         training_length: Context of the old model, tokens: a vertical line.
     """
     from matplotlib.figure import Figure
@@ -178,11 +179,12 @@ def position_figure(
     panels[0].set_ylabel("loss (nats per token)")
     _draw_curves(panels[0], after, after.curve)
     if before is not None:
-        earlier = before
+        edges = sorted(set(after.edges) & set(before.edges))
+        later, earlier = after.over(edges), before.over(edges)
         _draw_curves(panels[0], before, before.curve, is_before=True)
         panels[1].set_title("difference: after minus before (below 0 is better)")
         panels[1].set_ylabel("difference (nats per token)")
-        _draw_curves(panels[1], after, lambda name: after.curve(name) - earlier.curve(name))
+        _draw_curves(panels[1], later, lambda name: later.curve(name) - earlier.curve(name))
         panels[1].axhline(0.0, color="0.4", linewidth=1)
     for axes in panels:
         _dress_position_axis(axes, after.edges[-1], training_length)

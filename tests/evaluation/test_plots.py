@@ -109,6 +109,16 @@ def test_position_curves_have_labels_units_and_the_old_length():
     assert drawn["all"][-1] < -0.5
 
 
+def test_the_difference_is_drawn_over_common_cells():
+    """Against a longer curve with other edges: both are summed again over what they share."""
+    after = PositionLoss((0, 8, 16, 32))
+    after.add("Book", np.full(32, 2.0), np.ones(32))
+    before = PositionLoss((0, 4, 8, 12, 32, 64))
+    before.add("Book", np.repeat([3.0, 4.0, 9.0], [8, 24, 32]), np.ones(64))
+    drawn = position_figure(after, before, title="Loss").axes[1].lines[0].get_ydata()
+    np.testing.assert_allclose(drawn, [-2.0])  # 8-32; cells before position 8 are not drawn
+
+
 def test_without_an_earlier_measurement_there_is_one_panel():
     figure = position_figure(make_loss(64, 64, 1), title="Loss")
     assert len(figure.axes) == 1

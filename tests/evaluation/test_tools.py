@@ -134,6 +134,10 @@ def test_loss_of_texts(run, opened, checkpoint, tiny_dataset, haystack, tmp_path
     flags = [*loss_flags(checkpoint, tiny_dataset, tmp_path / "b.json"), "--context-length", 64]
     assert run("loss", *flags, "--max-documents-per-source", 3, "--compare", output) == 2
     assert "only losses on the" in capsys.readouterr().err
+    flags = ["--checkpoint", checkpoint, "--text", haystack, "--max-documents-per-source", 3]
+    flags += ["--output", tmp_path / "longer.json", "--buckets", "0-8,8-64", "--compare", output]
+    assert run("loss", *flags, "--context-length", 128) == 2  # rows cut elsewhere
+    assert "--text with --context-length" in " ".join(capsys.readouterr().err.split())
     both = ["--dataset", tiny_dataset, "--text", haystack, "--checkpoint", checkpoint]
     assert run("loss", *both, "--context-length", 64, "--output", tmp_path / "c.json") == 2
 
@@ -151,6 +155,12 @@ def test_loss_against_an_earlier_run(run, opened, checkpoint, tiny_dataset, tmp_
     assert (tmp_path / "after-table.png").stat().st_size > 5_000
     lines = (tmp_path / "after-table.csv").read_text().splitlines()
     assert len(lines) == 1 + 2 * 2 * 3  # buckets, models, sources and all
+    other = [*after, "--context-length", 48, "--buckets", "0-32,32-48", "--compare", before]
+    assert run("loss", *other, "--plot", tmp_path / "a.png", "--force") == 2
+    assert "no position edges [48]" in " ".join(capsys.readouterr().err.split())
+    other = [*after, "--context-length", 64, "--buckets", "0-32,32-64", "--compare", before]
+    assert run("loss", *other, "--plot", tmp_path / "a.png", "--force") == 0  # other curve cells
+    capsys.readouterr()
     assert run("loss", *after, *common, "--compare", before) == 2
     assert "--force" in capsys.readouterr().err
     flags = [*after, "--context-length", 64, "--compare", before, "--force"]
