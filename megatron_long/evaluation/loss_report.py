@@ -97,7 +97,7 @@ def read_loss_report(path: Path, flag: str = "--compare") -> LossReport:
             loss.token_counts[source] = np.array(part["token_counts"], dtype=np.float64)
             loss.num_documents[source] = part["num_documents"]
         return LossReport(LossSettings(**settings), loss)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{flag} {path} is not a loss report of this version ({error!r}); give a JSON written "
             "by evaluate_loss.py"
@@ -147,6 +147,12 @@ def find_difference(settings: LossSettings, counts: TokenCounts, other: LossRepo
                     f"there, {ours} here; {remedy}"
                 )
     return None
+
+
+def difference_between(report: LossReport, other: LossReport) -> str | None:
+    """Say why another report cannot be compared with this one; None if it can."""
+    buckets = report.settings.buckets
+    return find_difference(report.settings, report.loss.bucket_counts(buckets), other)
 
 
 def format_table(report: LossReport) -> str:

@@ -52,9 +52,13 @@ def plot_heatmap(
     *,
     title: str = "Needle in a haystack",
     training_length: int | None = None,
+    num_cells: int | None = None,
 ) -> None:
     """Write the needle heatmap as PNG; see `heatmap_figure`."""
-    save_figure(heatmap_figure(results, title=title, training_length=training_length), path)
+    figure = heatmap_figure(
+        results, title=title, training_length=training_length, num_cells=num_cells
+    )
+    save_figure(figure, path)
 
 
 def plot_position_curves(
@@ -70,7 +74,11 @@ def plot_position_curves(
 
 
 def heatmap_figure(
-    results: Sequence[NeedleResult], *, title: str, training_length: int | None = None
+    results: Sequence[NeedleResult],
+    *,
+    title: str,
+    training_length: int | None = None,
+    num_cells: int | None = None,
 ) -> Figure:
     """Draw context length by depth: whether the answer was exact, and how likely it was.
 
@@ -78,13 +86,16 @@ def heatmap_figure(
     shows where the needle is seen. Sharing a context length and depth, cells show their mean.
 
     Args:
-        results: Cells of a full grid.
+        results: Cells of the grid.
         training_length: Context the model was trained at, tokens: lengths beyond it are set off by
             a vertical line.
+        num_cells: Cells of the whole grid, where it may be unfinished: the title then says so.
     """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
+    if num_cells is not None and len(results) < num_cells:
+        title = f"{title}: unfinished, {len(results)} of {num_cells} cells"
     lengths = sorted({result.context_length for result in results})
     width = min(18.0, max(8.0, 3.0 + 0.45 * len(lengths)))
     figure = Figure(figsize=(width, 8.5), layout="constrained")

@@ -82,6 +82,14 @@ def test_likelihoods_of_a_weak_model_are_told_apart_but_not_blown_up():
     assert (low, high) == (-5.7, -5.2)
 
 
+def test_an_unfinished_grid_says_so():
+    results = make_results(8, 5, 30_000)
+    title = heatmap_figure(results[:5], title="Needle", num_cells=40).axes[0].get_title()
+    assert "unfinished, 5 of 40 cells" in title
+    title = heatmap_figure(results, title="Needle", num_cells=40).axes[0].get_title()
+    assert "unfinished" not in title
+
+
 def test_red_is_a_miss_and_green_a_hit():
     figure = heatmap_figure(make_results(8, 5, 30_000), title="Needle")
     colours = figure.axes[0].images[0].cmap
