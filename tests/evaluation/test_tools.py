@@ -117,6 +117,25 @@ def test_loss(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
     assert str(output) in printed
 
 
+def test_one_process_takes_an_odd_length(run, opened, checkpoint, tiny_dataset, tmp_path):
+    flags = loss_flags(checkpoint, tiny_dataset, tmp_path / "loss.json")
+    assert run("loss", *flags, "--context-length", 63) == 0
+    assert read_loss_report(tmp_path / "loss.json").loss.edges[-1] == 63
+
+
+def test_reports_of_one_name_are_told_apart(
+    run, opened, checkpoint, tiny_dataset, tmp_path, capsys
+):
+    earlier = [tmp_path / name / "loss.json" for name in ("a", "b")]
+    for path in earlier:
+        flags = loss_flags(checkpoint, tiny_dataset, path)
+        assert run("loss", *flags, "--context-length", 64) == 0
+    flags = loss_flags(checkpoint, tiny_dataset, tmp_path / "c.json")
+    assert run("loss", *flags, "--context-length", 64, "--compare", *earlier) == 0
+    rows = (tmp_path / "c-table.csv").read_text().splitlines()[1:]
+    assert {row.split(",")[1] for row in rows} == {"a/loss", "b/loss", "this model"}
+
+
 def test_hashes_are_not_compared_on_request(run, opened, checkpoint, tiny_dataset, tmp_path):
     flags = loss_flags(checkpoint, tiny_dataset, tmp_path / "loss.json")
     assert run("loss", *flags, "--context-length", 64, "--skip-hash-check") == 0
@@ -325,7 +344,10 @@ LOSS_ERRORS = {
     "missing checkpoint": (["--checkpoint", "nowhere"], "--checkpoint nowhere does not exist"),
     "missing dataset": (["--dataset", "nowhere"], "--dataset nowhere is not a folder"),
     "not a dataset": (["--dataset", "."], "has no manifest.json"),
-    "odd length": (["--context-length", "63"], "use 62 or 64"),
+    "odd length": (
+        ["--context-length", "63", "--tensor-model-parallel-size", "2"],
+        "use 62 or 64",
+    ),
     "cp": (
         ["--context-length", "66", "--context-parallel-size", "2"],
         "--context-length 66 is not a multiple of 2 * --context-parallel-size 2 (4); use 64 or 68",
@@ -358,7 +380,10 @@ NEEDLE_ERRORS = {
     "long": (["--context-length", "100000"], "it can do lengths up to"),
     "short": (["--context-lengths", "20"], "--context-lengths above"),
     "above": (["--context-lengths", "620"], "--context-lengths 620 is above --context-length 600"),
-    "odd length": (["--context-length", "601"], "use 600 or 602"),
+    "odd length": (
+        ["--context-length", "601", "--context-parallel-size", "2"],
+        "use 600 or 604",
+    ),
     "no such hf model": (["--backend", "hf", "--checkpoint", "."], "holds no config.json"),
     "hf with Megatron's flags": (
         ["--backend", "hf", "--bf16"],
