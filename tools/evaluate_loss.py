@@ -51,7 +51,12 @@ from megatron_long.evaluation.models import (
     warn_beyond_rope,
 )
 from megatron_long.evaluation.plain_text import hash_texts, open_texts
-from megatron_long.evaluation.position_loss import default_buckets, loss_by_position, parse_buckets
+from megatron_long.evaluation.position_loss import (
+    count_positions,
+    default_buckets,
+    loss_by_position,
+    parse_buckets,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--context-length",
         type=positive_int,
         required=True,
-        help="tokens taken of each document, a multiple of 2 * --context-parallel-size",
+        help="tokens taken of each document, a multiple of 2 * --context-parallel-size if that is not 1",
     )
     add("--output", type=Path, required=True, help="JSON file to write")
     add("--plot", type=Path, help="PNG file for loss against position")
@@ -129,11 +134,31 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
     choice = choose_model(args, megatron_argv)
     documents, hashed = choose_documents(args, choice)
     settings = describe_settings(args, megatron_argv, choice, hashed)
-    earlier = [(path.stem, read_loss_report(path)) for path in args.compare]
+    names = distinct_names(args.compare)
+    earlier = [
+        (name, read_loss_report(path)) for name, path in zip(names, args.compare, strict=True)
+    ]
+    counts = count_positions(documents, args.context_length, settings.buckets)
     for path, (_, report) in zip(args.compare, earlier, strict=True):
-        check_comparable(settings, report, path)
+        check_comparable(settings, counts, report, path)
     warn_beyond_rope(choice, args.context_length, megatron_argv)
     return Preparation(settings, choice, documents, earlier)
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Name files by the fewest last parts of their paths that tell them apart.
+
+    >>> distinct_names([Path("a/loss.json"), Path("b/loss.json")])
+    ['a/loss', 'b/loss']
+    >>> distinct_names([Path("a/before.json"), Path("b/loss.json")])
+    ['before', 'loss']
+    """
+    whole = [path.resolve().with_suffix("").parts for path in paths]
+    for number in range(1, max(map(len, whole), default=0)):
+        names = ["/".join(parts[-number:]) for parts in whole]
+        if len(set(names)) == len(set(whole)):
+            return names
+    return [str(path) for path in paths]
 
 
 def choose_documents(
@@ -143,7 +168,7 @@ def choose_documents(
     if args.text is not None:
         tokenizer = open_tokenizer(args.tokenizer, choice.folder)
         rows = open_texts(args.text, tokenizer, args.context_length, args.max_documents_per_source)
-        return rows, hash_texts(args.text, tokenizer.vocabulary_sha256)
+        return rows, hash_texts(args.text, tokenizer.vocabulary_sha256, args.context_length)
     from megatron_long.data.manifest import read_manifest
 
     if not args.dataset.is_dir():

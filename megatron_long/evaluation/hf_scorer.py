@@ -66,13 +66,7 @@ class HFScorer:
         whole = self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=0,
+            generation_config=_greedy(self.model, max_new_tokens),
         )
         return whole[0, prompt.size(1) :].cpu().numpy()
 
@@ -97,6 +91,24 @@ class HFScorer:
         if self.data_parallel_size > 1:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
+
+
+def _greedy(model: Any, max_new_tokens: int) -> Any:
+    """Plain greedy decoding; of the model's own settings (penalties!) only its ends hold."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    ends = own.eos_token_id if own is not None else model.config.eos_token_id
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=ends,
+        pad_token_id=0,
+    )
+    # `generate` takes from the model's settings whatever is None in those it is given.
+    model.generation_config = greedy
+    return greedy
 
 
 def _score_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

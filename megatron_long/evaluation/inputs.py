@@ -209,12 +209,15 @@ def _check_same_vocabulary(
 def check_context_length(context_length: int, megatron_argv: Sequence[str]) -> None:
     """Check that context-parallel ranks can share a sequence evenly.
 
+    One process alone takes any length.
+
     Raises: ConfigError: not a multiple of 2 * --context-parallel-size.
     """
     value = read_flag(megatron_argv, "--context-parallel-size") or "1"
     if not value.isdecimal() or int(value) < 1:
         raise ConfigError(f"--context-parallel-size {value} is not a positive integer; give one")
-    step = 2 * int(value)
+    tensor_parallel = read_flag(megatron_argv, "--tensor-model-parallel-size") or "1"
+    step = 1 if value == tensor_parallel == "1" else 2 * int(value)
     if context_length < step or context_length % step:
         below = context_length // step * step
         choices = f"{below} or {below + step}" if below > 0 else f"{step} or more"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +23,9 @@ SIGNIFICANT_NATS = 0.01
 """A difference above this counts. Source: Fu et al. 2024, arXiv 2402.10171, section 5."""
 
 ALL_SOURCES = "all"
+
+TokenCounts = Mapping[str, Sequence[int]]
+"""Tokens by source, bucket by bucket."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,36 +97,62 @@ def read_loss_report(path: Path, flag: str = "--compare") -> LossReport:
             loss.token_counts[source] = np.array(part["token_counts"], dtype=np.float64)
             loss.num_documents[source] = part["num_documents"]
         return LossReport(LossSettings(**settings), loss)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{flag} {path} is not a loss report of this version ({error!r}); give a JSON written "
             "by evaluate_loss.py"
         ) from error
 
 
-def check_comparable(settings: LossSettings, other: LossReport, path: Path) -> None:
+def check_comparable(
+    settings: LossSettings, counts: TokenCounts, other: LossReport, path: Path
+) -> None:
     """Check that another report measured the same documents in the same buckets.
 
+    Args:
+        counts: Tokens by source in each of the settings' buckets.
     Raises: ConfigError: it did not.
     """
+    difference = find_difference(settings, counts, other)
+    if difference is not None:
+        raise ConfigError(f"--compare {path} {difference}")
+
+
+def find_difference(settings: LossSettings, counts: TokenCounts, other: LossReport) -> str | None:
+    """Say why another report cannot be compared, and what to do; None if it can."""
     rules = {
-        "dataset_fingerprint": "--dataset (by its fingerprint)",
+        "dataset_fingerprint": "--dataset or --text (by its hash, for --text with --context-length)",
         "min_document_tokens": "--min-document-tokens",
         "max_documents_per_source": "--max-documents-per-source",
     }
+    remedy = "only losses on the same documents can be compared, so repeat one of the two"
     for name, flag in rules.items():
         ours, theirs = getattr(settings, name), getattr(other.settings, name)
         if ours != theirs:
-            raise ConfigError(
-                f"--compare {path} was made with another {flag}: {theirs} there, {ours} here; only "
-                "losses on the same documents can be compared, so repeat one of the two"
-            )
+            return f"was made with another {flag}: {theirs} there, {ours} here; {remedy}"
     missing = {edge for bucket in settings.buckets for edge in bucket} - set(other.loss.edges)
     if missing:
-        raise ConfigError(
-            f"--compare {path} has no position edges {sorted(missing)}; measure it again with the "
-            "same --context-length and --buckets"
+        return (
+            f"has no position edges {sorted(missing)}; measure it again with the same --context-length "
+            "and --buckets"
         )
+    there = other.loss.bucket_counts(settings.buckets)
+    nothing = (0,) * len(settings.buckets)
+    for source in dict.fromkeys([*counts, *there]):
+        pairs = zip(there.get(source, nothing), counts.get(source, nothing), strict=True)
+        for bucket, (theirs, ours) in zip(settings.buckets, pairs, strict=True):
+            if theirs != ours:
+                return (
+                    f"holds other tokens: {theirs} of {source} at positions {format_bucket(bucket)} "
+                    f"there, {ours} here; {remedy}"
+                )
+    return None
+
+
+def difference_between(report: LossReport, other: LossReport) -> str | None:
+    """Say why another report cannot be compared with this one; None if it can."""
+    buckets = report.settings.buckets
+    return find_difference(report.settings, report.loss.bucket_counts(buckets), other)
 
 
 def format_table(report: LossReport) -> str:

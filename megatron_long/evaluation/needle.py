@@ -17,9 +17,13 @@ depths grid). They generate and count words of the answer; exact match is strict
 
 from __future__ import annotations
 
+import logging
+import os
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +35,8 @@ from megatron_long.evaluation.needle_tasks import SENTENCE, NeedleTask, Probe, T
 
 if TYPE_CHECKING:
     from megatron_long.data.tokenizers import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 PROMPTS = {
     "paper": (
@@ -44,7 +50,13 @@ PROMPTS = {
 }
 """What comes before the haystack, and after it."""
 
-MOST_CHARACTERS_PER_TOKEN = 64
+FEWEST_TOKENS_TO_CUT = 64
+"""A sentence whose end is nearer than this to where the needle should be stays whole."""
+
+LONE_DEPTH_TOLERANCE = 0.05
+"""How far a needle may be from its depth where there is no other depth to mistake it for."""
+
+DIGITS = re.compile(r"\d+")
 
 MAX_DRAWS = 20
 """Tries to draw names and numbers that the haystack does not hold."""
@@ -59,9 +71,9 @@ class NeedleCase:
     depth: float
     """Depth asked for: share of the haystack before the needle, in [0, 1]."""
     actual_depth: float
-    """Depth of the sentence boundary nearest to it."""
+    """Depth of the sentence boundary nearest to it, where one is near."""
     needle_start: int
-    """Position of the first token of the sentence at that depth."""
+    """Position of the first token of what is hidden at that depth."""
     question_tokens: np.ndarray
     lead_tokens: np.ndarray
     answer_tokens: np.ndarray
@@ -125,7 +137,7 @@ def build_cases(
     """Build the grid, task by task, each case exactly as long as it says.
 
     The haystack is trimmed, never the question. The needle goes to the sentence boundary nearest
-    to the depth, so the text around it stays whole.
+    to the depth, so the text around it stays whole; where none is near, a sentence is cut.
 
     Args:
         tasks: By name; a single sentence may be given as it is.
@@ -135,10 +147,12 @@ def build_cases(
         room for the haystack, or the tokenizer cannot give the answer back.
     """
     named: Mapping[str, Task] = {SENTENCE: tasks} if isinstance(tasks, NeedleTask) else tasks
-    for task in named.values():
-        if isinstance(task, NeedleTask):
-            _refuse_present(task(random.Random()), _plain(text))
-    used = _plain(text[: MOST_CHARACTERS_PER_TOKEN * max(context_lengths) * min(num_seeds, 2)])
+    sentences = [task for task in named.values() if isinstance(task, NeedleTask)]
+    whole = _plain(text) if sentences else ""
+    for sentence in sentences:
+        _refuse_present(sentence(random.Random()), _present(sentence(random.Random()), whole))
+    haystack = tokenize_haystack(text, tokenizer, max(context_lengths) * min(num_seeds, 2))
+    used = _UsedText(haystack.text)
     drawn = [
         _Draft(
             name, seed, length, depth, _draw_probe(task, used, f"{name} {seed} {length} {depth}")
@@ -150,7 +164,6 @@ def build_cases(
     ]
     fixed = _encode_probes(tokenizer, drawn, prompt)
     num_wanted = _haystack_needed(drawn, fixed)
-    haystack = tokenize_haystack(text, tokenizer, num_wanted * min(num_seeds, 2))
     if len(haystack.tokens) < num_wanted:
         possible = len(haystack.tokens) + min(part.num_tokens for part in fixed)
         raise ConfigError(
@@ -158,10 +171,50 @@ def build_cases(
             f"{max(context_lengths)}; it can do lengths up to {possible}: "
             "use a longer text or shorter contexts"
         )
-    return [
-        _build_case(draft, parts, _from_seed(haystack, draft.seed, num_wanted))
+    tolerance = _depth_tolerance(depths)
+    cases = [
+        _build_case(draft, parts, haystack, num_seeds, tolerance)
         for draft, parts in zip(drawn, fixed, strict=True)
     ]
+    if os.environ.get("RANK", "0") == "0":
+        _warn_of_depths(cases, tolerance)
+        _warn_of_seeds(haystack, num_wanted, num_seeds)
+    return cases
+
+
+def _depth_tolerance(depths: Sequence[float]) -> float:
+    """Half of the depths' spacing: beyond it a needle is nearer to another cell's depth."""
+    gaps = [after - before for before, after in pairwise(sorted(set(depths)))]
+    return min(gaps) / 2 if gaps else LONE_DEPTH_TOLERANCE
+
+
+def _warn_of_depths(cases: Sequence[NeedleCase], tolerance: float) -> None:
+    far = [case for case in cases if abs(case.actual_depth - case.depth) > tolerance]
+    if far:
+        worst = max(far, key=lambda case: abs(case.actual_depth - case.depth))
+        _log.warning(
+            "--haystack: %d of %d needles stand farther from their depth than half of the depths' spacing "
+            "(the worst at %.0f%% in the place of %.0f%%, context length %d), as sentences are long there; "
+            "use fewer depths, longer contexts or a text of shorter sentences",
+            len(far),
+            len(cases),
+            100 * worst.actual_depth,
+            100 * worst.depth,
+            worst.context_length,
+        )
+
+
+def _warn_of_seeds(haystack: Haystack, num_tokens: int, num_seeds: int) -> None:
+    found = haystack.num_windows(num_tokens)
+    if found < num_seeds:
+        _log.warning(
+            "--haystack has %d tokens and so only %d different stretches of %d for --num-seeds %d: the "
+            "longest cells repeat their text; use a longer text or fewer seeds",
+            len(haystack.tokens),
+            found,
+            num_tokens,
+            num_seeds,
+        )
 
 
 @dataclass(frozen=True)
@@ -204,25 +257,56 @@ def _haystack_needed(drafts: Sequence[_Draft], fixed: Sequence[_Parts]) -> int:
     return max(d.context_length - part.num_tokens for d, part in zip(drafts, fixed, strict=True))
 
 
-def _draw_probe(task: Task, used_text: str, name: str) -> Probe:
+class _UsedText:
+    """The text of the haystack, in which words are looked up many times.
+
+    Most words that are drawn are not there, and that is seen from a set of its words or of its digits.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = _plain(text)
+        self._words = set(self.text.split(" "))
+        self._digits: dict[int, set[str]] = {}
+
+    def __contains__(self, words: str) -> bool:
+        inner = words.split(" ")[1:-1]  # the first and the last may be parts of longer words
+        return (
+            self._words.issuperset(inner)
+            and all(run in self._digits_of(len(run)) for run in DIGITS.findall(words))
+            and words in self.text
+        )
+
+    def _digits_of(self, length: int) -> set[str]:
+        """All digits of this length in a row, within longer rows too."""
+        if length not in self._digits:
+            self._digits[length] = {
+                run[start : start + length]
+                for run in set(DIGITS.findall(self.text))
+                for start in range(len(run) - length + 1)
+            }
+        return self._digits[length]
+
+
+def _draw_probe(task: Task, used: _UsedText, name: str) -> Probe:
     """Draw what is hidden, until the haystack does not hold it already."""
     generator = random.Random(name)
     if isinstance(task, NeedleTask):
         return task(generator)
     for _ in range(MAX_DRAWS):
         probe = task(generator)
-        if not _present(probe, used_text):
+        present = _present(probe, used)
+        if not present:
             break
-    _refuse_present(probe, used_text)
+    _refuse_present(probe, present)
     return probe
 
 
-def _present(probe: Probe, plain_text: str) -> list[str]:
-    return [words for words in (*probe.inserts, probe.answer) if _plain(words) in plain_text]
+def _present(probe: Probe, text: str | _UsedText) -> list[str]:
+    """What a probe hides or asks for that the text holds already."""
+    return [words for words in (*probe.inserts, probe.answer) if _plain(words) in text]
 
 
-def _refuse_present(probe: Probe, plain_text: str) -> None:
-    present = _present(probe, plain_text)
+def _refuse_present(probe: Probe, present: Sequence[str]) -> None:
     if present:
         flag = "--needle" if present[0] in probe.inserts else "--answer"
         raise ConfigError(
@@ -273,21 +357,23 @@ def _encode_probe(tokenizer: Tokenizer, probe: Probe, opening: np.ndarray, closi
     return _Parts(opening, tuple(inserts), question, prompt[len(question) :], answer)
 
 
-def _from_seed(haystack: Haystack, seed: int, num_wanted: int) -> Haystack:
-    """The haystack from another sentence on for each seed, as far as it is long enough."""
-    starts = np.concatenate([[0], haystack.sentence_ends])
-    starts = starts[starts <= len(haystack.tokens) - num_wanted]
-    start = int(starts[0 if seed == 0 else random.Random(seed).randrange(len(starts))])
-    ends = haystack.sentence_ends
-    return Haystack(haystack.tokens[start:], ends[ends > start] - start)
+def _window_number(draft: _Draft, number: int, num_seeds: int) -> int:
+    """Which of so many windows a seed takes: the first one, then others, each once while there are some."""
+    others = range(1, number)
+    drawn = random.Random(draft.context_length).sample(others, min(num_seeds - 1, len(others)))
+    return [0, *drawn][draft.seed % (1 + len(drawn))]
 
 
-def _build_case(draft: _Draft, parts: _Parts, haystack: Haystack) -> NeedleCase:
+def _build_case(
+    draft: _Draft, parts: _Parts, haystack: Haystack, num_seeds: int, tolerance: float
+) -> NeedleCase:
     num_tokens = draft.context_length - parts.num_tokens
-    tokens, boundaries = haystack.window(num_tokens)
-    places = _place(draft, len(parts.inserts), boundaries, num_tokens)
+    number = _window_number(draft, haystack.num_windows(num_tokens), num_seeds)
+    tokens, boundaries = haystack.window(num_tokens, number)
+    cut_beyond = max(FEWEST_TOKENS_TO_CUT, tolerance * num_tokens)
+    places = _place(draft, len(parts.inserts), boundaries, num_tokens, cut_beyond)
     book, done, needle_start = [parts.opening], 0, 0
-    at_depth = _nearest(boundaries, draft.depth * num_tokens)
+    at_depth = _nearest(boundaries, draft.depth * num_tokens, cut_beyond)
     for place, insert in sorted(zip(places, range(len(places)), strict=True)):
         book += [tokens[done:place], parts.inserts[insert]]
         done = place
@@ -307,14 +393,18 @@ def _build_case(draft: _Draft, parts: _Parts, haystack: Haystack) -> NeedleCase:
     )
 
 
-def _place(draft: _Draft, number: int, boundaries: np.ndarray, num_tokens: int) -> list[int]:
+def _place(
+    draft: _Draft, number: int, boundaries: np.ndarray, num_tokens: int, cut_beyond: float
+) -> list[int]:
     """Offset in the haystack of each sentence: one at the depth of the cell, the others anywhere."""
     generator = random.Random(f"{draft.task} {draft.seed} {draft.context_length} {draft.depth} at")
     depths = [draft.depth, *(generator.random() for _ in range(number - 1))]
     if draft.probe.is_ordered:
         depths.sort()
-    return [_nearest(boundaries, depth * num_tokens) for depth in depths]
+    return [_nearest(boundaries, depth * num_tokens, cut_beyond) for depth in depths]
 
 
-def _nearest(boundaries: np.ndarray, place: float) -> int:
-    return int(boundaries[np.argmin(np.abs(boundaries - place))])
+def _nearest(boundaries: np.ndarray, place: float, cut_beyond: float) -> int:
+    """The boundary nearest to a place; the place itself, in a sentence, if none is near enough."""
+    nearest = int(boundaries[np.argmin(np.abs(boundaries - place))])
+    return nearest if abs(nearest - place) <= cut_beyond else round(place)

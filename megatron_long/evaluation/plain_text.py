@@ -89,9 +89,9 @@ def open_texts(
     return rows
 
 
-def hash_texts(paths: Sequence[Path], vocabulary_sha256: str) -> str:
-    """Give a hash of the texts and the vocabulary, so that reports on others are told apart."""
-    digest = sha256(vocabulary_sha256.encode())
+def hash_texts(paths: Sequence[Path], vocabulary_sha256: str, context_length: int) -> str:
+    """Give a hash of texts, vocabulary and row length, so that reports on other rows are told apart."""
+    digest = sha256(f"{vocabulary_sha256} {context_length}".encode())
     for path in paths:
         digest.update(path.stem.encode() + b"\0" + sha256(path.read_bytes()).digest())
     return digest.hexdigest()

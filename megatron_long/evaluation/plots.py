@@ -52,9 +52,13 @@ def plot_heatmap(
     *,
     title: str = "Needle in a haystack",
     training_length: int | None = None,
+    num_cells: int | None = None,
 ) -> None:
     """Write the needle heatmap as PNG; see `heatmap_figure`."""
-    save_figure(heatmap_figure(results, title=title, training_length=training_length), path)
+    figure = heatmap_figure(
+        results, title=title, training_length=training_length, num_cells=num_cells
+    )
+    save_figure(figure, path)
 
 
 def plot_position_curves(
@@ -70,7 +74,11 @@ def plot_position_curves(
 
 
 def heatmap_figure(
-    results: Sequence[NeedleResult], *, title: str, training_length: int | None = None
+    results: Sequence[NeedleResult],
+    *,
+    title: str,
+    training_length: int | None = None,
+    num_cells: int | None = None,
 ) -> Figure:
     """Draw context length by depth: whether the answer was exact, and how likely it was.
 
@@ -78,13 +86,16 @@ def heatmap_figure(
     shows where the needle is seen. Sharing a context length and depth, cells show their mean.
 
     Args:
-        results: Cells of a full grid.
+        results: Cells of the grid.
         training_length: Context the model was trained at, tokens: lengths beyond it are set off by
             a vertical line.
+        num_cells: Cells of the whole grid, where it may be unfinished: the title then says so.
     """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
+    if num_cells is not None and len(results) < num_cells:
+        title = f"{title}: unfinished, {len(results)} of {num_cells} cells"
     lengths = sorted({result.context_length for result in results})
     width = min(18.0, max(8.0, 3.0 + 0.45 * len(lengths)))
     figure = Figure(figsize=(width, 8.5), layout="constrained")
@@ -166,7 +177,8 @@ def position_figure(
     """Draw loss against position, one line a source and a black one for all.
 
     Args:
-        before: Another measurement of the same documents, dashed; adds a panel of the difference.
+        before: Another measurement of the same documents, dashed; adds a panel of the difference,
+            over the cells that both can give.
         training_length: Context of the old model, tokens: a vertical line.
     """
     from matplotlib.figure import Figure
@@ -178,11 +190,12 @@ def position_figure(
     panels[0].set_ylabel("loss (nats per token)")
     _draw_curves(panels[0], after, after.curve)
     if before is not None:
-        earlier = before
+        edges = sorted(set(after.edges) & set(before.edges))
+        later, earlier = after.over(edges), before.over(edges)
         _draw_curves(panels[0], before, before.curve, is_before=True)
         panels[1].set_title("difference: after minus before (below 0 is better)")
         panels[1].set_ylabel("difference (nats per token)")
-        _draw_curves(panels[1], after, lambda name: after.curve(name) - earlier.curve(name))
+        _draw_curves(panels[1], later, lambda name: later.curve(name) - earlier.curve(name))
         panels[1].axhline(0.0, color="0.4", linewidth=1)
     for axes in panels:
         _dress_position_axis(axes, after.edges[-1], training_length)

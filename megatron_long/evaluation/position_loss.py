@@ -82,6 +82,33 @@ class PositionLoss:
         total = self._total(self.loss_sums, start, stop, source)
         return total / num_tokens if num_tokens else float("nan")
 
+    def over(self, edges: Sequence[int]) -> PositionLoss:
+        """Give the same sums in larger cells.
+
+        Args:
+            edges: Some of the edges, increasing.
+
+        >>> loss = PositionLoss(edges=(0, 2, 4))
+        >>> loss.add("Book", np.array([4.0, 2.0, 1.0]), np.array([7, 8, 9]))
+        >>> loss.over((0, 4)).token_counts
+        {'Book': array([3.])}
+        """
+        places = [self.edges.index(edge) for edge in edges]
+        cells, first = slice(0, places[-1]), places[:-1]
+        larger = PositionLoss(tuple(edges), num_documents=dict(self.num_documents))
+        for source, sums in self.loss_sums.items():
+            counts = self.token_counts[source]
+            larger.loss_sums[source] = np.add.reduceat(sums[cells], first)
+            larger.token_counts[source] = np.add.reduceat(counts[cells], first)
+        return larger
+
+    def bucket_counts(self, buckets: Sequence[Bucket]) -> dict[str, tuple[int, ...]]:
+        """Give the number of tokens by source, bucket by bucket."""
+        return {
+            source: tuple(self.num_tokens(*bucket, source) for bucket in buckets)
+            for source in self.token_counts
+        }
+
     def curve(self, source: str | None = None) -> np.ndarray:
         """Give the mean loss of each cell [cells], nats; NaN where there is no token."""
         cells = zip(self.edges[:-1], self.edges[1:], strict=True)
@@ -130,6 +157,21 @@ def cell_edges(context_length: int, buckets: Iterable[Bucket] = ()) -> tuple[int
     steps = {round(2 ** (step / CELLS_PER_OCTAVE)) for step in range(num_steps)}
     edges = {0, context_length} | steps | {edge for bucket in buckets for edge in bucket}
     return tuple(sorted(edge for edge in edges if edge <= context_length))
+
+
+def count_positions(
+    documents: Sequence[HeldOutDocument], context_length: int, buckets: Sequence[Bucket]
+) -> dict[str, tuple[int, ...]]:
+    """Give what `PositionLoss.bucket_counts` will be once these documents are scored."""
+    counts: dict[str, tuple[int, ...]] = {}
+    for document in documents:
+        length = document.num_tokens(context_length)
+        before = counts.get(document.source, (0,) * len(buckets))
+        counts[document.source] = tuple(
+            count + max(0, min(length, stop) - start)
+            for count, (start, stop) in zip(before, buckets, strict=True)
+        )
+    return counts
 
 
 def loss_by_position(

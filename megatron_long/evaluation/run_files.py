@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_long.errors import ConfigError, UserError
-from megatron_long.evaluation.loss_report import LossReport, read_loss_report
+from megatron_long.evaluation.loss_report import (
+    LossReport,
+    difference_between,
+    read_loss_report,
+)
 from megatron_long.evaluation.needle_report import NeedleReport, read_needle_report
+from megatron_long.training.checkpoint_choice import RELEASE
 
 if TYPE_CHECKING:
     from megatron_long.data.manifest import Manifest
@@ -29,8 +34,10 @@ class Curve:
     """Nats per token."""
     tokens: list[float] = field(default_factory=list)
     """Trained until each step."""
-    tokens_per_second: list[float] = field(default_factory=list)
-    """Between a step and the one before; the first is missing."""
+    tokens_per_second: list[tuple[int, float]] = field(default_factory=list)
+    """Step and rate until it from the logged step before; the first is missing."""
+    is_timed: bool = False
+    """Whether the rates are of Megatron's timer, without evaluation and checkpoints."""
     tflops: list[float] = field(default_factory=list)
     """TFLOP/s of a GPU, where `--log-throughput` reached TensorBoard."""
 
@@ -42,15 +49,26 @@ class Measured[Report]:
     path: Path
     report: Report
     iteration: int | None
-    """None of a converted checkpoint, taken as the start."""
+    """None of what is not a step of a training; see `origin`."""
     tokens: int | None
+    model: str
+    """Path of what was measured."""
+    origin: str
+    """The iteration as the report says it: a number, "release" (a converted model), "hf", "random"."""
+
+    @property
+    def is_of_training(self) -> bool:
+        """Whether it has a place in a training, of which a converted model is the start."""
+        return self.iteration is not None or self.origin == RELEASE
 
     @property
     def label(self) -> str:
-        """Its place in the training, in words."""
+        """Its place in the training, in words; its name if it has none."""
         if self.tokens is not None:
             return f"{format_count(self.tokens)} tokens"
-        return f"step {self.iteration}" if self.iteration is not None else "start"
+        if self.iteration is not None:
+            return f"step {self.iteration}"
+        return "start" if self.origin == RELEASE else f"{Path(self.model).name} ({self.origin})"
 
 
 @dataclass
@@ -64,7 +82,7 @@ class RunFiles:
     needles: list[Measured[NeedleReport]] = field(default_factory=list)
     losses: list[Measured[LossReport]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    """Files that look like ours and could not be read, with the reason."""
+    """What looks like ours and could not be read, with the reason."""
 
 
 def collect(folder: Path, dataset: Path | None = None, baseline: Path | None = None) -> RunFiles:
@@ -73,7 +91,7 @@ def collect(folder: Path, dataset: Path | None = None, baseline: Path | None = N
     Args:
         baseline: Loss report that the others are compared with; None is the first one.
         dataset: Folder of the mixture; None looks for one in `folder` and in what run.json names.
-    Raises: ConfigError: no folder there, or nothing of a run in it.
+    Raises: ConfigError: no folder there, nothing of a run in it, or a baseline on other documents.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give that of --save, or one around it")
@@ -81,15 +99,12 @@ def collect(folder: Path, dataset: Path | None = None, baseline: Path | None = N
     for path in sorted(folder.rglob("*.json")):
         _add_report(found, path)
     found.curves = _event_curves(folder)
-    found.curves += [curve for curve in _log_curves(folder) if not _is_known(curve, found.curves)]
+    found.curves += [curve for curve in _log_curves(found) if not _is_known(curve, found.curves)]
     _add_dataset(found, dataset)
     found.needles = _in_order(found.needles, lambda report: report.settings.model)
     found.losses = _in_order(found.losses, lambda report: report.settings.checkpoint)
     if baseline is not None:
-        report = read_loss_report(baseline, "--baseline")
-        first = _measured(baseline, report, report.settings.iteration)
-        others = [item for item in found.losses if item.path.resolve() != baseline.resolve()]
-        found.losses = [first, *others]
+        _put_first(found, baseline)
     if not (found.curves or found.needles or found.losses or found.manifest):
         raise ConfigError(
             f"{folder} holds nothing of a run: no TensorBoard events, no --loss-log, no needle or loss "
@@ -98,15 +113,29 @@ def collect(folder: Path, dataset: Path | None = None, baseline: Path | None = N
     return found
 
 
+def _put_first(found: RunFiles, baseline: Path) -> None:
+    report = read_loss_report(baseline, "--baseline")
+    others = [item for item in found.losses if item.path.resolve() != baseline.resolve()]
+    differences = [difference_between(item.report, report) for item in others]
+    if differences and all(differences):
+        raise ConfigError(
+            f"--baseline {baseline} {differences[-1]} (here is {others[-1].path}, as with every other "
+            "loss report of the folder)"
+        )
+    found.losses = [_measured_loss(found, baseline, report), *others]
+
+
 def _add_report(found: RunFiles, path: Path) -> None:
-    kind = _kind_of(path)
     try:
+        kind = _kind_of(path)
         if kind == "needle":
             needle = read_needle_report(path)
-            found.needles.append(_measured(path, needle, needle.settings.iteration))
+            model, origin = needle.settings.model, needle.settings.iteration
+            found.needles.append(_measured(found, path, needle, model, origin))
         elif kind == "loss_by_position":
-            loss = read_loss_report(path)
-            found.losses.append(_measured(path, loss, loss.settings.iteration))
+            found.losses.append(_measured_loss(found, path, read_loss_report(path)))
+    except OSError as error:
+        found.left_out.append(f"{path} cannot be read ({error.strerror})")
     except UserError as error:
         found.left_out.append(str(error))
 
@@ -136,17 +165,43 @@ def _kind_of(path: Path) -> str | None:
     )
 
 
-def _measured[Report](path: Path, report: Report, iteration: str) -> Measured[Report]:
-    progress = path.with_name("progress.json")
-    tokens = json.loads(progress.read_text())["tokens"] if progress.is_file() else None
-    return Measured(path, report, int(iteration) if iteration.isdecimal() else None, tokens)
+def _measured_loss(found: RunFiles, path: Path, report: LossReport) -> Measured[LossReport]:
+    return _measured(found, path, report, report.settings.checkpoint, report.settings.iteration)
 
 
-def _log_curves(folder: Path) -> list[Curve]:
+def _measured[Report](
+    found: RunFiles, path: Path, report: Report, model: str, origin: str
+) -> Measured[Report]:
+    tokens = _read_tokens(found, path.with_name("progress.json"))
+    return Measured(
+        path, report, int(origin) if origin.isdecimal() else None, tokens, model, origin
+    )
+
+
+def _read_tokens(found: RunFiles, progress: Path) -> int | None:
+    """Tokens trained, from the file that lies beside an evaluation while training."""
+    if not progress.is_file():
+        return None
+    try:
+        return int(json.loads(progress.read_text())["tokens"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (
+            f"{progress} does not say the tokens trained ({error!r}); its steps are shown instead"
+        )
+        if reason not in found.left_out:
+            found.left_out.append(reason)
+        return None
+
+
+def _log_curves(found: RunFiles) -> list[Curve]:
     """Curves of `--loss-log` files."""
-    curves = []
+    curves, folder = [], found.folder
     for path in sorted(folder.rglob("*.jsonl")):
-        records = _read_log(path)
+        try:
+            records = _read_log(path)
+        except OSError as error:
+            found.left_out.append(f"{path} cannot be read ({error.strerror})")
+            continue
         if records:
             steps = [int(record["iteration"]) for record in records]
             losses = [float(record[LOSS_TAG]) for record in records]
@@ -194,26 +249,36 @@ def _event_curve(events: Path, root: Path) -> Curve | None:
     losses = {event.step: event for event in board.Scalars(LOSS_TAG)}
     steps = sorted(losses)
     tokens: list[float] = []
-    rates: list[float] = []
+    rates: list[tuple[int, float]] = []
     seq_length = _seq_length(events, root)
     if BATCH_TAG in tags and seq_length:
-        batch = {event.step: event.value * seq_length for event in board.Scalars(BATCH_TAG)}
+        logged = {event.step: event.value * seq_length for event in board.Scalars(BATCH_TAG)}
+        batch = _fill(logged, steps)
         total = 0.0
         for before, step in zip([steps[0] - 1, *steps], steps, strict=False):
-            total += batch.get(step, 0.0) * (step - before)
+            total += batch[step] * (step - before)
             tokens.append(total)
         times = [losses[step].wall_time for step in steps]
         if TIME_TAG in tags:  # without what happened between steps: evaluation, checkpoints
             seconds = {event.step: event.value for event in board.Scalars(TIME_TAG)}
-            rates = [batch[step] / seconds[step] for step in steps[1:] if step in seconds]
+            rates = [(step, batch[step] / seconds[step]) for step in steps[1:] if step in seconds]
         else:
             rates = [
-                (tokens[i] - tokens[i - 1]) / max(times[i] - times[i - 1], 1e-9)
+                (steps[i], (tokens[i] - tokens[i - 1]) / max(times[i] - times[i - 1], 1e-9))
                 for i in range(1, len(steps))
             ]
     tflops = [event.value for event in board.Scalars(RATE_TAG)] if RATE_TAG in tags else []
     name = str(events.relative_to(root)) if events != root else events.name
-    return Curve(name, steps, [losses[step].value for step in steps], tokens, rates, tflops)
+    values = [losses[step].value for step in steps]
+    return Curve(name, steps, values, tokens, rates, TIME_TAG in tags, tflops)
+
+
+def _fill(logged: dict[int, float], steps: Sequence[int]) -> dict[int, float]:
+    """Give each step its value, or the last one logged before it (before the first: that one)."""
+    filled, last = {}, logged[min(logged)]
+    for step in steps:
+        last = filled[step] = logged.get(step, last)
+    return filled
 
 
 def _seq_length(events: Path, root: Path) -> int | None:
@@ -250,7 +315,8 @@ def _add_dataset(found: RunFiles, dataset: Path | None) -> None:
 
 def _dataset_candidates(folder: Path) -> list[Path]:
     """The dataset of the newest run, then what lies in the folder."""
-    runs = sorted(folder.rglob("run.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    files = [path for path in folder.rglob("run.json") if path.is_file()]
+    runs = sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
     named = [Path(path) for run in runs if (path := _flag(_argv(run), "--dataset"))]
     nearby = [path.parent for path in sorted(folder.rglob("manifest.json"))]
     return [path for path in dict.fromkeys([*named, *nearby]) if (path / "manifest.json").is_file()]

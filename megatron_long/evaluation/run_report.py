@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_long.evaluation.loss_report import LossReport
+from megatron_long.evaluation.loss_report import LossReport, difference_between
 from megatron_long.evaluation.loss_table import LossTable, build_table, table_figure
 from megatron_long.evaluation.needle_report import NeedleReport, format_summary
 from megatron_long.evaluation.plots import (
@@ -85,7 +85,7 @@ def run_report_page(found: RunFiles) -> str:
         _mixture_section(found),
         *_training_sections(found.curves),
         *_needle_sections(found.needles),
-        _loss_section(found.losses),
+        *_loss_sections(found.losses),
     ]
     return (
         jinja2.Environment(autoescape=True)
@@ -135,15 +135,28 @@ def _training_sections(curves: Sequence[Curve]) -> list[Section]:
     rated = [curve for curve in curves if curve.tokens_per_second]
     if not rated:
         return [section]
-    throughput = Section(
-        "Throughput", "Tokens a second of the whole job, between logged steps; checkpoints count."
-    )
+    throughput = Section("Throughput", *_rate_captions(rated))
     throughput.rows = [["run", "median tokens/s", "median TFLOP/s/GPU"]]
     for curve in rated:
         tflops = f"{np.median(curve.tflops):.1f}" if curve.tflops else "-"
-        throughput.rows.append([curve.name, f"{np.median(curve.tokens_per_second):,.0f}", tflops])
+        median = np.median([rate for _, rate in curve.tokens_per_second])
+        throughput.rows.append([curve.name, f"{median:,.0f}", tflops])
     throughput.add_figure("tokens a second by step", _rate_figure(rated))
     return [section, throughput]
+
+
+def _rate_captions(curves: Sequence[Curve]) -> list[str]:
+    """Say what the seconds are, which depends on what was logged."""
+    captions = {
+        False: "Tokens a second of the whole job, between logged steps; checkpoints count",
+        True: "Tokens a second of the whole job by its step timer; evaluation and checkpoints do not count",
+    }
+    kinds = {curve.is_timed for curve in curves}
+    names = {kind: [curve.name for curve in curves if curve.is_timed is kind] for kind in kinds}
+    return [
+        f"{captions[kind]}{f' ({", ".join(names[kind])})' if len(kinds) > 1 else ''}."
+        for kind in sorted(kinds)
+    ]
 
 
 def _loss_figure(curves: Sequence[Curve]) -> Figure:
@@ -166,9 +179,9 @@ def _rate_figure(curves: Sequence[Curve]) -> Figure:
     figure = Figure(figsize=(9, 3), layout="constrained")
     axes = figure.subplots()
     for place, curve in enumerate(curves):
-        steps = curve.steps[-len(curve.tokens_per_second) :]
+        steps, rates = zip(*curve.tokens_per_second, strict=True)
         colour = SOURCE_COLOURS[place % len(SOURCE_COLOURS)]
-        axes.plot(steps, curve.tokens_per_second, color=colour, linewidth=1.2, label=curve.name)
+        axes.plot(steps, rates, color=colour, linewidth=1.2, label=curve.name)
     axes.set(xlabel="step", ylabel="tokens a second")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
@@ -180,43 +193,61 @@ def _needle_sections(needles: Sequence[Measured[NeedleReport]]) -> list[Section]
     if not needles:
         return []
     sections = []
-    if len(needles) > 1:
+    training = [item for item in needles if item.is_of_training]
+    others = [item for item in needles if not item.is_of_training]
+    if len(training) > 1:
         history = Section("Needle over tokens trained")
-        figure = needle_history_figure([(item.label, item.report.results) for item in needles])
+        figure = needle_history_figure([(item.label, item.report.results) for item in training])
         history.add_figure("needle heatmaps over tokens trained", figure)
         sections.append(history)
-    last = needles[-1]
-    section = Section("Needle", f"{last.path} ({last.label})")
-    section.plain = format_summary(last.report)
+    for title, items in (("Needle", training), ("Needle of another model", others)):
+        sections += [_needle_section(title, item) for item in items[-1:]]
+    return sections
+
+
+def _needle_section(title: str, item: Measured[NeedleReport]) -> Section:
+    section = Section(title, f"{item.path} ({item.label})")
+    section.plain = format_summary(item.report)
     section.add_figure(
         "needle heatmap",
         heatmap_figure(
-            last.report.results,
+            item.report.results,
             title="Needle in a haystack",
-            training_length=last.report.settings.training_length,
+            training_length=item.report.settings.training_length,
+            num_cells=item.report.settings.num_cells,
         ),
     )
-    return [*sections, section]
+    return section
 
 
-def _loss_section(losses: Sequence[Measured[LossReport]]) -> Section | None:
-    if not losses:
-        return None
-    last, first = losses[-1], losses[0]
-    comparable = [item for item in losses if _is_comparable(item.report, last.report)]
+def _loss_sections(losses: Sequence[Measured[LossReport]]) -> list[Section]:
+    """One section for each set of reports that can be compared, that of the last report first."""
+    groups: list[list[Measured[LossReport]]] = []
+    for item in reversed(losses):
+        for group in groups:
+            if difference_between(group[-1].report, item.report) is None:
+                group.insert(0, item)
+                break
+        else:
+            groups.append([item])
+    title = "Loss by source and position"
+    titles = [title, *(f"{title}: other documents {number}" for number in range(1, len(groups)))]
+    return [_loss_section(name, group) for name, group in zip(titles, groups, strict=False)]
+
+
+def _loss_section(title: str, comparable: Sequence[Measured[LossReport]]) -> Section:
+    first, last = comparable[0], comparable[-1]
     names = "; ".join(_name(item) for item in comparable)
-    section = Section("Loss by source and position", f"On the same held-out documents: {names}.")
+    documents = f"{last.report.settings.dataset}, {last.report.settings.context_length} tokens"
+    section = Section(title, f"On the same held-out documents ({documents}): {names}.")
     table = build_table([(_name(item), item.report) for item in comparable])
     section.rows = _table_rows(table)
     section.add_figure(
         "loss by source and bucket, and differences to the first", table_figure(table)
     )
-    before = first.report.loss if len(comparable) > 1 and comparable[0] is first else None
-    if before is not None and before.edges != last.report.loss.edges:
-        before = None
     curves = position_figure(
         last.report.loss,
-        before,
+        first.report.loss if len(comparable) > 1 else None,
         title=f"Loss by position in the document, {last.label}",
         training_length=last.report.settings.training_length,
     )
@@ -226,15 +257,6 @@ def _loss_section(losses: Sequence[Measured[LossReport]]) -> Section | None:
 
 def _name(item: Measured[LossReport]) -> str:
     return item.label if item.tokens is not None else f"{item.path.stem}, {item.label}"
-
-
-def _is_comparable(report: LossReport, other: LossReport) -> bool:
-    mine, theirs = report.settings, other.settings
-    needed = {edge for bucket in theirs.buckets for edge in bucket}
-    same = ("dataset_fingerprint", "min_document_tokens", "max_documents_per_source")
-    return needed <= set(report.loss.edges) and all(
-        getattr(mine, name) == getattr(theirs, name) for name in same
-    )
 
 
 def _table_rows(table: LossTable) -> list[list[str]]:

@@ -90,3 +90,31 @@ def test_bad_files(tmp_path: Path):
     (tmp_path / "blank.txt").write_text(" \n ")
     with pytest.raises(ConfigError, match="holds no text"):
         read_haystack(tmp_path / "blank.txt")
+
+
+def test_chinese_sentences_end_without_white_space():
+    text = "那天下雨了！？「我們在家。」他說……然後他走了…he left… and came back。"
+    assert split_sentences(text) == [
+        "那天下雨了！？", "「我們在家。」", "他說……", "然後他走了…he left… and came back。",
+    ]  # fmt: skip
+
+
+def test_lines_are_cut_where_no_sentence_ends():
+    lines = [f"speaker {number % 2} says word {number}" for number in range(200)]
+    pieces = split_sentences("\n".join(lines))
+    assert [piece.strip() for piece in pieces] == lines
+    assert split_sentences("\n".join(lines[:20]) + ".") == ["\n".join(lines[:20]) + "."]
+
+
+def test_white_space_at_the_beginning_is_read_past():
+    text = " \n" * 2000 + make_story(50)
+    haystack = tokenize_haystack(text, WordTokenizer(), 100)
+    assert len(haystack.tokens) >= 100
+
+
+def test_windows_are_counted():
+    haystack = tokenize_haystack(make_story(40), WordTokenizer(), 10_000)
+    number = haystack.num_windows(100)
+    starts = {haystack.window(100, index)[0].tobytes() for index in range(number)}
+    assert len(starts) == number
+    assert haystack.num_windows(len(haystack.tokens)) == 1

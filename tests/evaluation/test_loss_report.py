@@ -30,6 +30,9 @@ SETTINGS = LossSettings(
 )
 
 
+COUNTS = {"Book": (4, 12), "C4": (3, 0)}
+
+
 def make_report(late_loss: float) -> LossReport:
     loss = PositionLoss(cell_edges(16, SETTINGS.buckets))
     losses = np.array([2.0] * 4 + [late_loss] * 12)
@@ -72,9 +75,22 @@ def test_table():
     ],
 )
 def test_only_the_same_documents_and_buckets_compare(change, message):
-    check_comparable(SETTINGS, make_report(1.0), Path("old.json"))
+    check_comparable(SETTINGS, COUNTS, make_report(1.0), Path("old.json"))
     with pytest.raises(ConfigError, match=message):
-        check_comparable(replace(SETTINGS, **change), make_report(1.0), Path("old.json"))
+        check_comparable(replace(SETTINGS, **change), COUNTS, make_report(1.0), Path("old.json"))
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({**COUNTS, "Book": (4, 11)}, "12 of Book at positions 4-16 there, 11 here"),
+        ({"Book": (4, 12)}, "3 of C4 at positions 0-4 there, 0 here"),
+        ({**COUNTS, "Wiki": (1, 0)}, "0 of Wiki at positions 0-4 there, 1 here"),
+    ],
+)
+def test_other_numbers_of_tokens_do_not_compare(counts, message):
+    with pytest.raises(ConfigError, match=message):
+        check_comparable(SETTINGS, counts, make_report(1.0), Path("old.json"))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"settings": {"buckets": []}}'])

@@ -261,3 +261,25 @@ def train_tokenizer(name: str, folder: Path) -> Path:
     bpe.train([str(corpus)], trainer)
     bpe.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("ending", ["", "。"])
+def test_every_depth_is_met_without_western_sentences(tokenizer, caplog, ending):
+    """Words in one line that never end, and Chinese: ten depths are ten."""
+    text = ending.join(f" w{number}" for number in range(3000))
+    depths = np.linspace(0, 1, 10).tolist()
+    cases = build_cases(text, tokenizer, NeedleTask(), [300, 1500], depths)
+    assert all(abs(case.actual_depth - case.depth) < 0.05 for case in cases[10:])
+    assert len({case.needle_start for case in cases[10:]}) == 10
+    near = [abs(case.actual_depth - case.depth) * 200 <= 64 for case in cases[:10]]
+    assert all(near)
+    assert ("farther from their depth" in caplog.text) == (ending == "")
+
+
+def test_a_sentence_near_the_depth_stays_whole(tokenizer):
+    """Fine depths over sentences of forty words: the needle stays between them."""
+    sentences = [" ".join(f"w{(first + n) % 40}" for n in range(40)) for first in range(40)]
+    text = "Now " + ". Now ".join(sentences) + "."
+    cases = build_cases(text, tokenizer, NeedleTask(), [400], np.linspace(0, 1, 30).tolist())
+    before = [tokenizer.decode(case.row().tokens[: case.needle_start]) for case in cases]
+    assert all(part.endswith((".", "<book>")) for part in before)

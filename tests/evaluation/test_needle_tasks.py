@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.needle import build_cases
+from megatron_long.evaluation.needle import _UsedText, build_cases
 from megatron_long.evaluation.needle_scores import Deadline, free_answers, score_cases
 from megatron_long.evaluation.needle_tasks import (
     GENERATED_TASKS,
@@ -92,6 +92,29 @@ def test_seeds_take_other_stretches_of_the_haystack(tokenizer):
         assert case.row().tokens.tolist() == other.row().tokens.tolist()
 
 
+def test_each_length_takes_its_own_stretches(tokenizer, caplog):
+    """A text just as long as the longest case: only that one repeats, and it is said."""
+    with pytest.raises(ConfigError, match="lengths up to") as info:
+        build_cases(STORY, tokenizer, NeedleTask(), [100_000], [0.5])
+    length = int(str(info.value).split("lengths up to ")[1].split(":")[0])
+    cases = build_cases(STORY, tokenizer, NeedleTask(), [300, length], [0.5], num_seeds=5)
+    for context_length, expected in ((300, 5), (length, 1)):
+        books = {c.row().tokens.tobytes() for c in cases if c.context_length == context_length}
+        assert len(books) == expected
+    assert "--num-seeds 5" in caplog.text
+    caplog.clear()
+    build_cases(STORY, tokenizer, NeedleTask(), [300], [0.5], num_seeds=5)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("words", ["1234567", "key 1234567 is", "55 x", "Pass  key", "ay 1", "z"])
+def test_words_are_looked_up_as_in_the_text_itself(words):
+    text = "The pass\nkey 91234567 is 1234567 today 155 x. Pass key"
+    plain = " ".join(text.split())
+    for part in (words, " ".join(words.split()), words.upper()):
+        assert (part in _UsedText(text)) == (part in plain)
+
+
 def test_numbers_that_the_haystack_holds_are_drawn_again(tokenizer):
     draws = iter(["w1", "w2", "fresh"])
 
@@ -99,7 +122,7 @@ def test_numbers_that_the_haystack_holds_are_drawn_again(tokenizer):
         word = next(draws)
         return Probe((f"The word is {word}.",), "Which word?", "The word is", f"{word}.")
 
-    text = STORY + " They said w1. The word is w2."
+    text = "They said w1. The word is w2. " + STORY
     (case,) = build_cases(text, tokenizer, {"word": task}, [300], [0.5])
     assert case.probe.answer == "fresh."
     with pytest.raises(ConfigError, match="already contains"):

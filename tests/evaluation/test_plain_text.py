@@ -65,14 +65,15 @@ def test_refusals(story, tmp_path):
         open_texts([story, other], WordTokenizer(), 8, None)
 
 
-def test_hash_tells_texts_names_and_vocabularies_apart(story, tmp_path):
-    first = hash_texts([story], "a")
-    assert first == hash_texts([story], "a")
-    assert first != hash_texts([story], "b")
+def test_hash_tells_texts_names_vocabularies_and_rows_apart(story, tmp_path):
+    first = hash_texts([story], "a", 64)
+    assert first == hash_texts([story], "a", 64)
+    assert first != hash_texts([story], "b", 64)
+    assert first != hash_texts([story], "a", 128)
     renamed = story.rename(tmp_path / "tale.txt")
-    assert first != hash_texts([renamed], "a")
+    assert first != hash_texts([renamed], "a", 64)
     renamed.write_text("else")
-    assert len({first, hash_texts([renamed], "a")}) == 2
+    assert len({first, hash_texts([renamed], "a", 64)}) == 2
 
 
 def test_text_shorter_than_a_row_gives_none():

@@ -82,6 +82,14 @@ def test_likelihoods_of_a_weak_model_are_told_apart_but_not_blown_up():
     assert (low, high) == (-5.7, -5.2)
 
 
+def test_an_unfinished_grid_says_so():
+    results = make_results(8, 5, 30_000)
+    title = heatmap_figure(results[:5], title="Needle", num_cells=40).axes[0].get_title()
+    assert "unfinished, 5 of 40 cells" in title
+    title = heatmap_figure(results, title="Needle", num_cells=40).axes[0].get_title()
+    assert "unfinished" not in title
+
+
 def test_red_is_a_miss_and_green_a_hit():
     figure = heatmap_figure(make_results(8, 5, 30_000), title="Needle")
     colours = figure.axes[0].images[0].cmap
@@ -107,6 +115,16 @@ def test_position_curves_have_labels_units_and_the_old_length():
     expected = after.curve() - before.curve()
     np.testing.assert_allclose(drawn["all"], expected[-len(drawn["all"]) :])
     assert drawn["all"][-1] < -0.5
+
+
+def test_the_difference_is_drawn_over_common_cells():
+    """Against a longer curve with other edges: both are summed again over what they share."""
+    after = PositionLoss((0, 8, 16, 32))
+    after.add("Book", np.full(32, 2.0), np.ones(32))
+    before = PositionLoss((0, 4, 8, 12, 32, 64))
+    before.add("Book", np.repeat([3.0, 4.0, 9.0], [8, 24, 32]), np.ones(64))
+    drawn = position_figure(after, before, title="Loss").axes[1].lines[0].get_ydata()
+    np.testing.assert_allclose(drawn, [-2.0])  # 8-32; cells before position 8 are not drawn
 
 
 def test_without_an_earlier_measurement_there_is_one_panel():

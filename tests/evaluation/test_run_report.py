@@ -66,7 +66,9 @@ def test_what_is_found(run_dir, tiny_dataset):
     board, log = found.curves
     assert board.losses == [4.5, 4.0, 3.5, 3.0, 2.5]
     assert board.tokens == [4000.0, 8000.0, 12_000.0, 16_000.0, 20_000.0]
-    assert board.tokens_per_second == pytest.approx([2000.0] * 4)
+    assert [step for step, _ in board.tokens_per_second] == [2, 3, 4, 5]
+    assert [rate for _, rate in board.tokens_per_second] == pytest.approx([2000.0] * 4)
+    assert not board.is_timed
     assert (log.steps, log.losses) == ([1], [2.5])  # a step done again after a restart
     assert [item.iteration for item in found.needles] == [9, 10, 100]
     assert [item.label for item in found.losses] == ["9M tokens", "10M tokens", "100M tokens"]
@@ -99,6 +101,68 @@ def test_a_damaged_report_is_named_and_left_out(run_dir, tmp_path):
     assert "iter_0000010/needle.json" in found.left_out[0]
     write_run_report(tmp_path / "r.html", found)
     assert "iter_0000010/needle.json" in (tmp_path / "r.html").read_text()
+
+
+def test_what_cannot_be_opened_is_named(run_dir):
+    (run_dir / "folder.json").mkdir()
+    (run_dir / "folder.jsonl").mkdir()
+    (run_dir / "gone.json").symlink_to(run_dir / "nowhere")
+    (run_dir / "evaluation" / "iter_0000010" / "progress.json").write_text("{")
+    found = collect(run_dir)
+    assert [item.label for item in found.needles] == ["9M tokens", "step 10", "100M tokens"]
+    text = "\n".join(found.left_out)
+    assert len(found.left_out) == 4, text
+    for name in ("folder.json ", "folder.jsonl", "gone.json", "iter_0000010/progress.json"):
+        assert name in text
+
+
+def test_rates_of_the_timer_stand_at_their_steps(tmp_path):
+    """A timer logged every fourth step, and a batch size that was logged once."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
+        for step in range(1, 10):
+            writer.add_scalar("lm loss", 1.0, step)
+            if step % 4 == 0:
+                writer.add_scalar("iteration-time", step, step)
+        writer.add_scalar("batch-size", 2, 1)
+    (tmp_path / "run.json").write_text(json.dumps({"argv": ["--seq-length", "1000"]}))
+    (curve,) = collect(tmp_path).curves
+    assert curve.tokens_per_second == [(4, 500.0), (8, 250.0)]
+    assert curve.tokens[-1] == 9 * 2000
+    page = run_report_page(collect(tmp_path))
+    assert "checkpoints do not count" in page
+    assert "checkpoints count" not in page
+
+
+def test_reports_on_other_documents_have_their_own_section(run_dir, tmp_path):
+    report = make_loss(1.4321)
+    settings = replace(report.settings, dataset_fingerprint="other", dataset="books")
+    path = run_dir / "apart.json"
+    write_loss_report(path, LossReport(settings, report.loss))
+    os.utime(path, (1, 1))
+    page = run_report_page(collect(run_dir))
+    assert ">Loss by source and position</h2>" in page
+    assert ">Loss by source and position: other documents 1</h2>" in page
+    assert "<td>1.4321</td>" in page
+    path.rename(tmp_path / "apart.json")
+    with pytest.raises(ConfigError, match=r"--baseline .*apart.json was made with another"):
+        collect(run_dir, baseline=tmp_path / "apart.json")
+
+
+def test_only_a_converted_model_is_the_start(run_dir):
+    needle = make_needle(1000)
+    for origin in ("release", "hf", "random"):
+        settings = replace(needle.settings, iteration=origin, model=f"models/{origin}-model")
+        report = NeedleReport(settings, needle.results)
+        write_needle_report(run_dir / f"{origin}.json", report)
+    found = collect(run_dir)
+    labels = {item.path.stem: (item.label, item.is_of_training) for item in found.needles}
+    assert labels["release"] == ("start", True)
+    assert labels["hf"] == ("hf-model (hf)", False)
+    assert labels["random"] == ("random-model (random)", False)
+    page = run_report_page(found)
+    assert ">Needle of another model</h2>" in page
 
 
 def test_trainings_come_in_the_order_they_were_measured(run_dir):

@@ -117,6 +117,25 @@ def test_loss(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
     assert str(output) in printed
 
 
+def test_one_process_takes_an_odd_length(run, opened, checkpoint, tiny_dataset, tmp_path):
+    flags = loss_flags(checkpoint, tiny_dataset, tmp_path / "loss.json")
+    assert run("loss", *flags, "--context-length", 63) == 0
+    assert read_loss_report(tmp_path / "loss.json").loss.edges[-1] == 63
+
+
+def test_reports_of_one_name_are_told_apart(
+    run, opened, checkpoint, tiny_dataset, tmp_path, capsys
+):
+    earlier = [tmp_path / name / "loss.json" for name in ("a", "b")]
+    for path in earlier:
+        flags = loss_flags(checkpoint, tiny_dataset, path)
+        assert run("loss", *flags, "--context-length", 64) == 0
+    flags = loss_flags(checkpoint, tiny_dataset, tmp_path / "c.json")
+    assert run("loss", *flags, "--context-length", 64, "--compare", *earlier) == 0
+    rows = (tmp_path / "c-table.csv").read_text().splitlines()[1:]
+    assert {row.split(",")[1] for row in rows} == {"a/loss", "b/loss", "this model"}
+
+
 def test_hashes_are_not_compared_on_request(run, opened, checkpoint, tiny_dataset, tmp_path):
     flags = loss_flags(checkpoint, tiny_dataset, tmp_path / "loss.json")
     assert run("loss", *flags, "--context-length", 64, "--skip-hash-check") == 0
@@ -134,6 +153,10 @@ def test_loss_of_texts(run, opened, checkpoint, tiny_dataset, haystack, tmp_path
     flags = [*loss_flags(checkpoint, tiny_dataset, tmp_path / "b.json"), "--context-length", 64]
     assert run("loss", *flags, "--max-documents-per-source", 3, "--compare", output) == 2
     assert "only losses on the" in capsys.readouterr().err
+    flags = ["--checkpoint", checkpoint, "--text", haystack, "--max-documents-per-source", 3]
+    flags += ["--output", tmp_path / "longer.json", "--buckets", "0-8,8-64", "--compare", output]
+    assert run("loss", *flags, "--context-length", 128) == 2  # rows cut elsewhere
+    assert "--text with --context-length" in " ".join(capsys.readouterr().err.split())
     both = ["--dataset", tiny_dataset, "--text", haystack, "--checkpoint", checkpoint]
     assert run("loss", *both, "--context-length", 64, "--output", tmp_path / "c.json") == 2
 
@@ -151,6 +174,12 @@ def test_loss_against_an_earlier_run(run, opened, checkpoint, tiny_dataset, tmp_
     assert (tmp_path / "after-table.png").stat().st_size > 5_000
     lines = (tmp_path / "after-table.csv").read_text().splitlines()
     assert len(lines) == 1 + 2 * 2 * 3  # buckets, models, sources and all
+    other = [*after, "--context-length", 48, "--buckets", "0-32,32-48", "--compare", before]
+    assert run("loss", *other, "--plot", tmp_path / "a.png", "--force") == 2
+    assert "no position edges [48]" in " ".join(capsys.readouterr().err.split())
+    other = [*after, "--context-length", 64, "--buckets", "0-32,32-64", "--compare", before]
+    assert run("loss", *other, "--plot", tmp_path / "a.png", "--force") == 0  # other curve cells
+    capsys.readouterr()
     assert run("loss", *after, *common, "--compare", before) == 2
     assert "--force" in capsys.readouterr().err
     flags = [*after, "--context-length", 64, "--compare", before, "--force"]
@@ -315,7 +344,10 @@ LOSS_ERRORS = {
     "missing checkpoint": (["--checkpoint", "nowhere"], "--checkpoint nowhere does not exist"),
     "missing dataset": (["--dataset", "nowhere"], "--dataset nowhere is not a folder"),
     "not a dataset": (["--dataset", "."], "has no manifest.json"),
-    "odd length": (["--context-length", "63"], "use 62 or 64"),
+    "odd length": (
+        ["--context-length", "63", "--tensor-model-parallel-size", "2"],
+        "use 62 or 64",
+    ),
     "cp": (
         ["--context-length", "66", "--context-parallel-size", "2"],
         "--context-length 66 is not a multiple of 2 * --context-parallel-size 2 (4); use 64 or 68",
@@ -348,7 +380,10 @@ NEEDLE_ERRORS = {
     "long": (["--context-length", "100000"], "it can do lengths up to"),
     "short": (["--context-lengths", "20"], "--context-lengths above"),
     "above": (["--context-lengths", "620"], "--context-lengths 620 is above --context-length 600"),
-    "odd length": (["--context-length", "601"], "use 600 or 602"),
+    "odd length": (
+        ["--context-length", "601", "--context-parallel-size", "2"],
+        "use 600 or 604",
+    ),
     "no such hf model": (["--backend", "hf", "--checkpoint", "."], "holds no config.json"),
     "hf with Megatron's flags": (
         ["--backend", "hf", "--bf16"],
