@@ -30,6 +30,7 @@ from megatron_long.evaluation.bookqa import (
     read_questions,
     summarize_answers,
 )
+from megatron_long.evaluation.fingerprint import fingerprint, hash_file
 from megatron_long.evaluation.inputs import find_hf_folder, open_tokenizer, positive_int
 from megatron_long.evaluation.models import HF, ModelChoice, open_generator, warn_beyond_rope
 from megatron_long.evaluation.needle_scores import Deadline
@@ -74,7 +75,10 @@ def main() -> None:
         raise ConfigError(f"--data {args.data} holds no question; download it again")
     settings = {
         "model": str(args.checkpoint),
+        "weights_sha256": fingerprint(choice.folder),
+        "vocabulary_sha256": tokenizer.vocabulary_sha256,
         "data": str(args.data),
+        "data_sha256": hash_file(args.data),
         "num_questions": len(questions),
         "context_length": args.context_length,
         "precision": args.precision,

@@ -25,6 +25,7 @@ from megatron_long.cli import run_tool, tool_parser
 from megatron_long.data.tokenizers import Tokenizer
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.batches import TokenScorer, plan_batches
+from megatron_long.evaluation.fingerprint import fingerprint
 from megatron_long.evaluation.haystack import read_haystack
 from megatron_long.evaluation.inputs import (
     check_context_length,
@@ -63,6 +64,7 @@ from megatron_long.evaluation.needle_tasks import (
     NeedleTask,
     Task,
     choose_tasks,
+    describe_task,
     read_needles,
 )
 from megatron_long.evaluation.progress_log import append_records, open_log, start_log
@@ -208,15 +210,14 @@ def describe_settings(
         haystack_sha256=sha256(text.encode()).hexdigest(),
         vocabulary_sha256=tokenizer.vocabulary_sha256,
         prompt=args.prompt,
-        tasks={
-            name: getattr(task, "needle", "drawn for each case") for name, task in tasks.items()
-        },
+        tasks={name: describe_task(task) for name, task in tasks.items()},
         context_lengths=lengths,
         depths=spread_depths(args.num_depths),
         num_seeds=args.num_seeds,
         training_length=args.training_length,
         megatron_argv=others,
         layout_argv=layout,
+        weights_sha256=fingerprint(choice.folder),
     )
 
 

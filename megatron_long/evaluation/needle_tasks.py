@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -161,6 +161,11 @@ def choose_tasks(
         for name in dict.fromkeys(names)
         for key, task in (sentences if name == SENTENCE else {name: GENERATED_TASKS[name]}).items()
     }
+
+
+def describe_task(task: Task) -> dict[str, str] | str:
+    """Say what a task hides and asks: all that decides its cells."""
+    return asdict(task) if isinstance(task, NeedleTask) else "drawn for each case"
 
 
 def read_needles(path: Path) -> dict[str, NeedleTask]:

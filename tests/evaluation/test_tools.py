@@ -236,6 +236,42 @@ def test_a_stopped_needle_run_goes_on_and_gives_the_same(
     assert len(scorers) == 4
 
 
+@pytest.mark.parametrize(
+    "changed", [["--question", "What now?"], ["--answer", "Dolores Park on a sunny day."]]
+)
+def test_another_question_or_answer_is_another_command(
+    changed, run, opened, checkpoint, haystack, tmp_path, capsys
+):
+    flags = needle_flags(checkpoint, haystack, tmp_path / "n")
+    assert run("needle", *flags) == 0
+    assert run("needle", *flags, *changed) == 2
+    assert "results of another command (tasks" in " ".join(capsys.readouterr().err.split())
+    assert len(opened) == 1
+
+
+def test_needles_of_an_edited_file_are_another_command(run, opened, checkpoint, haystack, tmp_path):
+    needles = tmp_path / "needles.json"
+    hidden = {"needle": "The cat sleeps on the roof.", "question": "Where?", "answer": "the roof."}
+    needles.write_text(json.dumps([hidden]))
+    flags = [*needle_flags(checkpoint, haystack, tmp_path / "n"), "--needles", needles]
+    assert run("needle", *flags) == 0
+    needles.write_text(json.dumps([hidden | {"question": "Where does it sleep?"}]))
+    assert run("needle", *flags) == 2
+
+
+@pytest.mark.parametrize("file", ["hashes.json", "weights.distcp"])
+def test_other_weights_at_the_same_path_are_another_command(
+    file, run, opened, checkpoint, haystack, tmp_path, capsys
+):
+    weights = checkpoint / "iter_0000010" / file
+    weights.write_text("{}")
+    flags = needle_flags(checkpoint, haystack, tmp_path / "n")
+    assert run("needle", *flags, "--skip-hash-check") == 0
+    weights.write_text("{ }")
+    assert run("needle", *flags, "--skip-hash-check") == 2
+    assert "another command (weights_sha256" in " ".join(capsys.readouterr().err.split())
+
+
 def test_needle_tasks_and_seeds(run, opened, checkpoint, haystack, tmp_path, capsys):
     needles = tmp_path / "needles.json"
     hidden = {"needle": "The cat sleeps on the roof.", "question": "Where?", "answer": "the roof."}
