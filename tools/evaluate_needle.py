@@ -37,6 +37,7 @@ from megatron_long.evaluation.models import (
     HF,
     ModelChoice,
     add_model_flags,
+    check_megatron_flags,
     choose_model,
     open_generator,
     open_model,
@@ -324,6 +325,13 @@ def main() -> None:
     """Parse, check, score, write."""
     args, megatron_argv = build_parser().parse_known_args()
     preparation = prepare(args, megatron_argv)
+    if args.dry_run:
+        check_megatron_flags(
+            preparation.choice,
+            context_length=preparation.context_length,
+            megatron_argv=megatron_argv,
+            precision=args.precision,
+        )
     if os.environ.get("RANK", "0") == "0":
         print(describe(preparation, args.micro_batch_size), flush=True)
     if args.dry_run:

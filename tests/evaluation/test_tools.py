@@ -99,6 +99,7 @@ def test_loss(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
             "precision": None,
             "hf_config": None,
             "check_hashes": True,
+            "iteration": "10",
         }
     ]
     report = read_loss_report(output)
@@ -296,6 +297,16 @@ def test_a_dry_run_counts_the_work_and_loads_nothing(
     assert "FLOPs" in printed
     assert opened == []
     assert not (tmp_path / "n").exists()
+
+
+def test_a_dry_run_parses_the_flags_for_megatron(
+    run, opened, checkpoint, haystack, tmp_path, capsys
+):
+    flags = [*needle_flags(checkpoint, haystack, tmp_path / "n"), "--dry-run"]
+    assert run("needle", *flags, "--context-paralel-size", 2) == 2
+    assert "did you mean --context-parallel-size?" in " ".join(capsys.readouterr().err.split())
+    assert run("needle", *flags, "--context-parallel-size", 2) == 0
+    assert opened == []
 
 
 def test_random_weights_need_a_config(run, opened, checkpoint, haystack, tmp_path, capsys):
