@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -30,10 +31,16 @@ from megatron_long.evaluation.bookqa import (
     read_questions,
     summarize_answers,
 )
-from megatron_long.evaluation.inputs import find_hf_folder, open_tokenizer, positive_int
+from megatron_long.evaluation.fingerprint import fingerprint, hash_file
+from megatron_long.evaluation.inputs import (
+    check_output,
+    find_hf_folder,
+    open_tokenizer,
+    positive_int,
+)
 from megatron_long.evaluation.models import HF, ModelChoice, open_generator, warn_beyond_rope
 from megatron_long.evaluation.needle_scores import Deadline
-from megatron_long.evaluation.progress_log import append_records, open_log, start_log
+from megatron_long.evaluation.progress_log import append_records, shared_log, start_log, writing
 from megatron_long.files import atomic_path
 
 if TYPE_CHECKING:
@@ -74,24 +81,43 @@ def main() -> None:
         raise ConfigError(f"--data {args.data} holds no question; download it again")
     settings = {
         "model": str(args.checkpoint),
+        "weights_sha256": fingerprint(choice.folder),
+        "vocabulary_sha256": tokenizer.vocabulary_sha256,
         "data": str(args.data),
+        "data_sha256": hash_file(args.data),
         "num_questions": len(questions),
         "context_length": args.context_length,
         "precision": args.precision,
     }
-    log = args.output_dir / ANSWERS
-    records = [] if args.force else open_log(log, settings, "--output-dir")
-    done = [BookAnswer(**record) for record in records]
+    check_output(args.output_dir / REPORT, force=True, flag="--output-dir")
     warn_beyond_rope(choice, args.context_length)
-    known = {answer.number for answer in done}
-    left = [question for question in questions if question.number not in known]
+    log = args.output_dir / ANSWERS
+    with shared_log(log, settings, BookAnswer, force=args.force) as records:
+        known = {answer.number: answer for answer in records}
+        left = [question for question in questions if question.number not in known]
+        done = [known[question.number] for question in questions if question.number in known]
+        if left:
+            done += answer_left(args, choice, tokenizer, left, settings, done)
+        if os.environ.get("RANK", "0") == "0":
+            publish(args.output_dir / REPORT, settings, done, len(questions))
+
+
+def answer_left(
+    args: argparse.Namespace,
+    choice: ModelChoice,
+    tokenizer: Tokenizer,
+    left: list[BookQuestion],
+    settings: dict,
+    done: list[BookAnswer],
+) -> list[BookAnswer]:
+    """Load the model and answer what is left."""
+    log = args.output_dir / ANSWERS
     model = open_generator(choice, context_length=args.context_length, precision=args.precision)
     if model.is_writer:
         start_log(log, settings, [asdict(answer) for answer in done])
-    done += answer_all(args, model, tokenizer, left, log)
-    if model.is_writer:
-        publish(args.output_dir / REPORT, settings, done, len(questions))
+    answers = answer_all(args, model, tokenizer, left, log)
     model.close()
+    return answers
 
 
 def answer_all(
@@ -131,7 +157,7 @@ def publish(path: Path, settings: dict, answers: list[BookAnswer], num_questions
         "means_percent": means,
         "answers": [asdict(answer) for answer in answers],
     }
-    with atomic_path(path) as temporary:
+    with writing(path), atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     print(
         f"F1 {means['f1']:.2f}, recall of answer words {means['recall']:.2f} "

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from megatron_long.cli import run_tool, tool_parser
 from megatron_long.data.tokenizers import Tokenizer
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.batches import TokenScorer, plan_batches
+from megatron_long.evaluation.fingerprint import fingerprint
 from megatron_long.evaluation.haystack import read_haystack
 from megatron_long.evaluation.inputs import (
     check_context_length,
@@ -36,6 +37,7 @@ from megatron_long.evaluation.models import (
     HF,
     ModelChoice,
     add_model_flags,
+    check_megatron_flags,
     choose_model,
     open_generator,
     open_model,
@@ -63,9 +65,10 @@ from megatron_long.evaluation.needle_tasks import (
     NeedleTask,
     Task,
     choose_tasks,
+    describe_task,
     read_needles,
 )
-from megatron_long.evaluation.progress_log import append_records, open_log, start_log
+from megatron_long.evaluation.progress_log import append_records, shared_log, start_log, writing
 from megatron_long.evaluation.work import count_work
 
 CELLS, REPORT, HEATMAP = "cells.jsonl", "needle.json", "needle.png"
@@ -80,7 +83,7 @@ class Preparation:
     context_length: int
     tokenizer: Tokenizer
     cases: list[NeedleCase]
-    done: list[NeedleResult]
+    done: list[NeedleResult] = field(default_factory=list)
     """Cells of an earlier run of the same command."""
 
     @property
@@ -172,10 +175,7 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
     text = read_haystack(args.haystack)
     tokenizer = open_tokenizer(args.tokenizer, choice.folder)
     settings = describe_settings(args, megatron_argv, choice, tasks, lengths, text, tokenizer)
-    cells = args.output_dir / CELLS
-    records = [] if args.force else open_log(cells, settings.identity(), "--output-dir")
-    done = {result.key: result for result in (NeedleResult(**record) for record in records)}
-    _refuse_foreign_report(args, is_ours=args.force or cells.exists())
+    _refuse_foreign_report(args, is_ours=args.force or (args.output_dir / CELLS).exists())
     cases = build_cases(
         text,
         tokenizer,
@@ -186,7 +186,12 @@ def prepare(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Preparati
         prompt=args.prompt,
     )
     warn_beyond_rope(choice, max(lengths), megatron_argv)
-    return Preparation(choice, settings, context_length, tokenizer, cases, list(done.values()))
+    return Preparation(choice, settings, context_length, tokenizer, cases)
+
+
+def with_done(preparation: Preparation, results: Sequence[NeedleResult]) -> Preparation:
+    """Add the results of an earlier run, one for each cell."""
+    return replace(preparation, done=in_order(preparation.cases, results))
 
 
 def describe_settings(
@@ -208,15 +213,14 @@ def describe_settings(
         haystack_sha256=sha256(text.encode()).hexdigest(),
         vocabulary_sha256=tokenizer.vocabulary_sha256,
         prompt=args.prompt,
-        tasks={
-            name: getattr(task, "needle", "drawn for each case") for name, task in tasks.items()
-        },
+        tasks={name: describe_task(task) for name, task in tasks.items()},
         context_lengths=lengths,
         depths=spread_depths(args.num_depths),
         num_seeds=args.num_seeds,
         training_length=args.training_length,
         megatron_argv=others,
         layout_argv=layout,
+        weights_sha256=fingerprint(choice.folder),
     )
 
 
@@ -241,10 +245,22 @@ def describe(preparation: Preparation, micro_batch_size: int) -> str:
 
 
 def publish(args: argparse.Namespace, settings: NeedleSettings, cells: list[NeedleResult]) -> None:
-    """Write the files and print the means."""
+    """Write the files and print the means.
+
+    Raises: UserError: they cannot be written.
+    """
+    report = NeedleReport(settings, cells)
+    with writing(args.output_dir / REPORT):
+        written = write_results(args, report)
+    print(format_summary(report))
+    print("wrote", *written)
+
+
+def write_results(args: argparse.Namespace, report: NeedleReport) -> list[Path]:
+    """Write the report and the heatmaps; gives where."""
     from megatron_long.evaluation.plots import plot_heatmap
 
-    report = NeedleReport(settings, cells)
+    settings, cells = report.settings, report.results
     write_needle_report(args.output_dir / REPORT, report)
     written = [args.output_dir / REPORT, args.output_dir / HEATMAP]
     plot_heatmap(written[-1], cells, training_length=settings.training_length)
@@ -258,8 +274,7 @@ def publish(args: argparse.Namespace, settings: NeedleSettings, cells: list[Need
                 title=f"Needle in a haystack: {task}",
                 training_length=settings.training_length,
             )
-    print(format_summary(report))
-    print("wrote", *written)
+    return written
 
 
 def score(args: argparse.Namespace, preparation: Preparation, argv: Sequence[str]) -> int:
@@ -323,6 +338,22 @@ def main() -> None:
     """Parse, check, score, write."""
     args, megatron_argv = build_parser().parse_known_args()
     preparation = prepare(args, megatron_argv)
+    cells, identity = args.output_dir / CELLS, preparation.settings.identity()
+    with shared_log(
+        cells, identity, NeedleResult, force=args.force, reads_only=args.dry_run
+    ) as results:
+        measure(args, with_done(preparation, results), megatron_argv)
+
+
+def measure(args: argparse.Namespace, preparation: Preparation, megatron_argv: list[str]) -> None:
+    """Do what is left, or with `--dry-run` say what it is."""
+    if args.dry_run:
+        check_megatron_flags(
+            preparation.choice,
+            context_length=preparation.context_length,
+            megatron_argv=megatron_argv,
+            precision=args.precision,
+        )
     if os.environ.get("RANK", "0") == "0":
         print(describe(preparation, args.micro_batch_size), flush=True)
     if args.dry_run:

@@ -75,18 +75,27 @@ def read_questions(path: Path) -> Iterator[BookQuestion]:
         raise ConfigError(
             f"--data {path} is not a file; give longbook_qa_eng.jsonl of InfiniteBench"
         )
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file):
             try:
-                item = json.loads(line)
-                answers = item["answer"]
-                answers = [answers] if isinstance(answers, str) else answers
-                yield BookQuestion(number, str(item["context"]), str(item["input"]), tuple(answers))
-            except (ValueError, KeyError, TypeError) as error:
+                item = json.loads(line.decode("utf-8"))
+                answers = _read_answers(item["answer"])
+                question = BookQuestion(number, str(item["context"]), str(item["input"]), answers)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DataError(
                     f"{path}:{number + 1} is no question ({error!r}); a line is an object with "
                     "context, input and answer"
                 ) from error
+            yield question
+
+
+def _read_answers(value: object) -> tuple[str, ...]:
+    """Give the accepted answers; `ValueError` says that they are none."""
+    answers = [value] if isinstance(value, str) else value
+    items = answers if isinstance(answers, list) else []
+    if not items or not all(isinstance(answer, str) and answer.strip() for answer in items):
+        raise ValueError(f"answer is {json.dumps(value)[:60]}, not words or a list of words")
+    return tuple(items)
 
 
 def cut_middle(tokens: np.ndarray, longest: int) -> np.ndarray:

@@ -173,6 +173,32 @@ def open_model(
         hf_config=choice.hf_config,
         check_hashes=choice.check_hashes,
         tool_flags=choice.tool_flags,
+        iteration=None if choice.random_weights else choice.folder.iteration,
+    )
+
+
+def check_megatron_flags(
+    choice: ModelChoice,
+    *,
+    context_length: int,
+    megatron_argv: Sequence[str],
+    precision: str | None,
+) -> None:
+    """Refuse the flags for Megatron that `open_model` would refuse, without loading anything.
+
+    Raises: ConfigError: Megatron does not know a flag, or not this value.
+    """
+    if not megatron_argv:
+        return  # and Megatron need not be imported
+    from megatron_long.evaluation import scoring
+
+    scoring.check_flags(
+        None if choice.random_weights else choice.folder.path,
+        context_length=context_length,
+        megatron_argv=megatron_argv,
+        precision=precision,
+        hf_config=choice.hf_config,
+        tool_flags=choice.tool_flags,
     )
 
 

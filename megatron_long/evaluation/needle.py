@@ -6,10 +6,10 @@ A case is one sequence, scored in one forward pass. With the paper's prompt:
      Based on the content of the book, Question: {question}
     Answer: {lead} {answer}
 
-where `lead` is what the needle says before the answer, so that a base model, which has learnt to
-continue and not to answer, is asked for a continuation. Greedy decoding gives exactly the answer
-if and only if every answer token is the most likely one given the answer before it: so no decoding
-is needed, and the log-likelihood of the answer says how near a miss was.
+where `lead` is what the needle says before the answer (with a space between them, or none, as there), so
+that a base model, which has learnt to continue and not to answer, is asked for a continuation. Greedy
+decoding gives exactly the answer if and only if every answer token is the most likely one given the answer
+before it: so no decoding is needed, and the log-likelihood of the answer says how near a miss was.
 
 Source: Fu et al. 2024, arXiv 2402.10171, section 4 and the prompt of their evaluation code (lengths by
 depths grid). They generate and count words of the answer; exact match is stricter.
@@ -338,7 +338,7 @@ def _encode_probe(tokenizer: Tokenizer, probe: Probe, opening: np.ndarray, closi
         [
             question_text,
             asked,
-            f"{asked} {probe.answer}",
+            f"{asked}{probe.joint}{probe.answer}",
             *(f" {words}" for words in probe.inserts),
         ],
     )
@@ -354,7 +354,19 @@ def _encode_probe(tokenizer: Tokenizer, probe: Probe, opening: np.ndarray, closi
             f"{tokenizer.decode(answer)!r}); use an answer of plain words, apart from its lead by "
             "a space"
         )
+    if probe.is_quoted and not _occurs(answer, inserts[0]):
+        raise ConfigError(
+            f"--answer {probe.answer!r} has other tokens after the question than in --needle "
+            f"{probe.inserts[0]!r}, so that a model that repeats the needle would count as wrong; begin and "
+            "end the answer with whole words of the needle, their punctuation included"
+        )
     return _Parts(opening, tuple(inserts), question, prompt[len(question) :], answer)
+
+
+def _occurs(part: np.ndarray, whole: np.ndarray) -> bool:
+    """Whether token ids stand somewhere in others, in one piece."""
+    places = range(len(whole) - len(part) + 1)
+    return any(np.array_equal(whole[place : place + len(part)], part) for place in places)
 
 
 def _window_number(draft: _Draft, number: int, num_seeds: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from megatron_long.errors import ConfigError
 from megatron_long.evaluation.needle_scores import NeedleResult
 from megatron_long.files import atomic_path
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 SHORTEST_TOKENS = 1024
 """Default shortest case, but not above an eighth of the longest."""
@@ -34,8 +34,8 @@ class NeedleSettings:
     haystack_sha256: str
     vocabulary_sha256: str
     prompt: str
-    tasks: dict[str, str]
-    """Names of the tasks and what is hidden (a description where it is drawn anew)."""
+    tasks: Mapping[str, Any]
+    """Names of the tasks and what `describe_task` says of each."""
     context_lengths: tuple[int, ...]
     """Tokens of the whole case, the answer included."""
     depths: tuple[float, ...]
@@ -45,10 +45,12 @@ class NeedleSettings:
     megatron_argv: tuple[str, ...] = ()
     """Flags for Megatron, but for those of the layout."""
     layout_argv: tuple[str, ...] = ()
+    weights_sha256: str | None = None
+    """Fingerprint of the weights; None during training."""
 
     def identity(self) -> dict[str, Any]:
         """What decides the cells; how they are computed and drawn does not."""
-        values = asdict(self)
+        values = {"format_version": FORMAT_VERSION, **asdict(self)}
         for name in ("training_length", "layout_argv"):
             del values[name]
         return values

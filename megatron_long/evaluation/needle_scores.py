@@ -105,7 +105,7 @@ def score_cases(
     Raises: DataError: the model gives a likelihood that is not finite.
     """
     limit = deadline or Deadline(None)
-    done: dict[int, NeedleResult] = {}
+    done: dict[tuple[str, int, int, float], NeedleResult] = {}
     rounds = score_rows(
         scorer,
         [case.context_length for case in cases],
@@ -114,15 +114,16 @@ def score_cases(
         may_go_on=lambda: limit.may_go_on(scorer),
     )
     for scores in rounds:
-        mine = {index: judge(cases[index], row) for index, row in scores.items()}
+        mine = {cases[index].key: judge(cases[index], row) for index, row in scores.items()}
         if answer_freely is not None:
-            mine = {index: answer_freely(cases[index], result) for index, result in mine.items()}
+            by_key = {cases[index].key: cases[index] for index in scores}
+            mine = {key: answer_freely(by_key[key], result) for key, result in mine.items()}
         fresh = {key: value for part in scorer.gather(mine) for key, value in part.items()}
         for result in fresh.values():
             _check_finite(result)
         done |= fresh
         on_round(list(fresh.values()))
-    return [done[index] for index in sorted(done)]
+    return [done[case.key] for case in cases if case.key in done]
 
 
 def judge(case: NeedleCase, scores: RowScores) -> NeedleResult:

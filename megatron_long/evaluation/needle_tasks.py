@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,6 +44,10 @@ class Probe:
     is_ordered: bool = False
     """Whether the answer depends on the order in the text: the sentences then stand in this order, one of
     them (any) at the depth of the cell."""
+    joint: str = " "
+    """What stands between lead and answer."""
+    is_quoted: bool = False
+    """Whether the answer is words of the first sentence: its tokens must then be found there."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,11 @@ class NeedleTask:
             )
 
     def __call__(self, generator: random.Random) -> Probe:
-        """Give the probe: what the needle says before the answer is the lead."""
-        lead = self.needle[: self.needle.index(self.answer)].strip()
-        return Probe((self.needle,), self.question, lead, self.answer)
+        """Give the probe: what the needle says before the answer is the lead, joined as it is there."""
+        before = self.needle[: self.needle.index(self.answer)]
+        lead = before.strip()
+        joint = before[len(before.rstrip()) :] if lead else " "
+        return Probe((self.needle,), self.question, lead, self.answer, joint=joint, is_quoted=True)
 
 
 def passkey(generator: random.Random) -> Probe:
@@ -161,6 +167,11 @@ def choose_tasks(
         for name in dict.fromkeys(names)
         for key, task in (sentences if name == SENTENCE else {name: GENERATED_TASKS[name]}).items()
     }
+
+
+def describe_task(task: Task) -> dict[str, str] | str:
+    """Say what a task hides and asks: all that decides its cells."""
+    return asdict(task) if isinstance(task, NeedleTask) else "drawn for each case"
 
 
 def read_needles(path: Path) -> dict[str, NeedleTask]:

@@ -271,6 +271,7 @@ def open_scorer(
     hf_config: Path | None = None,
     check_hashes: bool = True,
     tool_flags: Sequence[str] = (),
+    iteration: str | None = None,
 ) -> Scorer:
     """Load a checkpoint in the layout of the flags; under torchrun, every rank calls this.
 
@@ -283,33 +284,24 @@ def open_scorer(
         hf_config: Hugging Face folder or config.json; None is the checkpoint's.
         check_hashes: Whether the checkpoint's files are compared with their hashes; each rank reads a share.
         tool_flags: Flags of the calling tool, which a mistyped one may mean.
+        iteration: Which checkpoint of the folder, a number or `release`; None is that of `--ckpt-step`, or
+            the newest. Every rank takes that of rank 0.
     Raises: ConfigError: no checkpoint there, or a layout that cannot be cut. DataError: it is damaged.
     """
     host_backend.install()
-    from megatron_long.model.geometry import geometry_from_hf
     from megatron_long.training import megatron_adapter
     from megatron_long.training.arguments import check_checkpoint, check_layout
-    from megatron_long.training.backend import PRECISION_ARGV, detect_backend, join_or_start_job
-    from megatron_long.training.checkpoint_folder import hf_config_path
+    from megatron_long.training.backend import join_or_start_job
 
     if checkpoint is not None:
         check_checkpoint(str(checkpoint), "--checkpoint")
-        hf_config = hf_config or hf_config_path(checkpoint)
-    assert hf_config is not None, "a model of random weights needs a shape"
-    geometry = geometry_from_hf(hf_config)
+    geometry = _geometry(checkpoint, hf_config)
     megatron_adapter.install_patches()
-    world_size, backend = join_or_start_job(), detect_backend()
-    precision = precision or ("bf16" if backend.cuda else "fp32")
-    if precision == "fp32":  # Transformer Engine's fused attention takes 16 bits only
-        backend = replace(backend, transformer_engine=False)
-    argv = [*backend.to_argv(), *PRECISION_ARGV[precision], *geometry.to_argv()]
-    argv += _scoring_argv(checkpoint, geometry, context_length)
-    args = megatron_adapter.parse_flags(
-        [*argv, *megatron_argv, "--seq-length", str(context_length)], tool_flags=tool_flags
-    )
+    world_size = join_or_start_job()
+    args = _parse(checkpoint, geometry, context_length, megatron_argv, precision, tool_flags)
     check_layout(args, world_size)
     if checkpoint is not None:
-        _pin_checkpoint(checkpoint, args, check_hashes)
+        _pin_checkpoint(checkpoint, args, check_hashes, iteration)
     with contextlib.redirect_stdout(
         sys.stderr
     ):  # Megatron's own lines; the result alone is the output
@@ -323,16 +315,78 @@ def open_scorer(
     )
 
 
-def _pin_checkpoint(folder: Path, args: Namespace, check_hashes: bool) -> None:
-    """Let Megatron load what `--ckpt-step` names or what the run recorded as its newest, checked."""
+def check_flags(
+    checkpoint: Path | None,
+    *,
+    context_length: int,
+    megatron_argv: Sequence[str],
+    precision: str | None = None,
+    hf_config: Path | None = None,
+    tool_flags: Sequence[str] = (),
+) -> None:
+    """Parse the flags as `open_scorer` does, with its arguments, and end there.
+
+    Raises: ConfigError: Megatron does not know a flag, or not this value.
+    """
+    host_backend.install()
+    geometry = _geometry(checkpoint, hf_config)
+    _parse(checkpoint, geometry, context_length, megatron_argv, precision, tool_flags)
+
+
+def _geometry(checkpoint: Path | None, hf_config: Path | None) -> "LlamaGeometry":
+    from megatron_long.model.geometry import geometry_from_hf
+    from megatron_long.training.checkpoint_folder import hf_config_path
+
+    if checkpoint is not None:
+        hf_config = hf_config or hf_config_path(checkpoint)
+    assert hf_config is not None, "a model of random weights needs a shape"
+    return geometry_from_hf(hf_config)
+
+
+def _parse(
+    checkpoint: Path | None,
+    geometry: "LlamaGeometry",
+    context_length: int,
+    megatron_argv: Sequence[str],
+    precision: str | None,
+    tool_flags: Sequence[str],
+) -> Namespace:
+    """Give Megatron's settings for scoring; the user's flags come after ours."""
+    from megatron_long.training import megatron_adapter
+    from megatron_long.training.backend import PRECISION_ARGV, detect_backend
+
+    backend = detect_backend()
+    precision = precision or ("bf16" if backend.cuda else "fp32")
+    if precision == "fp32":  # Transformer Engine's fused attention takes 16 bits only
+        backend = replace(backend, transformer_engine=False)
+    argv = [*backend.to_argv(), *PRECISION_ARGV[precision], *geometry.to_argv()]
+    argv += _scoring_argv(checkpoint, geometry, context_length)
+    argv += [*megatron_argv, "--seq-length", str(context_length)]
+    return megatron_adapter.parse_flags(argv, tool_flags=tool_flags)
+
+
+def _pin_checkpoint(
+    folder: Path, args: Namespace, check_hashes: bool, iteration: str | None
+) -> None:
+    """Let Megatron load one checkpoint, the same on every rank, checked."""
     from megatron_long.training import checkpoint_choice, megatron_hooks, rendezvous
 
-    step = args.ckpt_step
-    iteration = checkpoint_choice.newest_iteration(folder)[0] if step is None else step
-    path = checkpoint_choice.iteration_folder(folder, iteration)
+    # A run that saves here meanwhile gives the ranks different newest ones.
+    asked = iteration or _iteration_to_load(folder, args.ckpt_step)
+    (agreed,) = rendezvous.agree([asked] if rendezvous.share()[0] == 0 else [])
+    number = None if agreed == checkpoint_choice.RELEASE else int(agreed)
+    path = checkpoint_choice.iteration_folder(folder, number)
     if check_hashes:
         checkpoint_choice.check_whole(path, share=rendezvous.share(), agree=rendezvous.agree)
-    megatron_hooks.load_from(checkpoint_choice.Choice(iteration, path), args)
+    megatron_hooks.load_from(checkpoint_choice.Choice(number, path), args)
+
+
+def _iteration_to_load(folder: Path, step: int | None) -> str:
+    """What `--ckpt-step` names, or what the run recorded as its newest."""
+    from megatron_long.training import checkpoint_choice
+
+    number = checkpoint_choice.newest_iteration(folder)[0] if step is None else step
+    return checkpoint_choice.RELEASE if number is None else str(number)
 
 
 def _scoring_argv(

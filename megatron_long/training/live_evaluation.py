@@ -38,7 +38,7 @@ from megatron_long.evaluation.needle_report import (
     write_needle_report,
 )
 from megatron_long.evaluation.needle_scores import score_cases
-from megatron_long.evaluation.needle_tasks import SENTENCE, NeedleTask
+from megatron_long.evaluation.needle_tasks import SENTENCE, NeedleTask, describe_task
 from megatron_long.evaluation.plots import heatmap_figure, position_figure, save_figure
 from megatron_long.evaluation.position_loss import default_buckets, loss_by_position
 from megatron_long.files import atomic_path
@@ -269,7 +269,7 @@ def _plan_needle(
         haystack_sha256=sha256(text.encode()).hexdigest(),
         vocabulary_sha256=tokenizer.vocabulary_sha256,
         prompt="paper",
-        tasks={SENTENCE: task.needle},
+        tasks={SENTENCE: describe_task(task)},
         context_lengths=lengths,
         depths=depths,
     )

@@ -69,6 +69,15 @@ def test_bad_files(tmp_path):
         list(read_questions(path))
 
 
+@pytest.mark.parametrize("answer", ["[]", '[""]', "[7]", '" "', "{}", '"\udcff"'])
+def test_answers_that_are_none_are_refused(answer, tmp_path):
+    path = tmp_path / "q.jsonl"
+    line = f'{{"context": "a", "input": "b", "answer": {answer}}}'
+    path.write_bytes(line.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match=r"q\.jsonl:1 is no question"):
+        list(read_questions(path))
+
+
 @pytest.mark.slow
 def test_tool_on_a_copying_model(tmp_path):
     """After "Answer:" it says what followed that word in the book."""
@@ -90,9 +99,13 @@ def test_tool_on_a_copying_model(tmp_path):
             [*command, "--stop-after-minutes", 0],
             command,
             [*command, "--context-length", 400],
+            command,
         )
     ]
-    assert [run.returncode for run in runs] == [0, 0, 2], runs[1].stderr
+    assert [run.returncode for run in runs] == [0, 0, 2, 0], runs[1].stderr
+    assert "Loading weights" in runs[1].stderr
+    assert "Loading weights" not in runs[3].stderr  # nothing is left: no model is loaded
+    assert "3 of 3 questions answered" in runs[3].stdout
     assert "0 of 3 questions answered" in runs[0].stdout
     assert "3 of 3 questions answered" in runs[1].stdout
     assert "context_length 300 there, 400 here" in " ".join(runs[2].stderr.split())

@@ -195,8 +195,33 @@ def test_answer_that_the_tokenizer_changes_is_refused(tokenizer):
         build_cases(STORY, Lowercasing(), NeedleTask(), [200], [0.5])
     # Letters on both sides of the join: no token boundary between the lead and the answer.
     task = NeedleTask("The word is supercalifragilistic.", "Which?", "fragilistic.")
-    cases = build_cases(STORY, tokenizer, task, [200], [0.5])
-    assert tokenizer.decode(cases[0].answer_tokens) == " fragilistic."
+    with pytest.raises(ConfigError, match="does not survive the tokenizer"):
+        build_cases(STORY, tokenizer, task, [200], [0.5])
+
+
+def test_an_answer_glued_to_its_lead_is_found_by_a_copying_model(tokenizer):
+    task = NeedleTask("The access code of the vault:XYZ-774.", "Which code?", "XYZ-774.")
+    case = build_cases(STORY, tokenizer, task, [200], [0.5])[0]
+    assert tokenizer.decode(case.answer_tokens) == "XYZ-774."
+    assert tokenizer.decode(case.row().tokens).endswith(
+        "Answer: The access code of the vault:XYZ-774."
+    )
+    assert score_cases(FakeScorer(copy_predictions, 256), [case])[0].is_exact
+
+
+@pytest.mark.parametrize(
+    ("needle", "answer"), [("Tea at four.", "Tea at four."), ("Say  \n tea.", "tea.")]
+)
+def test_an_answer_keeps_the_space_before_it(needle, answer, tokenizer):
+    case = build_cases(STORY, tokenizer, NeedleTask(needle, "What?", answer), [200], [0.5])[0]
+    assert tokenizer.decode(case.row().tokens).endswith(f"Answer: {needle}")
+
+
+def test_an_answer_whose_tokens_the_needle_does_not_hold_is_refused(tokenizer):
+    """It ends within a word of the needle."""
+    task = NeedleTask("The word is supercalifragilistic.", "Which?", "supercali")
+    with pytest.raises(ConfigError, match="other tokens after the question than in --needle"):
+        build_cases(STORY, tokenizer, task, [200], [0.5])
 
 
 def test_a_loss_that_is_not_finite_is_an_error(cases):

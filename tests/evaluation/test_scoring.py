@@ -1,6 +1,7 @@
 """Token scores: the statistics of vocabulary shards, and a checkpoint in several layouts."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,19 @@ def test_layouts_score_alike(checkpoint, run_job, tmp_path):
             assert difference < 1e-5
         assert torch.equal(scores["is_greedy"], reference["is_greedy"])
     assert seen["dp2"]["gathered"] == [0, 1]
+
+
+def test_the_checkpoint_that_was_chosen_is_the_one_loaded(tmp_path, monkeypatch):
+    """A training run saved another one since; without a choice it is that of `--ckpt-step` or the newest."""
+    from megatron_long.evaluation import scoring
+    from megatron_long.training import megatron_hooks
+
+    for number in (10, 20):
+        (tmp_path / f"iter_{number:07d}").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
+    loaded = []
+    monkeypatch.setattr(megatron_hooks, "load_from", lambda choice, args: loaded.append(choice))
+    for iteration, step in (("10", None), ("release", None), (None, 10), (None, None)):
+        scoring._pin_checkpoint(tmp_path, Namespace(ckpt_step=step), True, iteration)
+    assert [choice.iteration for choice in loaded] == [10, None, 10, 20]
+    assert loaded[0].folder == tmp_path / "iter_0000010"

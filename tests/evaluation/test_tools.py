@@ -1,5 +1,6 @@
 """The two tools from the command line, with a model of known answers in place of Megatron's."""
 
+import fcntl
 import importlib.util
 import json
 import shutil
@@ -99,6 +100,7 @@ def test_loss(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
             "precision": None,
             "hf_config": None,
             "check_hashes": True,
+            "iteration": "10",
         }
     ]
     report = read_loss_report(output)
@@ -265,6 +267,89 @@ def test_a_stopped_needle_run_goes_on_and_gives_the_same(
     assert len(scorers) == 4
 
 
+@pytest.mark.parametrize(
+    "changed", [["--question", "What now?"], ["--answer", "Dolores Park on a sunny day."]]
+)
+def test_another_question_or_answer_is_another_command(
+    changed, run, opened, checkpoint, haystack, tmp_path, capsys
+):
+    flags = needle_flags(checkpoint, haystack, tmp_path / "n")
+    assert run("needle", *flags) == 0
+    assert run("needle", *flags, *changed) == 2
+    assert "results of another command (tasks" in " ".join(capsys.readouterr().err.split())
+    assert len(opened) == 1
+
+
+def test_needles_of_an_edited_file_are_another_command(run, opened, checkpoint, haystack, tmp_path):
+    needles = tmp_path / "needles.json"
+    hidden = {"needle": "The cat sleeps on the roof.", "question": "Where?", "answer": "the roof."}
+    needles.write_text(json.dumps([hidden]))
+    flags = [*needle_flags(checkpoint, haystack, tmp_path / "n"), "--needles", needles]
+    assert run("needle", *flags) == 0
+    needles.write_text(json.dumps([hidden | {"question": "Where does it sleep?"}]))
+    assert run("needle", *flags) == 2
+
+
+@pytest.mark.parametrize("file", ["hashes.json", "weights.distcp"])
+def test_other_weights_at_the_same_path_are_another_command(
+    file, run, opened, checkpoint, haystack, tmp_path, capsys
+):
+    weights = checkpoint / "iter_0000010" / file
+    weights.write_text("{}")
+    flags = needle_flags(checkpoint, haystack, tmp_path / "n")
+    assert run("needle", *flags, "--skip-hash-check") == 0
+    weights.write_text("{ }")
+    assert run("needle", *flags, "--skip-hash-check") == 2
+    assert "another command (weights_sha256" in " ".join(capsys.readouterr().err.split())
+
+
+def test_damaged_cells_are_scored_again(run, opened, checkpoint, haystack, tmp_path, caplog):
+    flags = needle_flags(checkpoint, haystack, tmp_path / "n")
+    assert run("needle", *flags) == 0
+    cells, report = tmp_path / "n" / "cells.jsonl", tmp_path / "n" / "needle.json"
+    whole = json.loads(report.read_text())["cells"]
+    lines = cells.read_bytes().splitlines(keepends=True)
+    lines[2:5] = [b"\xff\0\n", b'{"context_length": 900, "colour": 1}\n', b"[]\n"]
+    lines[5] = lines[5].replace(b'"seed": 0', b'"seed": []')
+    cells.write_bytes(b"".join(lines))
+    assert run("needle", *flags) == 0
+    assert "4 of 12 lines are damaged" in caplog.text
+    assert len(opened) == 2
+    assert json.loads(report.read_text())["cells"] == whole
+
+
+def test_a_full_disk_says_what_is_kept(
+    run, opened, monkeypatch, checkpoint, haystack, tmp_path, capsys
+):
+    from megatron_long.evaluation import progress_log
+
+    def fail(path, text):
+        raise OSError(28, "No space left on device")
+
+    flags = needle_flags(checkpoint, haystack, tmp_path / "n")
+    with monkeypatch.context() as patch:
+        patch.setattr(progress_log, "append_whole", fail)
+        assert run("needle", *flags) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "cells.jsonl cannot be written (No space left on device)" in message
+    assert "the same command goes on" in message
+    assert run("needle", *flags) == 0
+
+
+def test_a_second_job_in_the_same_folder_is_refused(
+    run, opened, checkpoint, haystack, tmp_path, capsys
+):
+    (tmp_path / "n").mkdir()
+    flags = needle_flags(checkpoint, haystack, tmp_path / "n")
+    with open(tmp_path / "n" / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run("needle", *flags) == 2
+        assert run("needle", *flags, "--dry-run") == 0
+    assert "another job is writing" in " ".join(capsys.readouterr().err.split())
+    assert opened == []
+    assert run("needle", *flags) == 0
+
+
 def test_needle_tasks_and_seeds(run, opened, checkpoint, haystack, tmp_path, capsys):
     needles = tmp_path / "needles.json"
     hidden = {"needle": "The cat sleeps on the roof.", "question": "Where?", "answer": "the roof."}
@@ -289,6 +374,16 @@ def test_a_dry_run_counts_the_work_and_loads_nothing(
     assert "FLOPs" in printed
     assert opened == []
     assert not (tmp_path / "n").exists()
+
+
+def test_a_dry_run_parses_the_flags_for_megatron(
+    run, opened, checkpoint, haystack, tmp_path, capsys
+):
+    flags = [*needle_flags(checkpoint, haystack, tmp_path / "n"), "--dry-run"]
+    assert run("needle", *flags, "--context-paralel-size", 2) == 2
+    assert "did you mean --context-parallel-size?" in " ".join(capsys.readouterr().err.split())
+    assert run("needle", *flags, "--context-parallel-size", 2) == 0
+    assert opened == []
 
 
 def test_random_weights_need_a_config(run, opened, checkpoint, haystack, tmp_path, capsys):
