@@ -25,6 +25,8 @@ PRECISIONS = {"bf16": ("bf16",), "fp8": ("fp8",), "both": ("bf16", "fp8")}
 
 def main() -> int:
     arguments = build_parser().parse_args()
+    if arguments.top < 1:
+        raise ConfigError(f"--top {arguments.top} lists no layout; give 1 or more")
     task = Task(
         model=read_model(arguments),
         seq_length=arguments.seq_length,
@@ -46,8 +48,8 @@ def main() -> int:
         print(json.dumps([as_record(plan) for plan in plans], indent=2))
     else:
         print(as_table(plans))
-        print("\nFlags of the first, after --recipe or --hf-config:")
-        print(shlex.join(plans[0].run.to_argv()))
+        print("\nFlags of the first, after --recipe (with --hf-config for another model):")
+        print(shlex.join(plans[0].to_argv()))
     return 0
 
 
@@ -97,7 +99,7 @@ def as_table(plans: list[Plan]) -> str:
 def as_record(plan: Plan) -> dict:
     """All that is predicted of a plan, with the parts of its sums."""
     return {
-        "flags": plan.run.to_argv(),
+        "flags": plan.to_argv(),
         "hours": plan.hours,
         "tokens_per_second_per_gpu": plan.tokens_per_second,
         "tflops_per_gpu": plan.tflops,

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Print a recipe as the bash array of Megatron flags that it stands for.
 
-The array works with any Megatron-LM entry point; flags of megatron_long are not among them.
+The array works with any Megatron-LM entry point. Where the model's RoPE needs flags that only megatron_long
+has, standard error names them.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from megatron_long.cli import run_tool
 from megatron_long.model.geometry import geometry_from_hf
+from megatron_long.model.rope import LLAMA3_ARGUMENTS
 from megatron_long.training.backend import GPU, HOST
 from megatron_long.training.recipe import RECIPES, build_recipe
 
@@ -33,7 +35,24 @@ def main() -> int:
     recipe = build_recipe(arguments.recipe, model)
     argv = recipe.to_argv(GPU if arguments.backend == "gpu" else HOST)
     print(as_bash_array(argv))
+    own = own_flags(argv)
+    if own:
+        print(
+            f"warning: {', '.join(own)}: flags of megatron_long, which stock Megatron-LM refuses; without "
+            "them it computes another RoPE, so that this model is to be trained with megatron_long",
+            file=sys.stderr,
+        )
     return 0
+
+
+def own_flags(argv: list[str]) -> list[str]:
+    """Those of a recipe's flags that Megatron has not.
+
+    >>> own_flags(["--lr", "1", "--rope-scaling-original-length", "4096"])
+    ['--rope-scaling-original-length']
+    """
+    own = {"--" + name.replace("_", "-") for name in LLAMA3_ARGUMENTS}
+    return [word for word in argv if word in own]
 
 
 def as_bash_array(argv: list[str]) -> str:

@@ -19,31 +19,92 @@ import numpy as np
 from megatron_long.errors import ConfigError
 
 STEPS = 2
+ALL_VALUES = sys.maxsize
+"""Number of values of a flag that takes all words up to the next flag."""
 LAYOUT_FLAGS = {
     "--tensor-model-parallel-size": 1,
     "--pipeline-model-parallel-size": 1,
     "--context-parallel-size": 1,
-    "--num-layers-per-virtual-pipeline-stage": None,
-    "--num-virtual-stages-per-pipeline-rank": None,
-    "--pipeline-model-parallel-layout": None,
+    "--cp-comm-type": "p2p",
 }
-"""Flags that the smallest layout does without, by what takes their place."""
+"""Flags of the layout, by what they are in the smallest one."""
+CUT_FLAGS = {
+    "--tensor-model-parallel-size": 1,
+    "--pipeline-model-parallel-size": 1,
+    "--context-parallel-size": 1,
+    "--cp-comm-type": ALL_VALUES,
+    "--hierarchical-context-parallel-sizes": ALL_VALUES,
+    "--num-layers-per-virtual-pipeline-stage": 1,
+    "--num-virtual-stages-per-pipeline-rank": 1,
+    "--microbatch-group-size-per-virtual-pipeline-stage": 1,
+    "--pipeline-model-parallel-layout": 1,
+    "--decoder-first-pipeline-num-layers": 1,
+    "--decoder-last-pipeline-num-layers": 1,
+    "--account-for-embedding-in-pipeline-split": 0,
+    "--account-for-loss-in-pipeline-split": 0,
+    "--defer-embedding-wgrad-compute": 0,
+}
+"""Flags that the smallest layout does without, by the values they take."""
 RUN_FLAGS = {
+    # Where the run starts, what it leaves behind.
     "--save": 1,
+    "--save-interval": 1,
+    "--save-retain-interval": 1,
+    "--keep-last": 1,
+    "--keep-every": 1,
+    "--non-persistent-save-interval": 1,
+    "--non-persistent-ckpt-type": 1,
+    "--non-persistent-global-ckpt-dir": 1,
+    "--non-persistent-local-ckpt-dir": 1,
+    "--non-persistent-local-ckpt-algo": 1,
+    "--async-save": 0,
     "--load": 1,
     "--pretrained-checkpoint": 1,
+    "--ckpt-step": 1,
+    "--finetune": 0,
+    "--exit-on-missing-checkpoint": 0,
+    "--export-hf": 1,
+    # What it logs.
     "--loss-log": 1,
+    "--log-progress": 0,
     "--tensorboard-dir": 1,
+    "--wandb-project": 1,
+    "--wandb-exp-name": 1,
+    "--wandb-save-dir": 1,
+    "--wandb-entity": 1,
+    # How long it is: a warmup must be shorter than the two steps, and their rate decides nothing.
     "--train-iters": 1,
     "--train-samples": 1,
-    "--eval-iters": 1,
+    "--skip-train": 0,
+    "--lr-decay-style": 1,
+    "--lr-decay-iters": 1,
+    "--lr-decay-samples": 1,
+    "--lr-wsd-decay-style": 1,
+    "--lr-wsd-decay-iters": 1,
+    "--lr-wsd-decay-samples": 1,
+    "--lr-warmup-fraction": 1,
+    "--lr-warmup-iters": 1,
+    "--lr-warmup-samples": 1,
+    "--lr-warmup-init": 1,
     "--global-batch-size": 1,
-    "--finetune": 0,
+    "--exit-interval": 1,
+    "--exit-duration-in-mins": 1,
     "--exit-signal-handler": 0,
     "--enable-ft-package": 0,
-    "--async-save": 0,
+    # What it evaluates.
+    "--eval-iters": 1,
+    "--full-validation": 0,
+    "--multiple-validation-sets": 0,
+    "--needle-interval": 1,
+    "--needle-haystack": 1,
+    "--needle-num-lengths": 1,
+    "--needle-num-depths": 1,
+    "--needle-min-length": 1,
+    "--position-loss-interval": 1,
+    "--position-loss-documents": 1,
+    "--evaluation-dir": 1,
 }
-"""Flags of the user's run that the comparison sets itself, by the values they take."""
+"""Flags of the user's run that the comparison sets itself or does without, by the values they take."""
 
 
 @dataclass(frozen=True)
@@ -188,21 +249,20 @@ def without_flags(argv: Sequence[str], flags: dict[str, int]) -> list[str]:
     ['--lr', '1']
     """
     kept: list[str] = []
-    skip = 0
+    values = 0
     for word in argv:
-        name, _, value = word.partition("=")
-        if skip:
-            skip -= 1
+        name, is_joined, _ = word.partition("=")
+        if values and not word.startswith("--"):
+            values -= 1
         elif name in flags:
-            skip = 0 if value else flags[name]
+            values = 0 if is_joined else flags[name]
         else:
+            values = 0
             kept.append(word)
     return kept
 
 
 def smallest_layout(argv: Sequence[str]) -> list[str]:
     """The flags with one device a replica."""
-    kept = without_flags(argv, dict.fromkeys(LAYOUT_FLAGS, 1))
-    for flag, value in LAYOUT_FLAGS.items():
-        kept += [flag, str(value)] if value is not None else []
-    return kept
+    kept = without_flags(argv, CUT_FLAGS)
+    return kept + [word for flag, value in LAYOUT_FLAGS.items() for word in (flag, str(value))]

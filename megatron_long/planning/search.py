@@ -50,7 +50,10 @@ class Task:
                 f"--attention {self.attention} is unknown; choose one of {', '.join(ATTENTION_KERNELS)}"
             )
         if "fp8" in self.precisions and not self.gpu.fp8_flops:
-            raise ConfigError("--precision fp8: this GPU has none; give --precision bf16")
+            asked = "both" if len(self.precisions) > 1 else "fp8"
+            raise ConfigError(
+                f"--precision {asked}: this GPU has no FP8 arithmetic; give --precision bf16"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,15 @@ class Plan:
     def hours(self) -> float:
         """For the token budget, without checkpoints and restarts."""
         return self.train_tokens / (self.tokens_per_second * self.run.num_gpus) / 3600
+
+    @property
+    def train_iters(self) -> int:
+        """Whole steps that the token budget is enough for, at least one."""
+        return max(1, self.train_tokens // (self.run.global_batch_size * self.run.seq_length))
+
+    def to_argv(self) -> list[str]:
+        """Flags of megatron_long.pretrain, to be put after `--recipe`."""
+        return [*self.run.to_argv(), "--train-iters", str(self.train_iters)]
 
 
 def find_plans(task: Task) -> list[Plan]:

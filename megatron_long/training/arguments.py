@@ -16,6 +16,14 @@ CHECKPOINT_FORMAT = "torch_dist"
 """Megatron's format whose files are hashed when they are saved."""
 MONITOR_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 """Set by nvidia-resiliency-ext's launcher for each rank."""
+UNEVEN_STAGES = (
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+"""Megatron's arguments that cut the layers unevenly; it checks them itself."""
 
 
 @dataclass(kw_only=True)
@@ -219,7 +227,12 @@ def check_layout(args: Namespace, world_size: int) -> None:
     for flag, size, parts, by in (
         ("--num-attention-heads", args.num_attention_heads, tp, "--tensor-model-parallel-size"),
         ("--num-query-groups", args.num_query_groups, tp, "--tensor-model-parallel-size"),
-        ("--num-layers", args.num_layers, pp, "--pipeline-model-parallel-size"),
+        (
+            "--num-layers",
+            None if any(getattr(args, name) for name in UNEVEN_STAGES) else args.num_layers,
+            pp,
+            "--pipeline-model-parallel-size",
+        ),
         ("--padded-vocab-size", args.padded_vocab_size, tp, "--tensor-model-parallel-size"),
     ):
         shared = (
@@ -229,6 +242,22 @@ def check_layout(args: Namespace, world_size: int) -> None:
             raise ConfigError(
                 f"{flag} {size} is not a multiple of {by} {parts}; "
                 f"choose a {by} that divides {size}"
+            )
+    if cp > 1 and "a2a" in args.cp_comm_type:
+        _check_dealt_heads(args, tp, cp)
+
+
+def _check_dealt_heads(args: Namespace, tp: int, cp: int) -> None:
+    """`a2a` deals the heads of each tensor-parallel rank out over its context-parallel ranks."""
+    for flag, heads in (
+        ("--num-attention-heads", args.num_attention_heads),
+        ("--num-query-groups", args.num_query_groups if args.group_query_attention else None),
+    ):
+        if heads and heads % (tp * cp):
+            raise ConfigError(
+                f"{flag} {heads} is not a multiple of --tensor-model-parallel-size {tp} * "
+                f"--context-parallel-size {cp} ({tp * cp}), which --cp-comm-type a2a needs; give "
+                "--cp-comm-type p2p"
             )
 
 

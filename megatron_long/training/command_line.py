@@ -36,6 +36,7 @@ from megatron_long.training.recipe import build_recipe
 from megatron_long.training.recipe_flags import follow_user
 from megatron_long.training.rope import stretch_rope
 from megatron_long.training.trained_model import check_same_model, keep_rope, trained_model
+from megatron_long.training.unsupported_flags import check_supported
 
 
 def parse(
@@ -47,7 +48,8 @@ def parse(
         backend: What the run computes with.
         world_size: Processes of the job.
     Returns: Our flags, and all flags as Megatron's code takes them (not yet validated by Megatron).
-    Raises: ConfigError: see `check_files`, `check_layout`, `check_same_model`, `check_dataset`.
+    Raises: ConfigError: see `check_supported`, `check_files`, `check_layout`, `check_same_model`,
+        `check_dataset`.
     """
     from megatron_long.training import megatron_adapter
 
@@ -70,9 +72,10 @@ def parse(
         # Chosen by the user where Transformer Engine is: Megatron's own layers need Apex's kernel for it.
         args.gradient_accumulation_fusion = False
     special = args.deterministic_mode or arguments.document_masking
-    if special and "--attention-backend" not in user_argv:
+    if special and not _is_given("--attention-backend", user_argv):
         # Transformer Engine knows which of its kernels are deterministic, or take padded documents.
         args.attention_backend = type(args.attention_backend).auto
+    check_supported(args, megatron_loss=arguments.megatron_loss)
     check_files(arguments, args)
     check_start_and_end(arguments, args)
     check_reliability(arguments, args)
@@ -169,6 +172,11 @@ def _parse_early(argv: Sequence[str]) -> tuple[LongContextArguments, argparse.Na
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}; `--help` lists the flags, ours and Megatron's") from None
     return _own_arguments(early), early
+
+
+def _is_given(flag: str, argv: Sequence[str]) -> bool:
+    """Whether the words have a flag, as `--flag value` or `--flag=value`."""
+    return any(word.partition("=")[0] == flag for word in argv)
 
 
 def _own_arguments(args: argparse.Namespace) -> LongContextArguments:

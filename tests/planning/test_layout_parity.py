@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from argparse import Namespace
+from argparse import Action, ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,9 @@ import pytest
 
 from megatron_long.errors import ConfigError
 from megatron_long.planning.layout_parity import (
+    ALL_VALUES,
+    CUT_FLAGS,
+    RUN_FLAGS,
     TOLERANCES,
     Steps,
     compare,
@@ -96,6 +99,45 @@ def test_flags_of_the_smallest_layout():
     assert without_flags(["--a", "1", "--b", "2"], {"--a": 1}) == ["--b", "2"]
 
 
+def parser_actions() -> dict[str, Action]:
+    """What the training command takes, by flag."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_long.training.command_line import _add_own_flags
+
+    parser = _add_own_flags(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    return {word: action for action in parser._actions for word in action.option_strings}
+
+
+def test_every_left_out_flag_is_one_of_the_training_command_with_so_many_values():
+    actions = parser_actions()
+    for flag, count in (RUN_FLAGS | CUT_FLAGS).items():
+        values = {None: 1, 0: 0, "+": ALL_VALUES}[actions[flag].nargs]
+        assert count == values, flag
+
+
+@pytest.mark.parametrize("flag", RUN_FLAGS | CUT_FLAGS)
+def test_flags_of_the_run_are_left_out_with_their_values(flag):
+    flags = RUN_FLAGS | CUT_FLAGS
+    values = ["1", "2"][: flags[flag]]
+    assert without_flags([flag, *values, "--lr", "-1"], flags) == ["--lr", "-1"]
+    if flags[flag] == 1:
+        assert without_flags([flag, "x", "stray"], flags) == ["stray"]
+        for joined in (f"{flag}=x", f"{flag}="):
+            assert without_flags([joined, "stray"], flags) == ["stray"]
+
+
+def test_smallest_layout_has_no_uneven_stages():
+    flags = "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1"
+    flags += " --account-for-loss-in-pipeline-split --cp-comm-type a2a+p2p a2a+p2p"
+    flags += " --hierarchical-context-parallel-sizes 2 2 --lr 1"
+    small = " ".join(smallest_layout(flags.split()))
+    assert small == (
+        "--lr 1 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 "
+        "--context-parallel-size 1 --cp-comm-type p2p"
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "name"), [({"fp8": "hybrid"}, "fp8"), ({"bf16": True}, "bf16"), ({}, "fp32")]
 )
@@ -113,6 +155,8 @@ def test_tool_compares_layouts(tiny_dataset, tmp_path):
     layout = ["--tensor-model-parallel-size", 2, "--context-parallel-size", 2]
     command = [sys.executable, REPOSITORY / "tools" / "check_layout.py", "--world-size", 4]
     command += ["--compare", "--work-dir", tmp_path, *flags, *layout, "--save", tmp_path / "no"]
+    command += ["--export-hf", tmp_path / "no", "--exit-interval", 1, "--train-iters", 100]
+    command += ["--lr-warmup-iters", 10, "--keep-last", 1]
     result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "the layouts train alike" in result.stdout

@@ -148,6 +148,7 @@ def test_plans_fit_and_come_fastest_first():
     assert best.run.fp8
     tokens = best.tokens_per_second * 8 * best.hours * 3600
     assert tokens == pytest.approx(5e9)
+    assert best.train_iters * best.run.global_batch_size * 128 * K == pytest.approx(5e9, rel=2e-3)
 
 
 @pytest.mark.parametrize("recipe", ["llama3_8b_128k", "llama2_7b_80k", "llama3_70b_128k"])
@@ -160,11 +161,12 @@ def test_flags_of_every_plan_are_taken_and_mean_what_was_planned(recipe):
     )
     for plan in plans[:: max(1, len(plans) // 6)]:
         run = plan.run
-        argv = ["--recipe", recipe, "--mock-data", *run.to_argv()]
+        argv = ["--recipe", recipe, "--mock-data", *plan.to_argv()]
         args = parse(argv, GPU, run.num_gpus)[1]
         assert args.tensor_model_parallel_size == run.layout.tensor
         assert args.cp_comm_type == [run.layout.context_communication]
         assert args.global_batch_size % run.data_parallel == 0
+        assert args.train_iters == plan.train_iters
         assert (args.fp8 == "hybrid") is run.fp8
         assert args.recompute_granularity == ("full" if run.recompute == "full" else "selective")
 
@@ -180,7 +182,14 @@ def test_flags_of_every_plan_are_taken_and_mean_what_was_planned(recipe):
         ({"num_gpus": 0}, "--gpus 0 must be 1 or more"),
         ({"batch_tokens": 1000}, "--batch-tokens 1000 holds no window of --seq-length 131072"),
         ({"attention": "slow"}, "--attention slow is unknown; choose one of cudnn, flash3"),
-        ({"gpu": GPUS["a100-80gb"], "precisions": ("fp8",)}, "--precision fp8: this GPU has none"),
+        (
+            {"gpu": GPUS["a100-80gb"], "precisions": ("fp8",)},
+            "--precision fp8: this GPU has no FP8",
+        ),
+        (
+            {"gpu": GPUS["a100-80gb"], "precisions": ("bf16", "fp8")},
+            "--precision both: this GPU has no FP8 arithmetic; give --precision bf16",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused(changes, words):
@@ -213,6 +222,11 @@ def test_tool_plans_a_hugging_face_model(tmp_path):
     small = replace(LLAMA3_8B, hidden_size=1024, ffn_hidden_size=4096).to_hf_config()
     (tmp_path / "config.json").write_text(json.dumps(small))
     assert "hidden size 1024 is below 2048" in run_tool(*flags).stderr
+    assert table[-2].endswith("after --recipe (with --hf-config for another model):")
+    for top in (0, -1):
+        refused = run_tool(*flags, "--top", top)
+        assert refused.returncode == 2
+        assert f"--top {top} lists no layout; give 1 or more" in refused.stderr
     refused = run_tool(*flags[2:])
     assert refused.returncode == 2
     assert "one of --hf-config and --recipe" in " ".join(refused.stderr.split())

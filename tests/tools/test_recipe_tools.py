@@ -1,11 +1,14 @@
 """tools/show_recipe.py and tools/check_layout.py."""
 
+import json
 import shlex
+from dataclasses import replace
 
 import pytest
 
+from megatron_long.model.rope import Llama3Rope
 from megatron_long.training.backend import GPU
-from megatron_long.training.recipe import RECIPES, build_recipe
+from megatron_long.training.recipe import LLAMA3_8B, RECIPES, build_recipe
 
 
 def test_shown_array_is_the_recipe(run_job):
@@ -13,6 +16,17 @@ def test_shown_array_is_the_recipe(run_job):
     assert shown.startswith("RECIPE_ARGS=(")
     words = shlex.split(shown.removeprefix("RECIPE_ARGS=(").rstrip().removesuffix(")"))
     assert words == build_recipe("llama3_8b_128k").to_argv(GPU)
+
+
+@pytest.mark.parametrize(("original", "is_warned"), [(4096, True), (8192, False)])
+def test_flags_that_stock_megatron_has_not_are_named(run_job, tmp_path, original, is_warned):
+    rope = Llama3Rope(factor=4.0, original_max_position_embeddings=original)
+    (tmp_path / "config.json").write_text(json.dumps(replace(LLAMA3_8B, rope=rope).to_hf_config()))
+    result = run_job(
+        1, ["tools/show_recipe.py", "llama3_8b_128k", "--hf-config", tmp_path / "config.json"]
+    )
+    assert ("warning: --rope-scaling-original-length: flags of" in result.stderr) is is_warned
+    assert ("--rope-scaling-original-length 4096" in result.stdout) is is_warned
 
 
 def test_names_are_listed(run_job):

@@ -73,6 +73,7 @@ def test_weight_gradients_in_place_need_no_apex_with_our_loss(flags, expected, t
         (["--deterministic-mode"], "auto"),
         (["--document-masking"], "auto"),
         (["--deterministic-mode", "--attention-backend", "fused"], "fused"),
+        (["--deterministic-mode", "--attention-backend=fused"], "fused"),
         (["--attention-backend", "fused"], "fused"),
     ],
 )

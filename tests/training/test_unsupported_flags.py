@@ -1,0 +1,153 @@
+"""Flags that a run would drop silently, or that end in an error without a name, are refused by name."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_long.errors import ConfigError
+from megatron_long.training import command_line, host_backend
+from megatron_long.training.backend import GPU, HOST
+
+host_backend.install()
+
+FLAGS = "--recipe tiny_debug --mock-data --tokenizer-type NullTokenizer --vocab-size 500 --train-iters 5"
+
+
+def parse(flags: str, world_size: int = 1, backend=HOST):
+    return command_line.parse([*FLAGS.split(), *flags.split()], backend, world_size)[1]
+
+
+def refusal(flags: str, world_size: int = 1, backend=HOST) -> str:
+    with pytest.raises(ConfigError) as refused:
+        parse(flags, world_size, backend)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("backend", [HOST, GPU])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--num-experts 4",
+        "--qk-layernorm",
+        "--qk-l2-norm",
+        "--normalization LayerNorm",
+        "--position-embedding-type none",
+        "--position-embedding-type learned_absolute",
+        "--multi-latent-attention",
+        "--mtp-num-layers 1",
+        "--no-rope-freq 4",
+        "--attention-output-gate",
+        "--linear-attention-freq 4",
+        "--experimental-attention-variant dsa",
+        "--heterogeneous-layers-config-path x",
+        "--apply-layernorm-1p",
+    ],
+)
+def test_what_is_no_llama_is_refused(flags, backend):
+    text = refusal(flags, backend=backend)
+    assert text.startswith(f"{flags} is not supported: no hf_config.json of a Llama")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--window-size 128,0", "--window-size (128, 0) is not supported: attention here always"),
+        ("--use-mup", "the chunked loss does not scale these"),
+        ("--use-mup --megatron-loss", "no hf_config.json of a Llama can say it"),
+        ("--defer-embedding-wgrad-compute", "drop the flag, or give --megatron-loss"),
+        ("--sft", "--sft is not supported: training data here are plain windows"),
+        ("--fim-data", "--fim-data is not supported: training data here are plain windows"),
+        ("--use-checkpoint-args", "the model comes from the hf_config.json of --load anyway"),
+        ("--use-mp-args-from-checkpoint-args", "give the layout by its flags"),
+        ("--full-validation", "--full-validation without --multiple-validation-sets"),
+        ("--multiple-validation-sets", "--multiple-validation-sets without --full-validation"),
+    ],
+)
+def test_what_the_run_would_drop_is_refused(flags, words):
+    assert words in refusal(flags)
+
+
+def test_megatrons_own_loss_can_defer_its_gradients():
+    assert parse("--defer-embedding-wgrad-compute --megatron-loss").defer_embedding_wgrad_compute
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--tensor-model-parallel-size",
+        "--pipeline-model-parallel-size",
+        "--context-parallel-size",
+        "--seq-length",
+        "--micro-batch-size",
+        "--global-batch-size",
+        "--num-layers",
+        "--num-attention-heads",
+        "--train-iters",
+        "--log-interval",
+    ],
+)
+@pytest.mark.parametrize("value", [0, -2])
+def test_sizes_are_positive(flag, value):
+    assert refusal(f"{flag} {value}") == f"{flag} {value} must be 1 or more; give a positive number"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--lr-warmup-iters 5", "--lr-warmup-iters 5 is not below --train-iters 5"),
+        ("--lr-warmup-iters 4 --lr-decay-iters 3", "is not below --lr-decay-iters 3"),
+        ("--lr-warmup-fraction 1", "--lr-warmup-fraction 1.0 leaves nothing"),
+    ],
+)
+def test_a_warmup_that_does_not_end_is_refused(flags, words):
+    assert words in refusal(flags)
+
+
+def test_a_warmup_that_ends_is_taken():
+    assert parse("--lr-warmup-iters 4").lr_warmup_iters == 4
+    assert parse("--lr-warmup-iters 10 --lr-decay-iters 20").lr_decay_iters == 20
+
+
+def test_tensorboard_folder_that_is_a_file_is_refused(tmp_path: Path):
+    file = tmp_path / "file"
+    file.touch()
+    for path in (file, file / "below"):
+        assert f"{file} is a file, and a folder is needed" in refusal(f"--tensorboard-dir {path}")
+    folder = str(tmp_path / "new" / "folder")
+    assert parse(f"--tensorboard-dir {folder}").tensorboard_dir == folder
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--decoder-first-pipeline-num-layers 2",
+        "--decoder-last-pipeline-num-layers 2",
+        "--account-for-embedding-in-pipeline-split",
+        "--account-for-loss-in-pipeline-split",
+        "--pipeline-model-parallel-layout Et|tt|tL",
+    ],
+)
+def test_uneven_stages_are_taken(flags):
+    layout = "--pipeline-model-parallel-size 3"
+    assert "--num-layers 4 is not a multiple" in refusal(layout, 3)
+    assert parse(f"{layout} {flags}", 3).pipeline_model_parallel_size == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "words"),
+    [
+        ("--context-parallel-size 4", 4, "--num-query-groups 2 is not a multiple"),
+        (
+            "--context-parallel-size 2 --tensor-model-parallel-size 2",
+            4,
+            "--tensor-model-parallel-size 2 * --context-parallel-size 2 (4)",
+        ),
+        ("--context-parallel-size 8", 8, "--num-attention-heads 4 is not a multiple"),
+    ],
+)
+def test_a2a_needs_heads_to_deal_out(flags, world_size, words):
+    text = refusal(f"{flags} --cp-comm-type a2a", world_size)
+    assert words in text
+    assert "--cp-comm-type a2a needs" in text
+    assert parse(f"{flags} --cp-comm-type p2p", world_size).cp_comm_type == ["p2p"]
+    assert parse("--context-parallel-size 2 --cp-comm-type a2a", 2).cp_comm_type == ["a2a"]
