@@ -1,7 +1,8 @@
 """Continual pretraining on long windows: `torchrun -m megatron_long.pretrain` (or `python -m`).
 
-The loop is Megatron's own `megatron.training.pretrain`. Its flags all work; ours are those of
-`LongContextArguments` and `EvaluationArguments` (`training.command_line` puts them together).
+The loop is Megatron's own `megatron.training.pretrain`. Its flags work, but for those that
+`training.unsupported_flags` refuses; ours are those of `LongContextArguments` and `EvaluationArguments`
+(`training.command_line` puts them together).
 """
 
 import argparse

@@ -142,6 +142,8 @@ def make_guard(
     """The judge of this run's steps, with the memory of the checkpoint it goes on from."""
 
     def windows(data_rank: int, index: int) -> Sequence[int]:
+        if args.dataloader_type != "single":
+            return ()  # shuffled by Megatron's sampler, which keeps its order to itself
         consumed, size = args.consumed_train_samples, args.micro_batch_size
         return batch_windows(consumed, size, args.data_parallel_size, data_rank, index)
 

@@ -145,7 +145,7 @@ class StepGuard:
         names = [f"{doc['source']} {doc['id']}" for doc in documents[:5]]
         logger.warning(
             "step %d is left out: %s; it read %s%s%s",
-            *(iteration, reason, ", ".join(names) or "data that are not a dataset of ours"),
+            *(iteration, reason, ", ".join(names) or "documents that are not known"),
             f" and {len(documents) - 5} more" if len(documents) > 5 else "",
             f"; details in {self.folder / FAULTS_NAME}" if self.folder else "",
         )

@@ -67,6 +67,13 @@ MODEL_RULES = (
 
 LOOP_RULES = (
     Rule(
+        "--rampup-batch-size",
+        "rampup_batch_size",
+        (None,),
+        "Megatron-Core 0.19 reads it no more",
+        'give --step-batch-size-schedule "0:SIZE TOKENS:SIZE ..."',
+    ),
+    Rule(
         "--sft",
         "sft",
         (False,),

@@ -55,6 +55,7 @@ def test_what_is_no_llama_is_refused(flags, backend):
         ("--use-mup", "the chunked loss does not scale these"),
         ("--use-mup --megatron-loss", "no hf_config.json of a Llama can say it"),
         ("--defer-embedding-wgrad-compute", "drop the flag, or give --megatron-loss"),
+        ("--rampup-batch-size 2 2 8", "give --step-batch-size-schedule"),
         ("--sft", "--sft is not supported: training data here are plain windows"),
         ("--fim-data", "--fim-data is not supported: training data here are plain windows"),
         ("--use-checkpoint-args", "the model comes from the hf_config.json of --load anyway"),
