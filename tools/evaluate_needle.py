@@ -114,7 +114,7 @@ def _add_grid_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--context-length",
         type=positive_int,
-        help="longest case in tokens, a multiple of 2 * --context-parallel-size",
+        help="longest case in tokens, a multiple of 2 * --context-parallel-size where that is above 1",
     )
     add(
         "--min-length",
@@ -263,7 +263,12 @@ def write_results(args: argparse.Namespace, report: NeedleReport) -> list[Path]:
     settings, cells = report.settings, report.results
     write_needle_report(args.output_dir / REPORT, report)
     written = [args.output_dir / REPORT, args.output_dir / HEATMAP]
-    plot_heatmap(written[-1], cells, training_length=settings.training_length)
+    plot_heatmap(
+        written[-1],
+        cells,
+        training_length=settings.training_length,
+        num_cells=settings.num_cells,
+    )
     if len(settings.tasks) > 1:
         for task in dict.fromkeys(cell.task for cell in cells):
             written.append(args.output_dir / f"needle-{task}.png")
@@ -273,6 +278,7 @@ def write_results(args: argparse.Namespace, report: NeedleReport) -> list[Path]:
                 part,
                 title=f"Needle in a haystack: {task}",
                 training_length=settings.training_length,
+                num_cells=settings.num_cells // len(settings.tasks),
             )
     return written
 
