@@ -65,7 +65,7 @@ def flags(base, tmp_path) -> tuple:
 
 FULL_DISK = """
 set -e
-mount -t tmpfs -o size=6m none "$1"
+mount -t tmpfs -o size=16m none "$1"
 (until [ -e "$1/ckpt/hashes.json" ]; do sleep 0.02; done  # the run has begun
  cat /dev/zero > "$1/ballast" || true
  for i in {1..3000}; do grep -q "could not be saved" "$1.log" && break; sleep 0.05; done
