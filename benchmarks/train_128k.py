@@ -1,8 +1,8 @@
 """Training at 128K, ours against stock Megatron flags, on the same GPUs in one call.
 
 Every arm trains some steps of the same recipe on mock data. The stock arms take Megatron's own loss
-through full logits, Transformer Engine's own choice of attention kernel (in two arms FlashAttention), and the
-layouts and recompute settings that Megatron's users know; the best of those that fit is the peer.
+through full logits, Transformer Engine's own choice of attention kernel (in three arms FlashAttention),
+and the layouts and recompute settings that Megatron's users know; the best of those that fit is the peer.
 
     python benchmarks/train_128k.py --gpus 4 --output-dir results/train_128k
     python benchmarks/train_128k.py --gpus 2 --num-layers 12 --arms stock_cp_full ours_fp8
@@ -55,7 +55,7 @@ def arms(gpus: int) -> dict[str, str]:
     """Name -> flags of every arm on this many GPUs.
 
     >>> sum(name.startswith("stock") for name in arms(4))
-    11
+    12
     """
     flash = "--megatron-loss --attention-backend flash"
     found = {
@@ -74,6 +74,8 @@ def arms(gpus: int) -> dict[str, str]:
             "stock_tp2_cp_p2p_full": f"{STOCK} {layout(2, half, 'p2p')} {FULL}",
             "stock_tp2_cp_full_fp8": f"{STOCK} {layout(2, half)} {FULL} {FP8}",
             "stock_tp2_cp_selective_fp8": f"{STOCK} {layout(2, half)} {SELECTIVE} {FP8}",
+            "stock_tp2_cp_selective_fp8_flash": f"{flash} {layout(2, half)} {SELECTIVE} {FP8}",
+            "ours_tp2_fp8": f"{layout(2, half)} {SELECTIVE} {FP8}",
         }
     return found | {
         "ours_bf16": f"{layout(1, gpus)} {SELECTIVE}",

@@ -21,6 +21,7 @@ from megatron_long.conversion.sources import read_config, read_source_geometry
 from megatron_long.data.manifest import read_manifest
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import geometry_from_args
+from megatron_long.planning.preflight import check_before_training
 from megatron_long.training import hugging_face, signals
 from megatron_long.training.arguments import (
     LongContextArguments,
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _export(arguments, args)
         return 0
     check_export(arguments.export_hf)
+    check_before_training(args)
     live = plan_live_evaluation(args, arguments.dataset, tokenizer_dir(arguments, args))
     megatron_adapter.install_patches(output_layer_is_called=arguments.megatron_loss)
     if arguments.loss_log:

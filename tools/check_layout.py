@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Check a training run before it starts: files, layout, dataset, tokenizer, and what the layout computes.
+"""Check a training run before it starts: files, layout, memory, disk, and what the layout computes.
 
 Takes the flags of megatron_long.pretrain and the number of processes; exits with 2 and one paragraph
-where a rule is broken, else prints what a step will be. With --compare it also trains two steps, in this
-layout and in the smallest one (--reference-world-size processes that are all replicas), from the same
-weights on the same windows, and exits with 1 where losses, gradient norms or token losses differ by more
-than rounding does.
+where a rule is broken, else prints what a step will be, what the run takes of GPU memory, host memory and
+disk, and warnings. With --compare it also trains two steps, in this layout and in the smallest one
+(--reference-world-size processes that are all replicas), from the same weights on the same windows, and
+exits with 1 where losses, gradient norms or token losses differ by more than rounding does.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megatron_long.cli import run_tool
 from megatron_long.errors import ConfigError
+from megatron_long.planning.hardware import GPUS, find_gpu
 from megatron_long.planning.layout_parity import (
     RUN_FLAGS,
     STEPS,
@@ -40,19 +41,36 @@ def main() -> int:
     parser.add_argument(
         "--reference-world-size", type=int, default=1, help="processes of the smallest layout (1)"
     )
+    parser.add_argument(
+        "--gpu", help=f"kind of GPU, where this machine has none: {', '.join(GPUS)}"
+    )
     parser.add_argument("--work-dir", type=Path, help="keep what --compare writes here")
     arguments, argv = parser.parse_known_args()
 
     from megatron_long.training import host_backend
 
     host_backend.install()
-    from megatron_long.training.backend import detect_backend
+    from megatron_long.planning.preflight import check_machine, needs_of, visible_gpu
+    from megatron_long.training.backend import GPU, detect_backend
     from megatron_long.training.command_line import parse
     from megatron_long.training.megatron_adapter import check_version
 
     check_version()
-    _, args = parse(argv, detect_backend(), arguments.world_size)
+    backend, gpu = detect_backend(), visible_gpu()
+    if arguments.gpu and arguments.compare:
+        raise ConfigError(
+            "--compare trains on this machine, whatever --gpu names; drop one of them"
+        )
+    if arguments.gpu:
+        backend, gpu = backend if backend.cuda else GPU, find_gpu(arguments.gpu)
+    _, args = parse(argv, backend, arguments.world_size)
+    warnings = check_machine(args, arguments.world_size, gpu)
     print(describe(args, arguments.world_size))
+    print(
+        needs_of(args, arguments.world_size) or "memory and disk: unknown without the model's shape"
+    )
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if not arguments.compare:
         return 0
     with tempfile.TemporaryDirectory() as temporary:

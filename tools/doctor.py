@@ -24,9 +24,14 @@ def main() -> int:
         default=Path(),
         help="folder for checkpoints, whose disk is looked at",
     )
+    parser.add_argument(
+        "--recipe",
+        help="what is to be trained: no room for one of its checkpoints is a problem (without: a note, for "
+        "llama3_8b_128k)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in the place of a table")
     arguments = parser.parse_args()
-    findings = examine(arguments.output)
+    findings = examine(arguments.output, arguments.recipe)
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:

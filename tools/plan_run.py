@@ -9,12 +9,16 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_long.cli import run_tool
 from megatron_long.data.shares import parse_token_count
 from megatron_long.errors import ConfigError
-from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
-from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS, find_gpu
+from megatron_long.model.geometry import geometry_from_hf
+from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS, GPUS_PER_NODE, find_gpu
+from megatron_long.planning.machine import gigabytes
+from megatron_long.planning.memory import checkpoint_bytes, host_memory_of_save
+from megatron_long.planning.run_shape import RunShape
 from megatron_long.planning.search import Plan, Task, find_plans
 from megatron_long.training.recipe import build_recipe
 
@@ -27,16 +31,7 @@ def main() -> int:
     arguments = build_parser().parse_args()
     if arguments.top < 1:
         raise ConfigError(f"--top {arguments.top} lists no layout; give 1 or more")
-    task = Task(
-        model=read_model(arguments),
-        seq_length=arguments.seq_length,
-        num_gpus=arguments.gpus,
-        gpu=find_gpu(arguments.gpu),
-        batch_tokens=parse_token_count(arguments.batch_tokens, "--batch-tokens"),
-        train_tokens=parse_token_count(arguments.train_tokens, "--train-tokens"),
-        precisions=PRECISIONS[arguments.precision],
-        attention=arguments.attention,
-    )
+    task = read_task(arguments)
     plans = find_plans(task)[: arguments.top]
     if task.model.hidden_size < SMALLEST_HIDDEN_SIZE:
         print(
@@ -48,6 +43,7 @@ def main() -> int:
         print(json.dumps([as_record(plan) for plan in plans], indent=2))
     else:
         print(as_table(plans))
+        print(storage(plans[0].run))
         print("\nFlags of the first, after --recipe (with --hf-config for another model):")
         print(shlex.join(plans[0].to_argv()))
     return 0
@@ -57,40 +53,73 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--hf-config", type=Path, help="Hugging Face model folder or config.json")
-    add("--recipe", help="recipe whose model is planned, in the place of --hf-config")
-    add("--seq-length", type=int, default=131_072, help="tokens of a window (131072)")
+    add(
+        "--recipe",
+        help="recipe whose model, window and budgets are planned, instead of --hf-config",
+    )
+    add("--seq-length", type=int, help="tokens of a window (the recipe's, or 131072)")
     add("--gpus", type=int, required=True, help="number of GPUs")
     add("--gpu", required=True, help=f"kind of GPU: {', '.join(GPUS)}")
-    add("--train-tokens", default="5B", help="token budget (5B)")
-    add("--batch-tokens", default="4194304", help="tokens of an optimizer step (4194304)")
+    add("--train-tokens", help="token budget (the recipe's, or 5B)")
+    add("--batch-tokens", help="tokens of an optimizer step (the recipe's, or 4194304)")
     add("--precision", choices=PRECISIONS, default="bf16", help="of the linear layers (bf16)")
     add("--attention", choices=ATTENTION_KERNELS, default="cudnn", help="kernel (cudnn)")
     add("--top", type=int, default=10, help="layouts to list (10)")
-    add("--json", action="store_true", help="print JSON in the place of a table")
+    add("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
-def read_model(arguments: argparse.Namespace) -> LlamaGeometry:
-    """The model that is asked for.
+def read_task(arguments: argparse.Namespace) -> Task:
+    """What is asked for; a recipe gives the window and the budgets that no flag does.
 
-    Raises: ConfigError: none is, or two.
+    Raises: ConfigError: no model is given, or two.
     """
     if bool(arguments.hf_config) == bool(arguments.recipe):
         raise ConfigError("give the model by one of --hf-config and --recipe")
+    given: dict[str, Any] = {"seq_length": arguments.seq_length}
+    for name in ("batch_tokens", "train_tokens"):
+        text = getattr(arguments, name)
+        given[name] = parse_token_count(text, f"--{name.replace('_', '-')}") if text else None
     if arguments.recipe:
-        return build_recipe(arguments.recipe).model
-    return geometry_from_hf(arguments.hf_config)
+        recipe = build_recipe(arguments.recipe)
+        model = recipe.model
+        values = {
+            "seq_length": recipe.seq_length,
+            "batch_tokens": recipe.tokens_per_batch,
+            "train_tokens": recipe.train_tokens,
+        }
+    else:
+        model, values = geometry_from_hf(arguments.hf_config), {"seq_length": 131_072}
+    values |= {name: value for name, value in given.items() if value is not None}
+    return Task(
+        model=model,
+        num_gpus=arguments.gpus,
+        gpu=find_gpu(arguments.gpu),
+        precisions=PRECISIONS[arguments.precision],
+        attention=arguments.attention,
+        **values,
+    )
+
+
+def storage(run: RunShape) -> str:
+    """What the checkpoints of a run take, whatever its layout."""
+    size = checkpoint_bytes(run.parameters)
+    host = host_memory_of_save(size, run.num_gpus, min(run.num_gpus, GPUS_PER_NODE))
+    return (
+        f"\nA checkpoint with optimizer takes {gigabytes(size)} of disk; a save copies {gigabytes(host)} to "
+        "the host memory of each node."
+    )
 
 
 def as_table(plans: list[Plan]) -> str:
     """One line a plan."""
-    lines = ["   tp  cp  pp  dp  cp by  recompute  precision    GiB  s/step  TFLOP/s/GPU  hours"]
+    lines = ["   tp  cp  pp  dp  cp by    recompute  precision    GiB  s/step  TFLOP/s/GPU  hours"]
     for rank, plan in enumerate(plans, 1):
         run, layout = plan.run, plan.run.layout
         kind = layout.context_communication if layout.context > 1 else "-"
         lines.append(
             f"{rank:2}{layout.tensor:3}{layout.context:4}{layout.pipeline:4}{run.data_parallel:4}"
-            f"  {kind:5}  {run.recompute:9}  {'fp8' if run.fp8 else 'bf16':9}"
+            f"  {kind:7}  {run.recompute:9}  {'fp8' if run.fp8 else 'bf16':9}"
             f"{plan.memory.total_gib:7.0f}{plan.time.total_s:8.1f}{plan.tflops:13.0f}{plan.hours:7.1f}"
         )
     return "\n".join(lines)
@@ -103,6 +132,7 @@ def as_record(plan: Plan) -> dict:
         "hours": plan.hours,
         "tokens_per_second_per_gpu": plan.tokens_per_second,
         "tflops_per_gpu": plan.tflops,
+        "checkpoint_bytes": checkpoint_bytes(plan.run.parameters),
         "step_seconds": {"total": plan.time.total_s, **vars(plan.time)},
         "peak_gib": {
             "total": plan.memory.total_gib,

@@ -16,9 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_long.planning.hardware import GPUS_PER_NODE
+from megatron_long.planning.machine import free_disk, gigabytes, host_memory
+from megatron_long.planning.memory import checkpoint_bytes, host_memory_of_save
+from megatron_long.planning.run_shape import RunShape, run_of_recipe
+from megatron_long.training.recipe import build_recipe
+
 State = Literal["ok", "note", "problem"]
-NEEDED_GIB = 200
-"""Checkpoint of an 8B model with its optimizer (about 110 GiB), and room for the next."""
+DEFAULT_RECIPE = "llama3_8b_128k"
 VERSIONS = {
     "torch": "pip install -c constraints.txt -e .",
     "megatron-core": "pip install -c constraints.txt -e .",
@@ -45,16 +50,20 @@ class Finding:
     """What to do, for a problem; what it is for, for a note."""
 
 
-def examine(output: Path = Path()) -> list[Finding]:
+def examine(output: Path = Path(), recipe: str | None = None) -> list[Finding]:
     """Run every check.
 
     Args:
         output: Folder that checkpoints will be written to.
+        recipe: What is to be trained; by default `DEFAULT_RECIPE`, and what it lacks is but noted.
+    Raises: ConfigError: no such recipe.
     """
+    needs = run_of_recipe(build_recipe(recipe or DEFAULT_RECIPE))
     findings = [*_versions(), *_fused_packages()]
     if importlib.util.find_spec("torch"):
         findings += [*_gpus(), *_cudnn(), *_flags()]
-    return [*findings, *_environment(), *_disk(output)]
+    findings += [*_environment(), *_disk(output, needs, is_asked=recipe is not None)]
+    return [*findings, *_host_memory(needs)]
 
 
 def _versions() -> Iterator[Finding]:
@@ -218,15 +227,33 @@ def _environment() -> Iterator[Finding]:
         yield Finding("NVTE_FUSED_ATTN", "problem", "0", "unset it: fused attention is off")
 
 
-def _disk(output: Path) -> Iterator[Finding]:
-    folder = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free / 2**30
-    enough = free >= NEEDED_GIB
+def _disk(output: Path, run: RunShape, *, is_asked: bool) -> Iterator[Finding]:
+    """Room for three checkpoints: two that are kept, and one that is written."""
+    room, size = free_disk(output), checkpoint_bytes(run.parameters)
+    if room is None:
+        yield Finding("free disk", "note", f"unknown at {output}", "look at it with df")
+        return
+    state: State = "ok" if room.free_bytes >= 3 * size else "note"
+    if is_asked and room.free_bytes < size:
+        state = "problem"
+    words = f"{run.parameters / 1e9:.1f}B parameters with optimizer: {gigabytes(size)} a checkpoint"
+    remedy = f"{words}, three of them lie there at once with --keep-last 2"
+    value = f"{gigabytes(room.free_bytes)} at {room.where}"
+    yield Finding("free disk", state, value, remedy)
+
+
+def _host_memory(run: RunShape) -> Iterator[Finding]:
+    room = host_memory()
+    if room is None:
+        return
+    ranks = min(run.num_gpus, GPUS_PER_NODE)
+    size = host_memory_of_save(checkpoint_bytes(run.parameters), run.num_gpus, ranks)
     yield Finding(
-        "free disk",
-        "ok" if enough else "note",
-        f"{free:.0f} GiB at {folder}",
-        "" if enough else f"an 8B model with its optimizer wants {NEEDED_GIB} GiB for checkpoints",
+        "host memory",
+        "ok" if room.free_bytes >= size else "note",
+        f"{gigabytes(room.free_bytes)} ({room.where})",
+        f"a save of {run.parameters / 1e9:.1f}B parameters on {run.num_gpus} GPUs copies {gigabytes(size)} "
+        "to the host memory of each node; SLURM gives all of it with --mem=0",
     )
 
 

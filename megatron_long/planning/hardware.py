@@ -62,8 +62,11 @@ class Efficiency:
     attention_forward: float = 564 / 989
     """cuDNN 9.19 flash kernel at 128K, of the BF16 rate."""
     attention_backward: float = 526 / 989
-    ring_attention: float = 0.96
-    """Of either, in the pieces that `p2p` context parallelism makes of it."""
+    ring_merge_bytes: float = 30.0
+    """Read and written for each value of attention's output that `p2p` merges into the sum of earlier pieces,
+    both passes; bytes, not a share."""
+    ring: float = 0.5
+    """Of `p2p` context parallelism, of NVLink's; hidden by attention, so never seen, and taken low."""
     bf16_products: float = 702 / 989
     fp8_products: float = 1340 / 1979
     loss: float = 580 / 989
@@ -72,7 +75,7 @@ class Efficiency:
     """Megatron's own."""
     memory: float = 0.7
     """Element-wise kernels, of the memory's bandwidth."""
-    tensor_parallel: float = 0.78
+    tensor_parallel: float = 0.55
     """All-gather and reduce-scatter of activations, of NVLink's."""
     all_to_all: float = 92 / 450
     """Of context parallelism; waiting for the slowest rank included."""
@@ -82,7 +85,7 @@ class Efficiency:
     """Any of them between nodes, of the card's."""
 
 
-ATTENTION_KERNELS = {"cudnn": 1.0, "flash3": 1.18}
+ATTENTION_KERNELS = {"cudnn": 1.0, "flash3": 1.18, "flash4": 1.18}
 """Speed against the cuDNN kernel that Transformer Engine 2.20 picks on Hopper by itself."""
 SHORT_SEQUENCE = 2048
 """Length at which attention kernels lose half of their rate to their edges."""

@@ -42,7 +42,7 @@ class MemoryParts:
 def predict_memory(run: RunShape) -> MemoryParts:
     """Bytes of the GPU that holds most."""
     parameters = run.parameters_per_gpu
-    shards = run.data_parallel * run.layout.context
+    shards = run.data_parallel * run.layout.context if run.shards_optimizer else 1
     windows_kept = min(run.layout.pipeline, run.num_micro_batches)  # 1F1B: the first stage's
     kept = saved_bytes_per_token(run) * run.tokens_per_gpu * run.layers_per_gpu
     return MemoryParts(
@@ -65,9 +65,9 @@ def saved_bytes_per_token(run: RunShape) -> float:
     keys_and_values = 2 * BF16 * model.num_query_groups * model.kv_channels
     # Input, its norm, queries, keys, values, attention's output, and the sum that enters the MLP.
     saved = hidden + product * hidden + heads + keys_and_values + product * heads + hidden
-    if run.layout.context > 1 and run.layout.context_communication != "p2p":
+    if run.layout.dealing_ranks > 1:
         saved += heads  # the output before it travels between ranks
-    if run.recompute == "none":
+    if run.recompute == "layernorm":
         saved += product * hidden + BF16 * (2 + product) * model.ffn_hidden_size
     return saved / tp
 
@@ -89,4 +89,36 @@ def _loss_bytes(run: RunShape) -> float:
     if not run.full_logits:
         return CHUNKED_LOSS + hidden
     columns = run.model.padded_vocab_size / run.layout.tensor
-    return (BF16 + 2 * FP32) * run.tokens_per_gpu * columns  # logits, and twice in FP32
+    return (BF16 + FP32) * run.tokens_per_gpu * columns  # logits, and once in FP32
+
+
+def checkpoint_bytes(
+    parameters: float, *, optimizer: bool = True, full_precision: bool = False
+) -> float:
+    """Size of a checkpoint: weights, and with the optimizer its FP32 main parameters and two moments.
+
+    14 bytes a parameter: BF16 weights and 12 bytes of optimizer. FP8 weights are written as BF16
+    (Megatron-Core 0.19.2, `dist_checkpointing`), so that such runs take as much.
+
+    Args:
+        parameters: Of the whole model.
+        optimizer: False with `--no-save-optim`.
+        full_precision: FP32 weights (the host backend), which are their own main parameters.
+    """
+    weights = FP32 if full_precision else BF16
+    state = (2 if full_precision else 3) * FP32
+    return parameters * (weights + (state if optimizer else 0))
+
+
+def host_memory_of_save(checkpoint: float, num_ranks: int, ranks_of_node: int) -> float:
+    """Host memory that a save takes on one node, bytes: each rank copies its own share once.
+
+    `checkpoint / num_ranks * ranks_of_node`. Written files stay in the page cache, which is reclaimable
+    and not counted; neither is what the processes take by themselves.
+
+    Args:
+        checkpoint: Bytes, see `checkpoint_bytes`.
+        num_ranks: Processes of the job.
+        ranks_of_node: Of these, on the node.
+    """
+    return checkpoint / num_ranks * ranks_of_node

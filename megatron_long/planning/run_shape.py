@@ -1,16 +1,19 @@
 """What is planned: a model, a window, a layout, and how its activations are kept."""
 
+import math
+from argparse import Namespace
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from megatron_long.model.geometry import LlamaGeometry
-from megatron_long.training.recipe import ParallelLayout
+from megatron_long.model.geometry import LlamaGeometry, geometry_from_args
+from megatron_long.training.recipe import ParallelLayout, Recipe
 
-Recompute = Literal["none", "mlp", "full"]
+Recompute = Literal["layernorm", "mlp", "full"]
 RECOMPUTE_FLAGS: dict[Recompute, list[str]] = {
-    # Flags cannot be taken back from a recipe; Transformer Engine's fused norms have nothing to recompute.
-    "none": "--recompute-granularity selective --recompute-modules layernorm".split(),
+    # A recipe's flags cannot be unset, so no entry is empty. Transformer Engine fuses the norms with the
+    # products after them: recomputing `layernorm` recomputes nothing there.
+    "layernorm": "--recompute-granularity selective --recompute-modules layernorm".split(),
     "mlp": "--recompute-granularity selective --recompute-modules layernorm mlp".split(),
     "full": (
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
@@ -34,6 +37,8 @@ class RunShape:
     """Key of `ATTENTION_KERNELS`."""
     full_logits: bool = False
     """Megatron's own loss (`--megatron-loss`, or stock Megatron)."""
+    shards_optimizer: bool = True
+    """Whether data- and context-parallel ranks share the optimizer's state (the distributed optimizer)."""
 
     @property
     def data_parallel(self) -> int:
@@ -68,6 +73,12 @@ class RunShape:
         return self.model.padded_vocab_size * self.model.hidden_size
 
     @property
+    def parameters(self) -> float:
+        """Of the whole model, norms left out."""
+        tables = 1 if self.model.tie_embeddings else 2
+        return self.model.num_layers * self.layer_parameters + tables * self.embedding_parameters
+
+    @property
     def parameters_per_gpu(self) -> float:
         """Of the fullest pipeline stage (norms are left out: they are 0.003%)."""
         tables = 1 if self.model.tie_embeddings or self.layout.pipeline > 1 else 2
@@ -95,9 +106,52 @@ class RunShape:
         """Flags of megatron_long.pretrain, to be put after a recipe's."""
         precision = "--fp8-format hybrid --fp8-recipe tensorwise --fp8-param-gather".split()
         return [
-            *self.layout.to_argv(),
+            *self.layout_argv(),
             *("--seq-length", str(self.seq_length)),
             *("--global-batch-size", str(self.global_batch_size)),
-            *RECOMPUTE_FLAGS[self.recompute],
             *(precision if self.fp8 else []),
         ]
+
+    def layout_argv(self) -> list[str]:
+        """Those of them that say how the run is cut, and what is recomputed."""
+        return [*self.layout.to_argv(), *RECOMPUTE_FLAGS[self.recompute]]
+
+
+def run_of_recipe(recipe: Recipe, num_gpus: int | None = None) -> RunShape:
+    """A recipe on as many GPUs as it names, or on these."""
+    return RunShape(
+        model=recipe.model,
+        seq_length=recipe.seq_length,
+        num_gpus=num_gpus or recipe.num_gpus,
+        global_batch_size=recipe.global_batch_size,
+        layout=recipe.layout,
+        recompute="mlp" if "mlp" in recipe.recompute_modules else "layernorm",
+        fp8=recipe.precision == "fp8",
+    )
+
+
+def run_of_arguments(args: Namespace, world_size: int) -> RunShape:
+    """What Megatron's parsed flags ask for."""
+    levels = args.hierarchical_context_parallel_sizes
+    layout = ParallelLayout(
+        tensor=args.tensor_model_parallel_size,
+        pipeline=args.pipeline_model_parallel_size,
+        context=args.context_parallel_size,
+        context_communication="a2a+p2p" if levels else args.cp_comm_type[0],
+        hierarchy=(levels[0], math.prod(levels[1:])) if levels else None,
+    )
+    replicas = world_size // layout.num_devices
+    recompute: Recompute = "full" if args.recompute_granularity == "full" else "layernorm"
+    if args.recompute_granularity == "selective" and "mlp" in (args.recompute_modules or ()):
+        recompute = "mlp"
+    return RunShape(
+        model=geometry_from_args(args),
+        seq_length=args.seq_length * args.micro_batch_size,
+        num_gpus=world_size,
+        global_batch_size=args.global_batch_size or replicas,
+        layout=layout,
+        recompute=recompute,
+        fp8=bool(args.fp8),
+        full_logits=args.megatron_loss,
+        shards_optimizer=args.use_distributed_optimizer,
+    )

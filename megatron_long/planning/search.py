@@ -1,9 +1,9 @@
-"""Every layout that can be cut and fits, fastest first."""
+"""Every layout that can be cut and fits, fastest first; of those about as fast, the simplest."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import LlamaGeometry
@@ -15,6 +15,9 @@ from megatron_long.training.recipe import ParallelLayout
 
 RESERVE_GIB = 4.0
 """Of a GPU's memory, for CUDA's context, NCCL's buffers and what falls between allocations."""
+
+NEAR_TIE = 0.02
+"""Plans whose hours differ by this share count as equally fast: predictions are no better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,7 @@ class Plan:
 
 
 def find_plans(task: Task) -> list[Plan]:
-    """The plans that fit, fastest first; of equally fast ones the one with less memory.
+    """The plans that fit, fastest first; those within `NEAR_TIE` of the next one by simplicity.
 
     Raises: ConfigError: none fits, or none can be cut.
     """
@@ -110,7 +113,7 @@ def find_plans(task: Task) -> list[Plan]:
             f"no layout of {task.num_gpus} GPUs divides the model and --seq-length {task.seq_length}; give "
             "a number of GPUs and a length that are multiples of powers of two"
         )
-    limit = task.gpu.memory_gib - RESERVE_GIB
+    limit = usable_gib(task.gpu)
     fitting = [plan for plan in plans if plan.memory.total_gib <= limit]
     if not fitting:
         least = min(plan.memory.total_gib for plan in plans)
@@ -118,25 +121,54 @@ def find_plans(task: Task) -> list[Plan]:
             f"no layout fits: the smallest takes {least:.0f} GiB a GPU and {limit:.0f} are there; give "
             "more --gpus, a --gpu with more memory, or a shorter --seq-length"
         )
-    return sorted(fitting, key=lambda plan: (round(plan.hours, 2), plan.memory.total_gib))
+    return _simple_before_close(sorted(fitting, key=lambda plan: plan.hours))
+
+
+def usable_gib(gpu: Gpu) -> float:
+    """Memory of a GPU that a plan may take."""
+    return gpu.memory_gib - RESERVE_GIB
+
+
+def _simple_before_close(plans: list[Plan]) -> list[Plan]:
+    """Order plans that come fastest first: of each group of near ties the simplest is taken next.
+
+    Simple is, in this order: few pipeline stages, few GPUs a replica, few context-parallel ranks that talk in
+    one way, little recomputed, little memory.
+    """
+    ordered = []
+    while plans:
+        near = [plan for plan in plans if plan.hours <= plans[0].hours * (1 + NEAR_TIE)]
+        simplest = min(near, key=_complexity)
+        plans.remove(simplest)
+        ordered.append(simplest)
+    return ordered
+
+
+def _complexity(plan: Plan) -> tuple[float, ...]:
+    layout = plan.run.layout
+    return (
+        layout.pipeline,
+        layout.num_devices,
+        layout.context,
+        layout.hierarchy is not None,
+        list(RECOMPUTE_FLAGS).index(plan.run.recompute),
+        plan.memory.total_gib,
+    )
 
 
 def possible_runs(task: Task) -> Iterator[RunShape]:
     """Layouts of powers of two that the model and the window can be cut into, with each recompute."""
     windows = task.batch_tokens // task.seq_length
     for tp, cp, pp in itertools.product(_powers(GPUS_PER_NODE), *2 * [_powers(task.num_gpus)]):
-        layout = ParallelLayout(
-            tensor=tp,
-            context=cp,
-            pipeline=pp,
-            context_communication=_communication(task.model, tp, cp),
-        )
-        if not _can_be_cut(task, layout):
+        if not _can_be_cut(task, tp, cp, pp):
             continue
-        replicas = task.num_gpus // layout.num_devices
+        replicas = task.num_gpus // (tp * cp * pp)
         if windows < replicas:
             continue
-        for recompute, precision in itertools.product(RECOMPUTE_FLAGS, task.precisions):
+        layouts = _layouts(task.model, tp, cp, pp)
+        for layout, recompute, precision in itertools.product(
+            layouts, RECOMPUTE_FLAGS, task.precisions
+        ):
             yield RunShape(
                 model=task.model,
                 seq_length=task.seq_length,
@@ -149,20 +181,30 @@ def possible_runs(task: Task) -> Iterator[RunShape]:
             )
 
 
-def _communication(model: LlamaGeometry, tp: int, cp: int) -> Literal["a2a", "p2p"]:
-    """`a2a` deals out heads of keys and values, and is slow between nodes."""
-    deals = model.num_query_groups % (tp * cp) == 0 and tp * cp <= GPUS_PER_NODE
-    return "a2a" if cp > 1 and deals else "p2p"
+def _layouts(model: LlamaGeometry, tp: int, cp: int, pp: int) -> list[ParallelLayout]:
+    """The ways in which keys and values may travel: `a2a` deals out heads, and is slow between nodes."""
+    sizes = {"tensor": tp, "context": cp, "pipeline": pp}
+    heads = math.gcd(model.num_query_groups // tp, model.num_attention_heads // tp)
+    dealing = math.gcd(heads, min(cp, max(1, GPUS_PER_NODE // tp)))
+    if cp > 1 and dealing == cp:
+        return [ParallelLayout(**sizes, context_communication="a2a")]
+    layouts = [ParallelLayout(**sizes)]
+    if dealing > 1:
+        hierarchy = (dealing, cp // dealing)
+        layouts.append(
+            ParallelLayout(**sizes, context_communication="a2a+p2p", hierarchy=hierarchy)
+        )
+    return layouts
 
 
-def _can_be_cut(task: Task, layout: ParallelLayout) -> bool:
-    model, tp, cp = task.model, layout.tensor, layout.context
+def _can_be_cut(task: Task, tp: int, cp: int, pp: int) -> bool:
+    model = task.model
     groups = model.num_query_groups
     rest = (
-        task.num_gpus % layout.num_devices,
+        task.num_gpus % (tp * cp * pp),
         model.num_attention_heads % tp,
         model.padded_vocab_size % tp,
-        model.num_layers % layout.pipeline,
+        model.num_layers % pp,
         task.seq_length % ((2 * cp if cp > 1 else 1) * tp),
         groups % tp and tp % groups,  # fewer groups than ranks are repeated
     )

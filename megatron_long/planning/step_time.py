@@ -1,8 +1,8 @@
 """Seconds of one training step, part by part: arithmetic over rates, traffic over bandwidths.
 
 Causal attention's backward pass is 2.5 times the work of its forward pass, as flash kernels compute the
-scores again; a matrix product's is twice. The ring of `p2p` overlaps with attention and costs but its smaller
-kernels; what was seen to stand alone in a profile is counted.
+scores again; a matrix product's is twice. Communication counts as far as nothing overlaps with it: what stood
+alone in a profile, and of the ring of `p2p` what takes longer than attention to a piece.
 """
 
 from dataclasses import dataclass, fields
@@ -76,13 +76,16 @@ def predict_time(run: RunShape, gpu: Gpu, efficiency: Efficiency | None = None) 
 
 def _attention(run: RunShape, gpu: Gpu, share: Efficiency) -> float:
     """One window on one GPU that did all of it."""
+    forward, backward = _attention_passes(run, gpu, share)
+    return backward + forward * (2 if run.recompute == "full" else 1)
+
+
+def _attention_passes(run: RunShape, gpu: Gpu, share: Efficiency) -> tuple[float, float]:
+    """Forward and backward pass of one window on one GPU that did all of it."""
     speed = ATTENTION_KERNELS[run.attention] * gpu.bf16_flops
     speed *= _length_factor(run.seq_length) / _length_factor(_MODEL_LENGTH)
-    if run.layout.context > 1 and run.layout.context_communication == "p2p":
-        speed *= share.ring_attention
     forward = run.attention_flops() / (speed * share.attention_forward)
-    backward = 2.5 * run.attention_flops() / (speed * share.attention_backward)
-    return backward + forward * (2 if run.recompute == "full" else 1)
+    return forward, 2.5 * run.attention_flops() / (speed * share.attention_backward)
 
 
 def _length_factor(length: int) -> float:
@@ -92,7 +95,7 @@ def _length_factor(length: int) -> float:
 def _products(run: RunShape, gpu: Gpu, share: Efficiency) -> float:
     model = run.model
     mlp_share = 3 * model.hidden_size * model.ffn_hidden_size / run.layer_parameters
-    again = {"none": 0.0, "mlp": mlp_share, "full": 1.0}[run.recompute]
+    again = {"layernorm": 0.0, "mlp": mlp_share, "full": 1.0}[run.recompute]
     flops = run.product_flops() * (3 + again)
     if not run.fp8:
         return flops / (share.bf16_products * gpu.bf16_flops)
@@ -102,7 +105,7 @@ def _products(run: RunShape, gpu: Gpu, share: Efficiency) -> float:
 def _elementwise_bytes(run: RunShape) -> float:
     """Norms, residuals, RoPE and SwiGLU of one window on one GPU: bytes read and written."""
     model = run.model
-    recomputed = 6 if run.recompute != "none" else 0
+    recomputed = 6 if run.recompute != "layernorm" else 0
     per_token = 40 * model.hidden_size + (16 + recomputed) * model.ffn_hidden_size
     if run.recompute == "full":
         per_token += 14 * model.hidden_size
@@ -114,22 +117,44 @@ def _tensor_parallel(run: RunShape, gpu: Gpu, share: Efficiency) -> float:
     tp = run.layout.tensor
     if tp == 1:
         return 0.0
-    times = 10 + {"none": 0, "mlp": 2, "full": 4}[run.recompute]
+    times = 10 + {"layernorm": 0, "mlp": 2, "full": 4}[run.recompute]
     size = BF16 * run.tokens_per_gpu * run.model.hidden_size * (tp - 1) / tp
     bandwidth = _bandwidth(tp, gpu, share, share.tensor_parallel)
     return times * size * run.layers_per_gpu / bandwidth
 
 
 def _context_parallel(run: RunShape, gpu: Gpu, share: Efficiency) -> float:
-    """`a2a` of one window; the ring of `p2p` hides behind attention."""
+    """One window: `a2a` stands alone; of the ring, merges and what attention does not hide."""
     layout, model = run.layout, run.model
-    if layout.context == 1 or layout.context_communication == "p2p":
+    if layout.context == 1:
         return 0.0
     heads = 2 * model.num_attention_heads + 2 * model.num_query_groups
     per_token = 2 * BF16 * heads * model.kv_channels / layout.tensor  # forward and backward
-    size = per_token * run.tokens_per_gpu * (layout.context - 1) / layout.context
-    bandwidth = _bandwidth(layout.tensor * layout.context, gpu, share, share.all_to_all)
-    return size * run.layers_per_gpu / bandwidth
+    dealing = layout.dealing_ranks
+    size = per_token * run.tokens_per_gpu * (dealing - 1) / dealing
+    bandwidth = _bandwidth(layout.tensor * dealing, gpu, share, share.all_to_all)
+    dealt = size * run.layers_per_gpu / bandwidth
+    return dealt + _ring(run, gpu, share) if layout.ring_ranks > 1 else dealt
+
+
+def _ring(run: RunShape, gpu: Gpu, share: Efficiency) -> float:
+    """A ring of n ranks: each attends to n pieces, one after the other, while the next one travels.
+
+    Backward, keys and values travel with their gradients. Each piece's output is merged into the sum of
+    those before it, so that all ranks together merge as many tokens as n windows have.
+    """
+    layout, model = run.layout, run.model
+    steps = layout.ring_ranks - 1
+    cut = layout.tensor * layout.dealing_ranks
+    tokens = run.seq_length / layout.ring_ranks
+    piece = 2 * BF16 * model.num_query_groups * model.kv_channels * tokens / cut
+    travel = piece / _bandwidth(layout.tensor * layout.context, gpu, share, share.ring)
+    pieces = layout.num_devices * run.layers_per_gpu * layout.ring_ranks
+    forward, backward = (seconds / pieces for seconds in _attention_passes(run, gpu, share))
+    passes = 2 if run.recompute == "full" else 1
+    alone = passes * max(0.0, travel - forward) + max(0.0, 2 * travel - backward)
+    merged = share.ring_merge_bytes * tokens * model.num_attention_heads * model.kv_channels / cut
+    return steps * run.layers_per_gpu * (alone + merged / (share.memory * gpu.memory_bandwidth))
 
 
 def _data_parallel(run: RunShape, gpu: Gpu, share: Efficiency) -> float:

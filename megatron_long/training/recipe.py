@@ -33,6 +33,30 @@ class ParallelLayout:
     context: int = 1
     context_communication: Literal["p2p", "a2a", "all_gather", "a2a+p2p"] = "p2p"
     """How keys and values travel between context-parallel ranks (Transformer Engine only)."""
+    hierarchy: tuple[int, int] | None = None
+    """With `a2a+p2p`: neighbours that deal out heads, and groups of them that form a ring."""
+
+    def __post_init__(self) -> None:
+        if (self.context_communication == "a2a+p2p") is not (self.hierarchy is not None):
+            raise ConfigError(
+                "a hierarchy of context-parallel ranks belongs to a2a+p2p, and only there"
+            )
+        if self.hierarchy and self.hierarchy[0] * self.hierarchy[1] != self.context:
+            raise ConfigError(
+                f"the hierarchy {self.hierarchy} does not multiply to {self.context} context-parallel ranks"
+            )
+
+    @property
+    def dealing_ranks(self) -> int:
+        """Context-parallel ranks that deal out heads among each other."""
+        if self.hierarchy:
+            return self.hierarchy[0]
+        return self.context if self.context_communication == "a2a" else 1
+
+    @property
+    def ring_ranks(self) -> int:
+        """Context-parallel ranks that pass keys and values on in a ring."""
+        return self.context // self.dealing_ranks
 
     @property
     def num_devices(self) -> int:
@@ -41,11 +65,13 @@ class ParallelLayout:
 
     def to_argv(self) -> list[str]:
         """Megatron's flags. Sequence parallelism always: Megatron turns it off itself when tensor is 1."""
+        levels = ("--hierarchical-context-parallel-sizes", *map(str, self.hierarchy or ()))
         return [
             *("--tensor-model-parallel-size", str(self.tensor)),
             *("--pipeline-model-parallel-size", str(self.pipeline)),
             *("--context-parallel-size", str(self.context)),
             *("--cp-comm-type", self.context_communication),
+            *(levels if self.hierarchy else ()),
             "--sequence-parallel",
         ]
 
@@ -72,6 +98,10 @@ class Recipe:
     """Precision on GPUs; the host backend computes in float32."""
     recompute_modules: tuple[str, ...] = ()
     """Modules whose activations are computed again in the backward pass; never attention."""
+    gpu: str | None = "h100"
+    """Kind of GPU that this layout fits (a name in `planning.hardware`); None for any machine."""
+    num_gpus: int = 8
+    """GPUs of that kind that one replica of the model takes."""
     save_interval: int = 100
     """Steps between checkpoints."""
 
@@ -190,7 +220,10 @@ LLAMA3_70B = llama3(num_layers=80, hidden_size=8192, ffn_hidden_size=28_672, num
 
 
 def llama2_7b_80k() -> Recipe:
-    """The paper's 7B run: windows of 80K; base by dynamic NTK with factor 10, as its authors evaluate."""
+    """The paper's 7B run on 8 x H100 (80 GB): 80K windows.
+
+    The RoPE base is dynamic NTK's with factor 10, as the authors evaluate.
+    """
     return Recipe(
         name="llama2_7b_80k",
         model=LLAMA2_7B,
@@ -201,29 +234,31 @@ def llama2_7b_80k() -> Recipe:
 
 
 def llama2_7b_128k() -> Recipe:
-    """Llama-2-7B at the length that the paper tests."""
+    """Llama-2-7B at the length that the paper tests, on 8 x H100 (80 GB)."""
     return Recipe(
         name="llama2_7b_128k",
         model=LLAMA2_7B,
         seq_length=128 * K,
         rotary_base=5_000_000,
-        layout=ParallelLayout(tensor=4, context=2),
+        layout=ParallelLayout(tensor=2, context=4, context_communication="a2a"),
+        recompute_modules=("layernorm", "mlp"),
     )
 
 
 def llama2_13b_64k() -> Recipe:
-    """The paper's 13B run: windows of 64K."""
+    """The paper's 13B run on 8 x H100 (80 GB): 64K windows."""
     return Recipe(
         name="llama2_13b_64k",
         model=LLAMA2_13B,
         seq_length=64 * K,
         rotary_base=ntk_rotary_base(10_000, 4096, 64 * K, factor=10),
-        layout=ParallelLayout(tensor=4, context=2),
+        layout=ParallelLayout(tensor=4, context=2, context_communication="a2a"),
+        recompute_modules=("layernorm", "mlp"),
     )
 
 
 def llama3_8b_128k() -> Recipe:
-    """Llama-3-8B from 8K to 128K, sequences cut four ways over context-parallel ranks."""
+    """Llama-3-8B from 8K to 128K on 8 x H100 (80 GB)."""
     return Recipe(
         name="llama3_8b_128k",
         model=LLAMA3_8B,
@@ -235,14 +270,15 @@ def llama3_8b_128k() -> Recipe:
 
 
 def llama3_70b_128k() -> Recipe:
-    """Llama-3-70B: 64 GPUs hold one replica."""
+    """Llama-3-70B from 8K to 128K on 64 x H100 (80 GB)."""
     return Recipe(
         name="llama3_70b_128k",
         model=LLAMA3_70B,
         seq_length=128 * K,
         rotary_base=16_000_000,
-        layout=ParallelLayout(tensor=8, pipeline=4, context=2),
+        layout=ParallelLayout(tensor=8, pipeline=2, context=4),
         recompute_modules=("layernorm", "mlp"),
+        num_gpus=64,
     )
 
 
@@ -270,6 +306,8 @@ def tiny_debug() -> Recipe:
         train_tokens=K * K,
         learning_rate=1e-3,
         precision="bf16",
+        gpu=None,
+        num_gpus=1,
         save_interval=1000,
     )
 

@@ -33,3 +33,16 @@ def test_every_arm_fills_the_gpus():
                 for kind in ("tensor-model", "context")
             ]
             assert sizes[0] * sizes[1] == gpus
+
+
+def test_arms_of_four_gpus_differ_in_what_they_compare():
+    """Ours and stock at TP2 CP2 differ in the loss alone, once the stock arm asks for FlashAttention."""
+    arms = train_128k.arms(4)
+    ours, stock = (
+        arms[name].split() for name in ("ours_tp2_fp8", "stock_tp2_cp_selective_fp8_flash")
+    )
+    assert set(stock) - set(ours) == {"--megatron-loss", "--attention-backend", "flash"}
+    assert set(ours) <= set(stock)
+    for flag, size in (("--tensor-model-parallel-size", "2"), ("--context-parallel-size", "2")):
+        assert ours[ours.index(flag) + 1] == size
+    assert "ours_tp2_fp8" not in train_128k.arms(2)

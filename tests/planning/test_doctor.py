@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long.planning import doctor
+from megatron_long.errors import ConfigError
+from megatron_long.planning import doctor, machine
 from megatron_long.planning.doctor import compare_cudnn, examine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -60,12 +61,45 @@ def test_missing_package_and_settings_are_problems(monkeypatch):
         assert found[name].remedy
 
 
-def test_little_disk_is_noted(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("free", "recipe", "state"),
+    [
+        (340e9, None, "ok"),
+        (330e9, None, "note"),
+        (3e9, None, "note"),
+        (120e9, "llama3_8b_128k", "note"),
+        (112e9, "llama3_8b_128k", "problem"),
+        (112e9, "llama2_7b_80k", "note"),
+    ],
+)
+def test_disk_is_compared_with_checkpoints(free, recipe, state, monkeypatch, tmp_path):
+    """112.4 GB each for Llama-3-8B; three lie there at once."""
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(0, 0, 3 * 2**30))
-    found = by_name(examine(tmp_path / "not" / "yet" / "there"))
-    assert found["free disk"].state == "note"
-    assert found["free disk"].value == f"3 GiB at {tmp_path}"
+
+    def disk_usage(path):
+        if not path.exists():
+            raise FileNotFoundError(path)
+        return usage(0, 0, free)
+
+    monkeypatch.setattr(machine.shutil, "disk_usage", disk_usage)
+    found = by_name(examine(tmp_path / "not" / "yet" / "there", recipe))["free disk"]
+    assert found.state == state
+    assert found.value == f"{free / 1e9:.0f} GB at {tmp_path}" if free > 9e9 else True
+    if recipe != "llama2_7b_80k":
+        assert "8.0B parameters with optimizer: 112 GB a checkpoint" in found.remedy
+
+
+@pytest.mark.parametrize(("free", "state"), [(112.5e9, "ok"), (112e9, "note")])
+def test_little_host_memory_is_noted(free, state, monkeypatch):
+    monkeypatch.setattr(doctor, "host_memory", lambda: machine.Room(free, "memory.max"))
+    found = by_name(examine(recipe="llama3_8b_128k"))["host memory"]
+    assert found.state == state
+    assert "on 8 GPUs copies 112 GB to the host memory of each node" in found.remedy
+
+
+def test_unknown_recipe_is_refused():
+    with pytest.raises(ConfigError, match="--recipe llama9 is unknown"):
+        examine(recipe="llama9")
 
 
 def test_gpus_are_described(monkeypatch):

@@ -44,3 +44,27 @@ def test_check_layout(run_job, tiny_dataset, world_size, status):
         assert "start 2 or 4 processes" in " ".join(result.stderr.split())
     else:
         assert "context 2 * data 2" in result.stdout
+
+
+def test_check_layout_tells_what_a_run_takes(run_job, tmp_path):
+    """On a machine without GPUs, for eight H100: figures, and a layout that does not fit."""
+    command = [
+        "tools/check_layout.py",
+        "--world-size",
+        8,
+        "--recipe",
+        "llama3_8b_128k",
+        "--mock-data",
+    ]
+    command += ["--tokenizer-type", "NullTokenizer", "--vocab-size", 128255, "--gpu", "h100"]
+    cut = ["--tensor-model-parallel-size", 1, "--context-parallel-size", 8]
+    result = run_job(1, [*command, *cut])
+    assert "a checkpoint takes 112 GB, of which a save copies 112 GB to the host" in result.stdout
+    assert "predicted peak of a GPU: 87 GiB" in result.stdout
+    assert "warning: --tensor-model-parallel-size 1" in result.stderr
+    assert "this fits, 65 GiB: --tensor-model-parallel-size 2" in result.stderr
+    refused = run_job(1, [*command, "--compare"], check=False)
+    assert refused.returncode == 2
+    assert "--compare trains on this machine, whatever --gpu names" in " ".join(
+        refused.stderr.split()
+    )
