@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import LlamaGeometry
@@ -183,18 +183,15 @@ def possible_runs(task: Task) -> Iterator[RunShape]:
 
 def _layouts(model: LlamaGeometry, tp: int, cp: int, pp: int) -> list[ParallelLayout]:
     """The ways in which keys and values may travel: `a2a` deals out heads, and is slow between nodes."""
-    sizes = {"tensor": tp, "context": cp, "pipeline": pp}
+    ring = ParallelLayout(tensor=tp, context=cp, pipeline=pp)
     heads = math.gcd(model.num_query_groups // tp, model.num_attention_heads // tp)
     dealing = math.gcd(heads, min(cp, max(1, GPUS_PER_NODE // tp)))
     if cp > 1 and dealing == cp:
-        return [ParallelLayout(**sizes, context_communication="a2a")]
-    layouts = [ParallelLayout(**sizes)]
-    if dealing > 1:
-        hierarchy = (dealing, cp // dealing)
-        layouts.append(
-            ParallelLayout(**sizes, context_communication="a2a+p2p", hierarchy=hierarchy)
-        )
-    return layouts
+        return [replace(ring, context_communication="a2a")]
+    if dealing == 1:
+        return [ring]
+    hierarchy = (dealing, cp // dealing)
+    return [ring, replace(ring, context_communication="a2a+p2p", hierarchy=hierarchy)]
 
 
 def _can_be_cut(task: Task, tp: int, cp: int, pp: int) -> bool:

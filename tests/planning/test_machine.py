@@ -8,7 +8,9 @@ import pytest
 from megatron_long.planning.machine import free_disk, host_memory
 
 GIB = 2**30
-MEMINFO = f"MemTotal: {64 * GIB // 1024} kB\nMemAvailable:   {40 * GIB // 1024} kB\nHugePages_Total: 0\n"
+MEMINFO = (
+    f"MemTotal: {64 * GIB // 1024} kB\nMemAvailable:   {40 * GIB // 1024} kB\nHugePages_Total: 0\n"
+)
 
 
 def write(root: Path, files: dict[str, object]) -> Path:

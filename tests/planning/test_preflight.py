@@ -58,10 +58,10 @@ def test_model_that_a_gpu_cannot_hold_is_refused_with_what_fits(ask):
     assert "8.0B parameters" in text
     assert "take 135 GiB of each GPU, which has 79" in text
     assert "no layout fits: the smallest takes" in text
-    with pytest.raises(
-        ConfigError
-    ) as refused:  # without the distributed optimizer eight do not help
-        ask("--recipe", "llama3_70b_128k", "--tensor-model-parallel-size", 8, ranks=64)
+    cut = ("--tensor-model-parallel-size", 2, "--context-parallel-size", 4)
+    with pytest.raises(ConfigError) as refused:
+        ask("--recipe", "llama3_70b_128k", *cut, "--pipeline-model-parallel-size", 1, ranks=64)
+    assert "70.6B parameters" in str(refused.value)
     assert "this fits, 69 GiB: --tensor-model-parallel-size 8" in str(refused.value)
 
 
