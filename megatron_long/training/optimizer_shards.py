@@ -4,9 +4,10 @@ Megatron-Core 0.19.2 has two formats whose checkpoints another layout can load. 
 state of a tensor- and pipeline-parallel part: in the host memory of every rank (12 bytes a parameter each,
 385 GB a node for an 8B model at TP2 on eight GPUs), or on one rank, which then writes alone. Here nothing is
 gathered. A rank of the distributed optimizer holds a flat range of each tensor's values. In row-major order
-that is a few boxes (the end of a row, whole rows, the beginning of a row), and a `torch_dist` checkpoint takes
-boxes of any size. Keys, global shapes and the recorded format are those of
-`--dist-ckpt-optim-fully-reshardable`: stock Megatron reads these checkpoints, and this module reads stock ones.
+that is a few boxes (the end of a row, whole rows, the beginning of a row), and a `torch_dist` checkpoint
+takes boxes of any size. Keys, global shapes and the recorded format are those of
+`--dist-ckpt-optim-fully-reshardable`: stock Megatron reads these checkpoints, and this module reads those of
+stock Megatron.
 
 It also keeps clear of a defect of the stock format: where Megatron pads gradient buckets (a hidden size that
 128 does not divide, data-parallel sizes with a factor of 3), 0.19.2 saves weights and moments shifted
