@@ -10,7 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_long.cli import run_tool
+from megatron_long.cli import length_tokens, run_tool
 from megatron_long.data.shares import parse_token_count
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--hf-config", type=Path, help="Hugging Face model folder or config.json")
     add("--recipe", help="recipe whose model is planned, in the place of --hf-config")
-    add("--seq-length", type=int, default=131_072, help="tokens of a window (131072)")
+    add("--seq-length", type=length_tokens, default="128K", help="tokens of a window (128K)")
     add("--gpus", type=int, required=True, help="number of GPUs")
     add("--gpu", required=True, help=f"kind of GPU: {', '.join(GPUS)}")
     add("--train-tokens", default="5B", help="token budget (5B)")
