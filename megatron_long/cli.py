@@ -42,7 +42,8 @@ def length_tokens(text: str) -> int:
     length = int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()] if match else 0
     if length < 1:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a length of 1 token or more; write digits, or K for 1,024 tokens: 131072 or 128K"
+            f"{text!r} is not a length of 1 token or more; write digits, or K for 1,024 tokens: 131072 "
+            "or 128K"
         )
     return length
 

@@ -152,8 +152,8 @@ def _check_checkpoints_are_covered(args: Namespace) -> None:
         if value is not None:
             raise ConfigError(
                 f"{flag} {value} is not supported: Megatron would load such a checkpoint in the place of the "
-                "one that was checked; save more often with --save-minutes or --save-interval, and give --keep-last to keep "
-                "few of them"
+                "one that was checked; save more often with --save-minutes or --save-interval, and give "
+                "--keep-last to keep few of them"
             )
 
 

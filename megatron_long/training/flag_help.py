@@ -1,4 +1,4 @@
-"""What `--help` shows: our flags before Megatron's, each with its unit and default; and how lengths are read."""
+"""What `--help` shows: our flags before Megatron's, with units and defaults; and how lengths are read."""
 
 from argparse import ArgumentParser
 

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_long.errors import ConfigError
 
 SCHEDULE_KEYS = ("max_lr", "min_lr", "start_wd", "end_wd")
-"""Entries of a parameter group that say how its rate and decay move; the rest says which parameters it holds."""
+"""Entries of a parameter group that say how its rate and decay move; others say what it holds."""
 OPTIMIZERS = {
     "megatron.core.optimizer.distrib_optimizer": ("DistributedOptimizer",),
     "megatron.core.optimizer.optimizer": ("Float16OptimizerWithFloat16Params", "FP32Optimizer"),
@@ -43,8 +43,8 @@ MISMATCH = re.compile(
 def schedule_error(load: str, message: str) -> ConfigError | None:
     """Give Megatron's refusal of another schedule in the words of the flags; None for another error.
 
-    >>> text = "OptimizerParamScheduler: class input value 8 and checkpointvalue 4 for learning rate do not match"
-    >>> str(schedule_error("out", text))[:71]
+    >>> text = "OptimizerParamScheduler: class input value 8 and checkpointvalue 4 for learning rate"
+    >>> str(schedule_error("out", text + " do not match"))[:71]
     '--load out was trained on another schedule: --lr was 4, and now it is 8'
     """
     found = MISMATCH.fullmatch(message)
@@ -52,8 +52,8 @@ def schedule_error(load: str, message: str) -> ConfigError | None:
         return None
     now, before, name = found.groups()
     return ConfigError(
-        f"--load {load} was trained on another schedule: {SCHEDULE_FLAGS.get(name, name)} was {before}, and now "
-        f"it is {now}; give --override-opt-param-scheduler to go on with the new value, or "
+        f"--load {load} was trained on another schedule: {SCHEDULE_FLAGS.get(name, name)} was {before}, and "
+        f"now it is {now}; give --override-opt-param-scheduler to go on with the new value, or "
         "--use-checkpoint-opt-param-scheduler for the old one"
     )
 

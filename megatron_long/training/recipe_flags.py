@@ -88,7 +88,7 @@ def keep_budget(
     )
     note = (
         f"--recipe {recipe.name} reads {_billions(recipe.train_tokens)} tokens, "
-        f"{_billions(recipe.tokens_per_batch)} a step; to keep them with the flags given, it becomes {listed}; "
+        f"{_billions(recipe.tokens_per_batch)} a step; to keep this with the flags given, it takes {listed}; "
         f"give {' and '.join(changes)} for another budget"
     )
     return list(argv), note

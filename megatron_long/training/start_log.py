@@ -1,8 +1,8 @@
 """What Megatron says before the first step, out of the way: in a file, or on the screen with `--verbose`.
 
-Values of 800 flags, every parameter's name and dozens of timings come before the first loss. Here a start is a
-few lines of ours, and the rest is kept: rank 0 writes it to a file as it comes, other ranks hold it back and
-print it if the start fails. Errors, and all that follows the first step, are shown as ever.
+Values of 800 flags, every parameter's name and dozens of timings come before the first loss. Here a start is
+a few lines of ours, and the rest is kept: rank 0 writes it to a file at once, other ranks hold it back and
+print its end if the start fails. Errors, and all that follows the first step, are shown unchanged.
 """
 
 import contextlib
@@ -28,12 +28,11 @@ class StartLog:
 
     Args:
         verbose: Show everything instead.
-        stream: The real standard output.
     """
 
-    def __init__(self, *, verbose: bool, stream: Any = None) -> None:
+    def __init__(self, *, verbose: bool) -> None:
         self.verbose = verbose
-        self._stream: Any = stream or sys.stdout
+        self._stream: Any = sys.stdout
         self._held: list[str] = []
         self._file: TextIO | None = None
         self._path: Path | None = None
@@ -174,13 +173,13 @@ def describe_start(args: Namespace, checkpoint: Path | None, resumes: bool) -> l
         f"{' and '.join([*times, 'at the end'])} in {args.save}; {kept}" if args.save else "none"
     )
     return [
-        f"model: {args.num_layers} layers of {args.hidden_size}, {heads}, {args.position_embedding_type} base "
-        f"{args.rotary_base:g}, {args.seq_length:,} tokens",
+        f"model: {args.num_layers} layers of {args.hidden_size}, {heads}; "
+        f"{args.position_embedding_type} base {args.rotary_base:g}, {args.seq_length:,} tokens",
         f"layout: {args.world_size} processes = tensor {args.tensor_model_parallel_size} * pipeline "
         f"{args.pipeline_model_parallel_size} * context {args.context_parallel_size} * data "
         f"{args.data_parallel_size}; {args.params_dtype}{' with FP8' if args.fp8 else ''}",
-        f"steps: {steps:,} of {args.global_batch_size} windows ({tokens:,} tokens), {steps * tokens:,} tokens "
-        f"in all; rate {args.lr:g}, {args.lr_decay_style}",
+        f"steps: {steps:,} of {args.global_batch_size} windows ({tokens:,} tokens), {steps * tokens:,} "
+        f"tokens in all; rate {args.lr:g}, {args.lr_decay_style}",
         f"data: {args.dataset or args.data_path or args.train_data_path or 'mock data'}",
         f"start: {start}",
         f"checkpoints: {saves}",
