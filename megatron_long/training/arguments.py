@@ -136,6 +136,7 @@ def choose_save_times(arguments: LongContextArguments, args: Namespace) -> None:
     """Save by time where the user names no steps."""
     if arguments.save_minutes is None:
         arguments.save_minutes = SAVE_MINUTES if args.save_interval is None else 0.0
+        args.save_minutes = arguments.save_minutes
     if args.save_interval is None:
         args.save_interval = NEVER
 

@@ -37,6 +37,7 @@ class StartLog:
         self._file: TextIO | None = None
         self._path: Path | None = None
         self._is_over = verbose
+        self._filtered: list[Any] = []
 
     def __enter__(self) -> "StartLog":
         if not self.verbose:
@@ -92,7 +93,7 @@ class StartLog:
             if isinstance(handler, logging.StreamHandler):
                 if handler.stream is self:
                     handler.setStream(self._stream)
-                handler.addFilter(self._takes)
+                self._filter(handler)
 
     def end(self) -> None:
         """Show everything from now on."""
@@ -102,13 +103,20 @@ class StartLog:
         if sys.stdout is self:
             sys.stdout = self._stream
         warnings.showwarning = self._show_warning
-        for handler in logging.root.handlers:
-            handler.removeFilter(self._takes)
+        for handler in self._filtered:
+            del handler.filter  # that of its class again
+        self._filtered.clear()
         self._held.clear()
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
+
+    def _filter(self, handler: Any) -> None:
+        """Megatron's handler has a `filter` of its own, which looks at no list of filters."""
+        stock = handler.filter
+        handler.filter = lambda record: stock(record) and self._takes(record)
+        self._filtered.append(handler)
 
     def _takes(self, record: logging.LogRecord) -> bool:
         ours = record.name.startswith("megatron_long") or record.name == "__main__"

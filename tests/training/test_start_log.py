@@ -15,9 +15,16 @@ MOST_LINES = 40
 FIRST_STEP = "iteration        1/"
 
 
+class OwnFilter(logging.StreamHandler):
+    """As Megatron's `CustomHandler`."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.name.startswith("torch")
+
+
 def test_prints_logs_and_warnings_of_others_are_kept(tmp_path, capsys):
     path = tmp_path / "logs" / "start.log"
-    handler = logging.StreamHandler(sys.stdout)
+    handler = OwnFilter(sys.stdout)
     logging.root.addHandler(handler)
     try:
         with StartLog(verbose=False) as log:
@@ -29,6 +36,7 @@ def test_prints_logs_and_warnings_of_others_are_kept(tmp_path, capsys):
             logging.getLogger("megatron.core").warning("theirs")
             logging.getLogger("megatron_long.training").warning("ours")
             logging.getLogger("megatron.core").error("an error")
+            logging.getLogger("torch.x").error("filtered")
             warnings.warn("deprecated", stacklevel=1)
             log.say("a line of ours")
             log.end()
