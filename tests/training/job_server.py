@@ -186,6 +186,13 @@ def sleep_in_step(fault: dict) -> None:
     batch.loss_function = loss_function
 
 
+def stock_optimizer_format(fault: dict) -> None:
+    """Save and load the optimizer as Megatron does by itself."""
+    from megatron_long.training import megatron_adapter
+
+    megatron_adapter.save_own_shards = lambda: None
+
+
 def trace_windows(fault: dict) -> None:
     """Write down which windows the training set is asked for."""
     from megatron_long.training.packed_dataset import PackedDataset
@@ -198,6 +205,13 @@ def trace_windows(fault: dict) -> None:
         return stock(self, index)
 
     PackedDataset.__getitem__ = read
+
+
+def ring_clock(fault: dict) -> None:
+    """Let the time of a save be over on this rank after some steps; the clock itself never is."""
+    from megatron_long.training.save_clock import SaveClock
+
+    SaveClock.is_due = lambda self: present_step() in fault["steps"]
 
 
 def present_step() -> int:
@@ -213,7 +227,9 @@ FAULTS = {
     "weights": spoil_weights,
     "hang": sleep_in_step,
     "hash": hash_state,
+    "stock-optimizer-format": stock_optimizer_format,
     "trace": trace_windows,
+    "clock": ring_clock,
 }
 
 if __name__ == "__main__":
