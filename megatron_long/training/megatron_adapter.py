@@ -52,8 +52,8 @@ PATCHED_SYMBOLS = {
     ),
 }
 """What is replaced, by module: `compile_helpers`, `load_state_dict` and the `_fully_reshardable` methods
-always, `_apply_scaling` where RoPE is Llama-3.1's, `_grad_accum_fusion_available` where the output layer is not
-called, the others on the host backend only."""
+always, `_apply_scaling` where RoPE is Llama-3.1's, `_grad_accum_fusion_available` where the output layer is
+not called, the others on the host backend only."""
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ def run(jobs, ranks, *flags, faults=()):
 @pytest.mark.slow
 @pytest.mark.parametrize("background", [(), ("--async-save",)])
 def test_all_ranks_save_when_one_says_so(background, jobs, tmp_path):
-    """The clocks of two nodes never agree: here one rank's alone is over, after steps 2, 3 and 6, the last."""
+    """The clocks of two nodes never agree: one rank's alone is over, after steps 2, 3 and 6, the last."""
     clock = {"kind": "clock", "ranks": [1], "steps": [2, 3, 6]}
     never = {"kind": "clock", "ranks": [0], "steps": []}
     job = run(jobs, 2, "--train-iters", 6, "--save", tmp_path, *background, faults=[clock, never])
@@ -74,7 +74,7 @@ def test_masked_training_without_a_recipe_does_not_depend_on_the_layout(
         "--max-position-embeddings 128 --micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --train-iters 3 "
         "--normalization RMSNorm --position-embedding-type rope --disable-bias-linear --eod-mask-loss "
         "--document-masking --lr-decay-style constant --untie-embeddings-and-output-weights "
-        "--attention-dropout 0 --hidden-dropout 0"
+        "--attention-dropout 0 --hidden-dropout 0 --eval-interval 100 --eval-iters 0"
     ).split()
     data = ("--dataset", make_dataset(lengths))
     seen = []
