@@ -107,7 +107,8 @@ def _tell_start(args: argparse.Namespace, start: Start, start_log: StartLog) -> 
     path = start_log_path(args.save, args.loss_log)
     if path is not None:
         start_log.write_to(path)
-    for line in describe_start(args, start.choice and start.choice.folder, start.resumes):
+    checkpoint = start.choice.folder if start.choice else None
+    for line in describe_start(args, checkpoint, start.resumes):
         start_log.say(line)
     if not start_log.verbose:
         where = f"is in {path}" if path else "is left out"

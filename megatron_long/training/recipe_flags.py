@@ -67,7 +67,7 @@ def keep_budget(
     batch = user.global_batch_size or windows_of(recipe.tokens_per_batch, length)
     if min(length, batch) < 1:
         return list(argv), None  # refused by name later
-    changes = {}
+    changes: dict[str, tuple[int, int | None]] = {}
     if user.step_batch_size_schedule is None and user.global_batch_size is None:
         changes["--global-batch-size"] = batch, recipe.global_batch_size
     if user.train_iters is None and user.train_samples is None:

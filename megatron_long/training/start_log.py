@@ -41,7 +41,7 @@ class StartLog:
 
     def __enter__(self) -> "StartLog":
         if not self.verbose:
-            sys.stdout = self  # type: ignore[assignment]
+            sys.stdout = self
             self._show_warning, warnings.showwarning = warnings.showwarning, self._keep_warning
         return self
 
