@@ -11,6 +11,7 @@ setup: $(READY)
 $(READY): setup.py constraints.txt tools/find_python.sh
 	@python=$$(sh tools/find_python.sh) && echo "creating $(VENV) with $$python" && \
 	  { [ -x $(PYTHON) ] || "$$python" -m venv $(VENV); } && \
+	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade pip && \
 	  $(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" && \
 	  touch $(READY)
 

@@ -35,7 +35,7 @@ setup(
     ],
     extras_require={
         "gpu": [
-            "transformer-engine[pytorch,core_cu13]>=2.8",
+            "transformer-engine[pytorch,core-cu13]>=2.20",  # spelt as its metadata do: pip 23 wants that
             "flash-attn-4==4.0.0b36",  # attention 1.16 to 1.17 times as fast on Hopper, docs/results.md
             "nvidia-cutlass-dsl[cu13]",
         ],

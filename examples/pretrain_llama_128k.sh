@@ -4,9 +4,10 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@300
+#SBATCH --signal=B:USR1@900
 #
 # Continual pretraining of a Llama on 131,072-token windows, by torchrun on this node or inside a SLURM
 # allocation (sbatch --nodes N examples/pretrain_llama_128k.sh, or run it from salloc).
@@ -18,15 +19,17 @@
 # DATASET      folder that tools/preprocess_mix.py wrote
 # OUTPUT       checkpoints, TensorBoard and losses; started again, the run goes on from the newest there
 # RECIPE       llama3_8b_128k (default), llama2_7b_80k, llama2_7b_128k, llama2_13b_64k, llama3_70b_128k
-# NPROC_PER_NODE  processes on each node (default: its GPUs; 1 without any)
+# KEEP_LAST    newest checkpoints that are kept (default: 3; 0 keeps all; one of an 8B model takes 112 GB)
+# NPROC_PER_NODE  processes on each node (default: its GPUs; 1 without any, outside SLURM)
 # MASTER_PORT  where the nodes of a SLURM job meet (default: 20000 + the job's number modulo 20000)
 # PYTHON       interpreter (default: python3)
 # REQUEUE=0    do not queue the job again when its time limit comes
 # DRY_RUN=1    print the command and leave
 #
-# Inside SLURM each node writes OUTPUT/logs/JOB-NODE.log. Five minutes before the time limit (--signal above)
-# the run is told to save and leave, and the job goes back into the queue, to go on from there; so it does after
-# a lost node.
+# A checkpoint is written every 30 minutes (--save-minutes; --save-interval counts steps instead). Inside SLURM
+# each node writes OUTPUT/logs/JOB-NODE.log. Fifteen minutes before the time limit (--signal above: time for the
+# present step, up to 3 minutes on one node of eight H100, and for the save) the run is told to save and leave,
+# and the job goes back into the queue and resumes from there. It does the same after a lost node.
 set -euo pipefail
 
 need() {
@@ -41,12 +44,25 @@ PYTHON=${PYTHON:-python3}
 REPOSITORY=${REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}
 NUM_NODES=${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}
 
-count_gpus() {
+gpus_per_node() {
     local listed
-    listed=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || true
-    echo $((listed > 0 ? listed : 1))
+    if [[ ${SLURM_GPUS_ON_NODE:-} ]]; then
+        echo "$SLURM_GPUS_ON_NODE"
+    elif [[ ${SLURM_GPUS_PER_NODE:-} =~ ^([a-zA-Z0-9_.-]+:)?([1-9][0-9]*)$ ]]; then  # 8, or h100:8
+        echo "${BASH_REMATCH[2]}"
+    elif [[ ${SLURM_JOB_ID:-} ]]; then  # salloc leaves the shell on the login node: ask a node of the job
+        srun --nodes=1 --ntasks=1 nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
+    else
+        listed=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || true
+        echo $((listed > 0 ? listed : 1))
+    fi
 }
-NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(count_gpus)}}
+NPROC_PER_NODE=${NPROC_PER_NODE:-$(gpus_per_node)}
+if ! [[ $NPROC_PER_NODE =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: job ${SLURM_JOB_ID:-} has $NPROC_PER_NODE GPUs on a node, and one process is started for each: ask" \
+        "for GPUs (--gpus-per-node 8), or set NPROC_PER_NODE" >&2
+    exit 2
+fi
 
 TRAIN_ARGS=(
     --recipe "$RECIPE"
@@ -57,6 +73,7 @@ TRAIN_ARGS=(
     --tensorboard-dir "$OUTPUT/tensorboard"
     --loss-log "$OUTPUT/loss.jsonl"
     --exit-signal-handler
+    --keep-last "${KEEP_LAST:-3}"
     "$@"
 )
 LAUNCH=("$PYTHON" -m megatron_long.launch --nproc-per-node "$NPROC_PER_NODE")

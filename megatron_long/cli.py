@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import select
 import sys
 import textwrap
@@ -24,6 +25,27 @@ def tool_parser(documentation: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def length_tokens(text: str) -> int:
+    """Read a length of a window, a document or a batch row, in tokens; for argparse's `type`.
+
+    K and M are 1,024 and 1,024^2, as in the names of contexts: 128K is 131,072. Amounts of tokens, as
+    --train-tokens, take thousands (`data.shares.parse_token_count`).
+
+    Raises: argparse.ArgumentTypeError: no whole number of tokens, or none at all.
+
+    >>> length_tokens("64K"), length_tokens("128k"), length_tokens("1M"), length_tokens("81920")
+    (65536, 131072, 1048576, 81920)
+    """
+    match = re.fullmatch(r"([0-9]+)([kKmM]?)", text.strip())
+    length = int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()] if match else 0
+    if length < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a length of 1 token or more; write digits, or K for 1,024 tokens: 131072 "
+            "or 128K"
+        )
+    return length
 
 
 def run_tool(main: Callable[[], int | None], *, prints_result: bool = True) -> int:

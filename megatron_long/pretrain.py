@@ -51,7 +51,9 @@ from megatron_long.training.reliability import (
     make_snapshot,
     record_sidecars,
 )
+from megatron_long.training.save_clock import SaveClock
 from megatron_long.training.side_output import LossLog, keep_standard_streams
+from megatron_long.training.start_log import StartLog, describe_start, start_log_path
 from megatron_long.training.watchdog import Watchdog
 
 
@@ -63,14 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals.leave_before_training()
     keep_standard_streams()
     user_argv = list(sys.argv[1:] if argv is None else argv)
-    arguments, args, start = prepare(user_argv)
-    from megatron_long.training import megatron_adapter, megatron_hooks
+    with StartLog(verbose="--verbose" in user_argv) as start_log:
+        return _run(user_argv, start_log)
 
+
+def _run(user_argv: list[str], start_log: StartLog) -> int:
+    arguments, args, start = prepare(user_argv)
+    from megatron_long.training import megatron_adapter, megatron_hooks, step_hooks
+
+    start_log.take_logging()
     if args.train_iters and start.iteration >= args.train_iters:  # as after a late requeue
         if args.rank == 0:
-            print(
+            start_log.say(
                 f"--load {args.load} is at --train-iters {args.train_iters} already: nothing to train"
             )
+        start_log.end()
         if arguments.export_hf and not Path(arguments.export_hf).exists():
             _export(arguments, args)
         return 0
@@ -81,15 +90,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.loss_log:
         log = LossLog(Path(arguments.loss_log), writes=args.rank == args.world_size - 1)
         megatron_hooks.install_listener(log)
+    step_hooks.install_first_log(start_log.end)
     megatron_hooks.install_surviving_logs()
     if start.choice is not None:
         megatron_hooks.load_from(start.choice, args)
     megatron_adapter.validate_flags(args)
     if args.save:
         _check_writable(Path(args.save))
+    if args.rank == 0:
+        _tell_start(args, start, start_log)
     _train(arguments, args, start, user_argv, live)
+    start_log.end()
     _export(arguments, args)
     return 0
+
+
+def _tell_start(args: argparse.Namespace, start: Start, start_log: StartLog) -> None:
+    path = start_log_path(args.save, args.loss_log)
+    if path is not None:
+        start_log.write_to(path)
+    checkpoint = start.choice.folder if start.choice else None
+    for line in describe_start(args, checkpoint, start.resumes):
+        start_log.say(line)
+    if not start_log.verbose:
+        where = f"is in {path}" if path else "is left out"
+        start_log.say(f"what Megatron says before the first step {where}; --verbose prints it")
 
 
 def prepare(
@@ -169,7 +194,7 @@ def _train(
     argv: list[str],
     live: LiveEvaluation | None,
 ) -> None:
-    from megatron_long.training import megatron_adapter, megatron_hooks
+    from megatron_long.training import megatron_adapter, megatron_hooks, step_hooks
     from megatron_long.training.batch import StepSettings, forward_step
     from megatron_long.training.datasets import dataset_provider
     from megatron_long.training.guarded_step import LossRecorder, TorchJob
@@ -185,7 +210,7 @@ def _train(
         TorchJob(),
         save,
         lambda: facts | {"guard": guard.state()},
-        keep_last=arguments.keep_last,
+        keep_last=arguments.keep_last or None,
         keep_every=arguments.keep_every,
     )
 
@@ -200,6 +225,8 @@ def _train(
     snapshot = make_snapshot(guard, args.save, args.rank, write_beside)
     megatron_hooks.install_before_training(_in_all(keeper.job, write_first, args.save))
     megatron_hooks.install_keeper(keeper, args, watchdog)
+    if arguments.save_minutes:
+        step_hooks.install_save_clock(SaveClock(arguments.save_minutes * 60), keeper, args)
     megatron_hooks.install_guard(guard, losses, args, watchdog, snapshot)
     if live is not None:
         evaluate = _evaluator(live, arguments, args, watchdog.beat)

@@ -14,7 +14,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_long.cli import run_tool, tool_parser
+from megatron_long.cli import length_tokens, run_tool, tool_parser
 from megatron_long.conversion.checks import DTYPES, KEEP
 from megatron_long.conversion.convert import hf_to_megatron
 from megatron_long.conversion.export import gguf_to_hf, megatron_to_hf
@@ -76,9 +76,11 @@ def _add_stretch(parser: argparse.ArgumentParser, purpose: str) -> None:
     group.add_argument("--rope-method", choices=("base", "linear", "yarn", "llama3"), help="method")
     group.add_argument("--rope-factor", type=float, help="stretch of linear, yarn or llama3")
     group.add_argument(
-        "--rope-original-length", type=int, help="tokens trained on before the stretch"
+        "--rope-original-length", type=length_tokens, help="tokens trained on before the stretch"
     )
-    group.add_argument("--context-length", type=int, help="longest context, in tokens")
+    group.add_argument(
+        "--context-length", type=length_tokens, help="longest context, in tokens: 131072 or 128K"
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

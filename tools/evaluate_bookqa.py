@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_long.cli import run_tool, tool_parser
+from megatron_long.cli import length_tokens, run_tool, tool_parser
 from megatron_long.data.tokenizers import Tokenizer
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.bookqa import (
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="Hugging Face folder")
     add("--data", type=Path, required=True, help="InfiniteBench's longbook_qa_eng.jsonl")
-    add("--context-length", type=positive_int, required=True, help="tokens of prompt and answer")
+    add("--context-length", type=length_tokens, required=True, help="tokens of prompt and answer")
     add("--output-dir", type=Path, required=True, help=f"folder for {ANSWERS} and {REPORT}")
     add("--max-questions", type=positive_int, help="take only the first so many")
     add("--tokenizer", type=Path, help="file or folder (default: the model's own)")

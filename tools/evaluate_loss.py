@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_long.cli import run_tool, tool_parser
+from megatron_long.cli import length_tokens, run_tool, tool_parser
 from megatron_long.errors import DataError
 from megatron_long.evaluation.held_out import HeldOutDocument, open_held_out, select_documents
 from megatron_long.evaluation.inputs import (
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--context-length",
-        type=positive_int,
+        type=length_tokens,
         required=True,
         help="tokens taken of each document, a multiple of 2 * --context-parallel-size if that is not 1",
     )
@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="positions in tokens like 0-4096,4096-131072, each without its end; default: split "
         "at 4096 tokens, or at an eighth of --context-length if that is less",
     )
-    add("--training-length", type=positive_int, help="old context in tokens, marked in the plot")
+    add("--training-length", type=length_tokens, help="old context in tokens, marked in the plot")
     _add_document_flags(parser)
     add("--force", action="store_true", help="replace files that exist")
     return parser
@@ -112,7 +112,7 @@ def _add_document_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--min-document-tokens",
-        type=positive_int,
+        type=length_tokens,
         default=2,
         help="leave shorter documents out; give --context-length + 1 to have the same documents "
         "at every position (default: %(default)s)",

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
-from megatron_long.cli import run_tool, tool_parser
+from megatron_long.cli import length_tokens, run_tool, tool_parser
 from megatron_long.data.tokenizers import Tokenizer
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.batches import TokenScorer, plan_batches
@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_task_flags(parser)
     add = parser.add_argument
     add("--output-dir", type=Path, required=True, help=f"folder for {CELLS}, {REPORT}, {HEATMAP}")
-    add("--training-length", type=positive_int, help="context trained at, in tokens: split there")
+    add("--training-length", type=length_tokens, help="context trained at, in tokens: split there")
     add("--stop-after-minutes", type=float, help="stop in time; the same command goes on later")
     add("--dry-run", action="store_true", help="check, say how much work it is, and end")
     add("--force", action="store_true", help="forget the cells that are done")
@@ -113,16 +113,16 @@ def _add_grid_flags(parser: argparse.ArgumentParser) -> None:
     add("--haystack", type=Path, required=True, help="long text file, UTF-8")
     add(
         "--context-length",
-        type=positive_int,
+        type=length_tokens,
         help="longest case in tokens, a multiple of 2 * --context-parallel-size where that is above 1",
     )
     add(
         "--min-length",
-        type=positive_int,
+        type=length_tokens,
         help="shortest case in tokens (default: 1024, or an eighth of --context-length if less)",
     )
     add("--num-lengths", type=positive_int, default=40, help="lengths (default: %(default)s)")
-    add("--context-lengths", type=positive_int, nargs="+", help="these lengths in tokens instead")
+    add("--context-lengths", type=length_tokens, nargs="+", help="these lengths in tokens instead")
     add("--num-depths", type=positive_int, default=10, help="depths from 0 to 100%% (default: 10)")
     add("--num-seeds", type=positive_int, default=1, help="repetitions of each cell (default: 1)")
 

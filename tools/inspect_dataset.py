@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_long.cli import run_tool, tool_parser
+from megatron_long.cli import length_tokens, run_tool, tool_parser
 from megatron_long.data.inspection import DatasetBrowser
 from megatron_long.data.manifest import TRAIN_PREFIX, Manifest, read_manifest
 from megatron_long.data.report import plot_sources, print_sources
@@ -101,7 +101,7 @@ def _parse_args() -> argparse.Namespace:
     add("--dataset", type=Path, dest="dataset_flag", metavar="DATASET", help="the same")
     add("--document", type=int, metavar="N", help="print document N, decoded")
     add("--window", type=int, metavar="N", help="list the documents of training window N")
-    add("--seq-length", type=int, metavar="S", help="tokens of a window; with --window")
+    add("--seq-length", type=length_tokens, metavar="S", help="tokens of a window; with --window")
     split = "train (default), or a source: its held-out documents"
     add("--split", default=TRAIN_PREFIX, metavar="NAME", help=split)
     add("--plot", type=Path, metavar="FILE.png", help="figure to draw (.png, .pdf, .svg)")

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_long.cli import run_tool
+from megatron_long.cli import length_tokens, run_tool
 from megatron_long.data.shares import parse_token_count
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import geometry_from_hf
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--recipe",
         help="recipe whose model, window and budgets are planned, instead of --hf-config",
     )
-    add("--seq-length", type=int, help="tokens of a window (the recipe's, or 131072)")
+    add("--seq-length", type=length_tokens, help="tokens of a window (the recipe's, or 128K)")
     add("--gpus", type=int, required=True, help="number of GPUs")
     add("--gpu", required=True, help=f"kind of GPU: {', '.join(GPUS)}")
     add("--train-tokens", help="token budget (the recipe's, or 5B)")

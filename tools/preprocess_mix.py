@@ -12,7 +12,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from megatron_long.cli import run_tool, tool_parser
+from megatron_long.cli import length_tokens, run_tool, tool_parser
 from megatron_long.data.documents import (
     DEFAULT_SOURCE_KEYS,
     DEFAULT_TEXT_KEY,
@@ -73,8 +73,8 @@ def _config(args: argparse.Namespace) -> PreprocessConfig:
         strategy=strategy,
         short_keep_ratio=args.short_keep_ratio,
         long_token_share=args.long_token_share,
-        long_threshold_tokens=parse_token_count(args.long_threshold, "--long-threshold"),
-        cut_length_tokens=parse_token_count(args.cut_length, "--cut-length"),
+        long_threshold_tokens=args.long_threshold,
+        cut_length_tokens=args.cut_length,
         upsampled_shares=_parse_shares(named),
         source_shares=shares,
         missing_sources=args.missing_sources or missing,
@@ -174,9 +174,10 @@ def _add_mixture(add) -> None:  # type: ignore[no-untyped-def]
     add("--short-keep-ratio", type=float, default=0.1, metavar="P", help="default: %(default)s")
     solved = "instead: thin the short documents of each source until long ones have this share"
     add("--long-token-share", type=float, metavar="SHARE", help=solved)
-    add("--long-threshold", default="4096", metavar="TOKENS", help="long from here: %(default)s")
+    long = "long from here: %(default)s"
+    add("--long-threshold", type=length_tokens, default="4K", metavar="TOKENS", help=long)
     cut = "length of pieces under --strategy cut; default: %(default)s"
-    add("--cut-length", default="4096", metavar="TOKENS", help=cut)
+    add("--cut-length", type=length_tokens, default="4K", metavar="TOKENS", help=cut)
     shares = f"{NATURAL} (the corpus's own, default), {SLIMPAJAMA}, or a YAML file"
     add("--source-shares", default=NATURAL, metavar="SHARES", help=shares)
     missing = "what to do with shares of sources that the corpus lacks; default: error"

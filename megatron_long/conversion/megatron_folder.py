@@ -26,8 +26,13 @@ from megatron_long.conversion.mapping import (
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_config, read_hf_config
 from megatron_long.model.rope import PLAIN_ROPE_ARGUMENTS, rope_from_arguments
-from megatron_long.training.checkpoint_choice import RELEASE, iteration_folder, newest_iteration
-from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TRACKER_NAME
+from megatron_long.training.checkpoint_choice import (
+    RELEASE,
+    has_checkpoint,
+    iteration_folder,
+    newest_iteration,
+)
+from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TRACKER_NAME, no_checkpoint
 from megatron_long.training.checkpoint_hashes import HASHES_NAME
 
 if TYPE_CHECKING:
@@ -70,8 +75,9 @@ def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
     Raises: ConfigError: no such folder or iteration.
         DataError: the tracker file is damaged or names what is not there.
     """
-    if not checkpoint_dir.is_dir():
-        raise ConfigError(f"{checkpoint_dir} is not a folder; give a Megatron checkpoint folder")
+    if not has_checkpoint(checkpoint_dir):
+        remedy = "it can be used as it is, or converted with hf-to-megatron"
+        raise no_checkpoint(checkpoint_dir, "--input", remedy, "--iteration")
     if iteration is not None:
         folder = checkpoint_dir / f"iter_{iteration:07d}"
         if not folder.is_dir():
@@ -90,8 +96,8 @@ def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
     tracker = checkpoint_dir / TRACKER_NAME
     if not tracker.is_file():
         raise ConfigError(
-            f"{checkpoint_dir} holds no {TRACKER_NAME}; give the folder that was given to --save "
-            "(not one iteration of it)"
+            f"--input {checkpoint_dir} has lost its {TRACKER_NAME}; choose with --iteration one of: "
+            f"{', '.join(_saved(checkpoint_dir))}"
         )
     word = tracker.read_text(encoding="utf-8").strip()
     if word != RELEASE and not word.isdecimal():

@@ -22,7 +22,7 @@ from megatron_long.training.checkpoint_choice import (
 from megatron_long.training.checkpoint_folder import (
     HF_CONFIG_NAME,
     TOKENIZER_DIR_NAME,
-    TRACKER_NAME,
+    no_checkpoint,
 )
 from megatron_long.training.checkpoint_hashes import check_sidecars
 
@@ -75,11 +75,7 @@ def find_checkpoint(
     Raises: ConfigError: no Megatron checkpoint there. DataError: a file beside it is damaged.
     """
     if not has_checkpoint(path):
-        reason = f"holds no {TRACKER_NAME}" if path.is_dir() else "does not exist"
-        raise ConfigError(
-            f"--checkpoint {path} {reason}; give a folder that pretrain (--save) or "
-            "tools/convert_checkpoint.py hf-to-megatron wrote"
-        )
+        raise no_checkpoint(path, "--checkpoint", "give --backend hf too")
     newest, reports = newest_iteration(path)
     step = read_flag(megatron_argv, "--ckpt-step")
     if step is not None and not step.isdecimal():

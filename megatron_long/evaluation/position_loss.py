@@ -12,12 +12,14 @@ Sums are kept in cells whose edges include all bucket edges, so one accumulator 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_long.cli import length_tokens
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.batches import NOT_SCORED, score_rows
 from megatron_long.evaluation.held_out import HeldOutDocument
@@ -215,13 +217,13 @@ def parse_buckets(text: str, context_length: int) -> tuple[Bucket, ...]:
 
     Raises: ConfigError: not a list of intervals, or one beyond the context.
 
-    >>> parse_buckets("0-4096,4096-131072", 131072)
+    >>> parse_buckets("0-4K,4096-128K", 131072)
     ((0, 4096), (4096, 131072))
     """
     try:
         pairs = [part.split("-") for part in text.split(",")]
-        buckets = tuple((int(start), int(stop)) for start, stop in pairs)
-    except ValueError:
+        buckets = tuple((_position(start), _position(stop)) for start, stop in pairs)
+    except (ValueError, argparse.ArgumentTypeError):
         raise ConfigError(
             f"--buckets {text!r} is not a list of intervals; write positions in tokens like "
             "0-4096,4096-131072"
@@ -233,6 +235,10 @@ def parse_buckets(text: str, context_length: int) -> tuple[Bucket, ...]:
                 f"give intervals with 0 <= start < end <= {context_length}"
             )
     return buckets
+
+
+def _position(text: str) -> int:
+    return 0 if text.strip() == "0" else length_tokens(text)
 
 
 def _check_finite(total: PositionLoss) -> None:

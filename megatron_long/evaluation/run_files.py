@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_long.cli import length_tokens
 from megatron_long.errors import ConfigError, UserError
 from megatron_long.evaluation.loss_report import (
     LossReport,
@@ -286,7 +288,7 @@ def _seq_length(events: Path, root: Path) -> int | None:
     for folder in (events, *events.parents):
         argv = _argv(folder / "run.json")
         if argv:
-            return _int_flag(argv, "--seq-length") or _recipe_seq_length(argv)
+            return _length_flag(argv, "--seq-length") or _recipe_seq_length(argv)
         if folder == root:
             return None
     return None
@@ -337,9 +339,11 @@ def _flag(argv: Sequence[str], flag: str) -> str | None:
     return read_flag(argv, flag)
 
 
-def _int_flag(argv: Sequence[str], flag: str) -> int | None:
-    value = _flag(argv, flag)
-    return int(value) if value and value.isdecimal() else None
+def _length_flag(argv: Sequence[str], flag: str) -> int | None:
+    try:
+        return length_tokens(_flag(argv, flag) or "")
+    except argparse.ArgumentTypeError:
+        return None
 
 
 def format_count(number: float) -> str:

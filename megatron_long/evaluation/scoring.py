@@ -290,8 +290,9 @@ def open_scorer(
     """
     host_backend.install()
     from megatron_long.training import megatron_adapter
-    from megatron_long.training.arguments import check_checkpoint, check_layout
+    from megatron_long.training.arguments import check_checkpoint
     from megatron_long.training.backend import join_or_start_job
+    from megatron_long.training.layout_rules import check_layout
 
     if checkpoint is not None:
         check_checkpoint(str(checkpoint), "--checkpoint")

@@ -49,6 +49,7 @@ RUN_FLAGS = {
     # Where the run starts, what it leaves behind.
     "--save": 1,
     "--save-interval": 1,
+    "--save-minutes": 1,
     "--save-retain-interval": 1,
     "--keep-last": 1,
     "--keep-every": 1,
@@ -66,6 +67,7 @@ RUN_FLAGS = {
     "--export-hf": 1,
     # What it logs.
     "--loss-log": 1,
+    "--verbose": 0,
     "--log-progress": 0,
     "--tensorboard-dir": 1,
     "--wandb-project": 1,

@@ -1,4 +1,4 @@
-"""The project's own flags, and the rules that a layout must keep, checked before anything is built."""
+"""The project's own flags, and the rules that they must keep, checked before anything is built."""
 
 import importlib.util
 import os
@@ -10,20 +10,15 @@ from megatron_long.errors import ConfigError
 from megatron_long.launch import MONITOR_FLAG, MONITOR_PACKAGE, MONITOR_REMEDY
 from megatron_long.model.rope import rope_from_arguments
 from megatron_long.training.checkpoint_choice import has_checkpoint
-from megatron_long.training.checkpoint_folder import TRACKER_NAME
+from megatron_long.training.checkpoint_folder import no_checkpoint
 
 CHECKPOINT_FORMAT = "torch_dist"
 """Megatron's format whose files are hashed when they are saved."""
+SAVE_MINUTES = 30.0
+NEVER = 1 << 40
+"""A `--save-interval`, which Megatron insists on, that no run reaches."""
 MONITOR_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 """Set by nvidia-resiliency-ext's launcher for each rank."""
-UNEVEN_STAGES = (
-    "decoder_first_pipeline_num_layers",
-    "decoder_last_pipeline_num_layers",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "pipeline_model_parallel_layout",
-)
-"""Megatron's arguments that cut the layers unevenly; it checks them itself."""
 
 
 @dataclass(kw_only=True)
@@ -77,9 +72,13 @@ class LongContextArguments:
     """Go on from a checkpoint with another dataset, sequence length, tokenizer or --document-masking than it
     was trained on."""
 
+    save_minutes: float | None = None
+    """Minutes between checkpoints, measured from the end of one save to the start of the next; by default 30,
+    or never where --save-interval counts steps. 0 leaves only the last save."""
+
     keep_last: int | None = None
-    """Newest checkpoints of --save to keep; earlier ones are deleted after each save. By default all
-    are kept."""
+    """Newest checkpoints of --save to keep; earlier ones are deleted after each save. By default, and with
+    0, all are kept."""
 
     keep_every: int | None = None
     """With --keep-last, keep checkpoints whose iteration is a multiple of this too."""
@@ -96,6 +95,10 @@ class LongContextArguments:
     """Seconds that may pass between two micro-batches before a process writes its stacks and ends the job;
     four times as long for start, first step and saving. 0 waits for ever."""
 
+    verbose: bool = False
+    """Print all that Megatron says before the first step, values of all flags included. Without it that goes
+    to logs/start.log in --save, or beside --loss-log."""
+
 
 def check_reliability(arguments: LongContextArguments, args: Namespace) -> None:
     """Refuse values of our flags that make no sense.
@@ -103,7 +106,8 @@ def check_reliability(arguments: LongContextArguments, args: Namespace) -> None:
     Raises: ConfigError: the first rule broken.
     """
     for flag, value, least in (
-        ("--keep-last", arguments.keep_last, 1),
+        ("--save-minutes", arguments.save_minutes, 0),
+        ("--keep-last", arguments.keep_last, 0),
         ("--keep-every", arguments.keep_every, 1),
         ("--max-faulty-steps", arguments.max_faulty_steps, 0),
         ("--spike-deviations", arguments.spike_deviations, 0),
@@ -120,7 +124,21 @@ def check_reliability(arguments: LongContextArguments, args: Namespace) -> None:
         raise ConfigError(
             "--keep-last and Megatron's --save-retain-interval both delete checkpoints; give one of them"
         )
+    if args.save_retain_interval and args.save_interval is None:
+        raise ConfigError(
+            f"--save-retain-interval {args.save_retain_interval} counts steps of --save-interval, which is "
+            "not given; give it too, or --keep-last for checkpoints that are saved by time"
+        )
     _check_checkpoints_are_covered(args)
+
+
+def choose_save_times(arguments: LongContextArguments, args: Namespace) -> None:
+    """Save by time where the user names no steps."""
+    if arguments.save_minutes is None:
+        arguments.save_minutes = SAVE_MINUTES if args.save_interval is None else 0.0
+        args.save_minutes = arguments.save_minutes
+    if args.save_interval is None:
+        args.save_interval = NEVER
 
 
 def _check_checkpoints_are_covered(args: Namespace) -> None:
@@ -135,8 +153,8 @@ def _check_checkpoints_are_covered(args: Namespace) -> None:
         if value is not None:
             raise ConfigError(
                 f"{flag} {value} is not supported: Megatron would load such a checkpoint in the place of the "
-                "one that was checked; save more often with --save-interval, and give --keep-last to keep "
-                "few of them"
+                "one that was checked; save more often with --save-minutes or --save-interval, and give "
+                "--keep-last to keep few of them"
             )
 
 
@@ -200,104 +218,6 @@ def choose_async_writer(args: Namespace) -> None:
         args.use_persistent_ckpt_worker = True
         if importlib.util.find_spec(MONITOR_PACKAGE) is None:
             args.async_strategy = "mcore"
-
-
-def check_layout(args: Namespace, world_size: int) -> None:
-    """Refuse a layout that cannot be cut, in the words of the flags.
-
-    Args:
-        args: Megatron's parsed flags, before its own validation.
-        world_size: Processes of the job.
-    Raises: ConfigError: the first rule broken.
-    """
-    tp = args.tensor_model_parallel_size
-    pp = args.pipeline_model_parallel_size
-    cp = args.context_parallel_size
-    _check_world_size(world_size, tp, pp, cp)
-    _check_sequence(args.seq_length, tp if args.sequence_parallel else 1, cp)
-    data_parallel = world_size // (tp * pp * cp)
-    if args.global_batch_size and args.micro_batch_size:
-        step = args.micro_batch_size * data_parallel
-        if args.global_batch_size % step:
-            raise ConfigError(
-                f"--global-batch-size {args.global_batch_size} is not a multiple of "
-                f"--micro-batch-size {args.micro_batch_size} * data parallel size {data_parallel} "
-                f"({step}); {_neighbours(args.global_batch_size, step)}"
-            )
-    for flag, size, parts, by in (
-        ("--num-attention-heads", args.num_attention_heads, tp, "--tensor-model-parallel-size"),
-        ("--num-query-groups", args.num_query_groups, tp, "--tensor-model-parallel-size"),
-        (
-            "--num-layers",
-            None if any(getattr(args, name) for name in UNEVEN_STAGES) else args.num_layers,
-            pp,
-            "--pipeline-model-parallel-size",
-        ),
-        ("--padded-vocab-size", args.padded_vocab_size, tp, "--tensor-model-parallel-size"),
-    ):
-        shared = (
-            flag == "--num-query-groups" and parts % (size or 1) == 0
-        )  # heads are then repeated
-        if size and size % parts and not shared:
-            raise ConfigError(
-                f"{flag} {size} is not a multiple of {by} {parts}; "
-                f"choose a {by} that divides {size}"
-            )
-    if cp > 1 and "a2a" in args.cp_comm_type:
-        _check_dealt_heads(args, tp, cp)
-
-
-def _check_dealt_heads(args: Namespace, tp: int, cp: int) -> None:
-    """`a2a` deals the heads of each tensor-parallel rank out over its context-parallel ranks."""
-    for flag, heads in (
-        ("--num-attention-heads", args.num_attention_heads),
-        ("--num-query-groups", args.num_query_groups if args.group_query_attention else None),
-    ):
-        if heads and heads % (tp * cp):
-            raise ConfigError(
-                f"{flag} {heads} is not a multiple of --tensor-model-parallel-size {tp} * "
-                f"--context-parallel-size {cp} ({tp * cp}), which --cp-comm-type a2a needs; give "
-                "--cp-comm-type p2p"
-            )
-
-
-def _check_world_size(world_size: int, tp: int, pp: int, cp: int) -> None:
-    devices = tp * pp * cp
-    if world_size % devices == 0:
-        return
-    raise ConfigError(
-        f"{world_size} process{'' if world_size == 1 else 'es'} (--nproc-per-node * nodes) cannot hold "
-        f"whole replicas: --tensor-model-parallel-size {tp} * "
-        f"--pipeline-model-parallel-size {pp} * --context-parallel-size {cp} takes {devices} each; "
-        f"start {_neighbours(world_size, devices).removeprefix('use ')} processes, "
-        "or change the layout"
-    )
-
-
-def _check_sequence(seq_length: int | None, sequence_parallel: int, cp: int) -> None:
-    if seq_length is None:
-        raise ConfigError("--seq-length is missing: give the tokens of a window, or a --recipe")
-    divisor = (2 * cp if cp > 1 else 1) * sequence_parallel
-    if seq_length % divisor == 0:
-        return
-    rule = f"2 * --context-parallel-size {cp}" if cp > 1 else ""
-    if sequence_parallel > 1:
-        shard = f"--tensor-model-parallel-size {sequence_parallel} (--sequence-parallel)"
-        rule = f"{rule} * {shard}" if rule else shard
-    raise ConfigError(
-        f"--seq-length {seq_length} is not a multiple of {rule} ({divisor}); "
-        f"{_neighbours(seq_length, divisor)}"
-    )
-
-
-def _neighbours(value: int, step: int) -> str:
-    """The multiples of `step` around a value.
-
-    >>> _neighbours(131000, 16), _neighbours(3, 4)
-    ('use 130992 or 131008', 'use 4')
-    """
-    below, above = value // step * step, -(-value // step) * step
-    return f"use {below} or {above}" if below else f"use {above}"
 
 
 def check_paths(arguments: LongContextArguments) -> None:
@@ -415,7 +335,7 @@ def check_checkpoint(folder: str | None, flag: str) -> None:
     if folder is None:
         return
     if not has_checkpoint(folder):
-        raise ConfigError(
-            f"{flag} {folder} holds no Megatron checkpoint: {TRACKER_NAME} is not there; give the "
-            "folder that tools/convert_checkpoint.py or a training run wrote"
+        remedy = (
+            "start from it with --hf-checkpoint, or convert it with tools/convert_checkpoint.py"
         )
+        raise no_checkpoint(Path(folder), flag, remedy)

@@ -23,9 +23,14 @@ HOST_ARGV = (
 )
 """Flags under which Megatron uses no CUDA kernel; loader workers would only contend for the cores."""
 
-GUARD_ARGV = ("--rerun-mode disabled", "--no-check-for-nan-in-loss-and-grad")
-"""Our step guard takes the place of Megatron's checks, which let a NaN of the first step pass and end the
-run at any later one."""
+ALWAYS_ARGV = (
+    "--rerun-mode disabled",
+    "--no-check-for-nan-in-loss-and-grad",
+    "--calculate-per-token-loss",
+)
+"""Flags of every run. Our step guard replaces Megatron's checks, which let a NaN of the first step pass and
+end the run at any later one. Each token weighs the same: averages of averages over ranks and micro-batches
+that hold different numbers of masked tokens would depend on the layout."""
 
 GPU_ARGV = ("--distributed-backend nccl", "--no-create-attention-mask-in-dataloader")
 

@@ -9,6 +9,7 @@ DIR/hashes.json       hashes of the files above but Megatron's, and which checkp
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,39 @@ HF_CONFIG_NAME = "hf_config.json"
 GENERATION_CONFIG_NAME = "hf_generation_config.json"
 TOKENIZER_DIR_NAME = "tokenizer"
 RUN_NAME = "run.json"
+HF_MODEL_CONFIG = "config.json"
+METADATA_NAME = "metadata.json"
+"""In each of Megatron's checkpoints, beside their tensors."""
+RELEASE_NAME = "release"
+
+
+def no_checkpoint(
+    folder: Path, flag: str, hf_remedy: str, step_flag: str = "--ckpt-step"
+) -> ConfigError:
+    """Give the error for a folder that holds no Megatron checkpoint, with the way out for what lies there.
+
+    Args:
+        flag: What named the folder.
+        hf_remedy: What to do with a Hugging Face model.
+        step_flag: What chooses one checkpoint of a folder.
+    """
+    number = re.fullmatch(r"iter_(\d+)", folder.name)
+    if not folder.exists():
+        reason = "does not exist; give the folder that a training run (--save) or"
+    elif (folder / METADATA_NAME).exists() and (number or folder.name == RELEASE_NAME):
+        step = f" {step_flag} {int(number[1])}" if number else ""
+        return ConfigError(
+            f"{flag} {folder} is one checkpoint, and their common folder is needed: give "
+            f"{flag} {folder.parent}{step}"
+        )
+    elif (folder / HF_MODEL_CONFIG).is_file():
+        return ConfigError(f"{flag} {folder} is a Hugging Face model folder; {hf_remedy}")
+    else:
+        reason = (
+            f"holds no Megatron checkpoint: {TRACKER_NAME} is not there; give the folder that a "
+        )
+        reason += "training run (--save) or"
+    return ConfigError(f"{flag} {folder} {reason} tools/convert_checkpoint.py hf-to-megatron wrote")
 
 
 def hf_config_path(folder: Path) -> Path:

@@ -5,10 +5,13 @@ line. Megatron's own parser reads them all; everything that can be wrong is foun
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+from megatron_long.cli import length_tokens
 from megatron_long.conversion.sources import is_gguf, read_source_geometry
 from megatron_long.data.manifest import Manifest, read_manifest
 from megatron_long.errors import ConfigError
@@ -19,7 +22,6 @@ from megatron_long.training.arguments import (
     check_checkpoint,
     check_documents,
     check_files,
-    check_layout,
     check_monitor,
     check_paths,
     check_reliability,
@@ -27,13 +29,15 @@ from megatron_long.training.arguments import (
     check_start_and_end,
     check_wandb,
     choose_async_writer,
+    choose_save_times,
 )
-from megatron_long.training.backend import GUARD_ARGV, Backend, split_flags
+from megatron_long.training.backend import ALWAYS_ARGV, Backend, split_flags
 from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TOKENIZER_DIR_NAME
 from megatron_long.training.checkpoint_hashes import check_sidecars
+from megatron_long.training.layout_rules import check_layout
 from megatron_long.training.live_evaluation import EvaluationArguments
-from megatron_long.training.recipe import build_recipe
-from megatron_long.training.recipe_flags import follow_user
+from megatron_long.training.recipe import RECIPES, Recipe, build_recipe
+from megatron_long.training.recipe_flags import follow_user, keep_budget
 from megatron_long.training.rope import stretch_rope
 from megatron_long.training.trained_model import check_same_model, keep_rope, trained_model
 from megatron_long.training.unsupported_flags import check_supported
@@ -63,11 +67,13 @@ def parse(
     if trained is not None:
         model = keep_rope(model, trained)
     model = _stretched(arguments, early, model)
-    recipe = _recipe_argv(arguments, model, backend, keeps_rope=trained is not None)
-    argv = [*follow_user(recipe, user_argv), *_dataset_argv(arguments)]
-    argv += split_flags(GUARD_ARGV)
+    recipe = _chosen_recipe(arguments, model, keeps_rope=trained is not None)
+    argv = [*_first_argv(arguments, recipe, model, backend, user_argv), *_dataset_argv(arguments)]
+    argv += split_flags(ALWAYS_ARGV)
     args = megatron_adapter.parse_flags([*argv, *user_argv], _add_own_flags)
     arguments = _own_arguments(args)
+    if args.num_layers is None:
+        raise _no_model()
     if args.transformer_impl == "local" and not backend.apex:
         # Chosen by the user where Transformer Engine is: Megatron's own layers need Apex's kernel for it.
         args.gradient_accumulation_fusion = False
@@ -79,6 +85,7 @@ def parse(
     check_files(arguments, args)
     check_start_and_end(arguments, args)
     check_reliability(arguments, args)
+    choose_save_times(arguments, args)
     check_monitor(args)
     check_wandb(args)
     choose_async_writer(args)
@@ -150,10 +157,11 @@ def _check_windows(manifest: Manifest, args: argparse.Namespace) -> None:
 def _add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     from megatron_long.training import megatron_adapter
 
-    for kind in (LongContextArguments, EvaluationArguments):
-        parser = megatron_adapter.add_dataclass_flags(
-            parser, kind, f"megatron_long: {kind.__name__}"
-        )
+    for kind, title in (
+        (LongContextArguments, "megatron_long"),
+        (EvaluationArguments, "megatron_long: evaluation while training"),
+    ):
+        parser = megatron_adapter.add_dataclass_flags(parser, kind, title)
     return parser
 
 
@@ -165,7 +173,7 @@ def _parse_early(argv: Sequence[str]) -> tuple[LongContextArguments, argparse.Na
     add_dataclass_flags(parser, LongContextArguments, "megatron_long")
     for flag in ("--load", "--pretrained-checkpoint"):
         parser.add_argument(flag)
-    parser.add_argument("--seq-length", type=int)
+    parser.add_argument("--seq-length", type=length_tokens)
     parser.add_argument("--finetune", action="store_true")
     try:
         early, _ = parser.parse_known_args(argv)
@@ -235,20 +243,39 @@ def _stretched(
     return stretch_rope(model, length, method, factor, arguments.rope_original_length)
 
 
-def _recipe_argv(
+def _chosen_recipe(
+    arguments: LongContextArguments, model: LlamaGeometry | None, *, keeps_rope: bool
+) -> Recipe | None:
+    if not arguments.recipe:
+        return None
+    recipe = build_recipe(arguments.recipe, model)
+    return replace(recipe, rotary_base=int(recipe.model.rotary_base)) if keeps_rope else recipe
+
+
+def _first_argv(
     arguments: LongContextArguments,
+    recipe: Recipe | None,
     model: LlamaGeometry | None,
     backend: Backend,
-    *,
-    keeps_rope: bool,
+    user_argv: Sequence[str],
 ) -> list[str]:
+    """The flags that the user's follow: those of the recipe, or of the backend and the model alone."""
     own_loss = not arguments.megatron_loss
-    if arguments.recipe:
-        recipe = build_recipe(arguments.recipe, model)
-        if keeps_rope:
-            recipe = replace(recipe, rotary_base=int(recipe.model.rotary_base))
-        return recipe.to_argv(backend, own_loss=own_loss)
-    return [*backend.to_argv(own_loss=own_loss), *(model.to_argv() if model else [])]
+    if recipe is None:
+        return [*backend.to_argv(own_loss=own_loss), *(model.to_argv() if model else [])]
+    argv = follow_user(recipe.to_argv(backend, own_loss=own_loss), user_argv)
+    argv, note = keep_budget(recipe, argv, user_argv)
+    if note and os.environ.get("RANK", "0") == "0":
+        print(f"note: {note}", file=sys.stderr)
+    return argv
+
+
+def _no_model() -> ConfigError:
+    return ConfigError(
+        f"no model: give --recipe ({', '.join(RECIPES)}), or start from one with --hf-checkpoint FOLDER, "
+        "--pretrained-checkpoint FOLDER or --hf-config FOLDER; the data come from --dataset, and "
+        "examples/pretrain_llama_128k.sh shows a whole command"
+    )
 
 
 def _dataset_argv(arguments: LongContextArguments) -> list[str]:

@@ -25,9 +25,10 @@ from packaging.version import Version
 from megatron_long.errors import ConfigError
 from megatron_long.model.flash_attention import mend_windows
 from megatron_long.model.rope import BaseRope, Llama3Rope, rope_from_arguments
-from megatron_long.training import host_backend, signals
+from megatron_long.training import flag_help, host_backend, signals
 from megatron_long.training.adamw_resume import mend_torch_adamw_resume
 from megatron_long.training.optimizer_shards import save_own_shards
+from megatron_long.training.rate_change import let_rates_change, schedule_error
 
 SUPPORTED_VERSIONS = ("0.19.",)
 OLDEST_RESILIENCY = "0.6"
@@ -45,10 +46,14 @@ PATCHED_SYMBOLS = {
         "DistributedOptimizer.sharded_param_state_fully_reshardable",
         "DistributedOptimizer.load_parameter_state_from_fully_reshardable",
     ),
+    "megatron.core.optimizer.optimizer": (
+        "Float16OptimizerWithFloat16Params.load_state_dict",
+        "FP32Optimizer.load_state_dict",
+    ),
 }
-"""What is replaced, by module: `compile_helpers` and the `_fully_reshardable` methods always,
-`_apply_scaling` where RoPE is Llama-3.1's, `_grad_accum_fusion_available` where the output layer is not
-called, the others on the host backend only."""
+"""What is replaced, by module: `compile_helpers`, `load_state_dict` and the `_fully_reshardable` methods
+always, `_apply_scaling` where RoPE is Llama-3.1's, `_grad_accum_fusion_available` where the output layer is
+not called, the others on the host backend only."""
 
 
 @dataclass(kw_only=True)
@@ -114,6 +119,9 @@ def parse_flags(
     def add_and_mend(parser: ArgumentParser) -> ArgumentParser:
         parser = add_arguments(parser) if add_arguments else parser
         parser = add_dataclass_flags(parser, Llama3RopeArguments, "megatron_long RoPE")
+        flag_help.take_lengths(parser)
+        flag_help.describe_own(parser)
+        flag_help.put_own_first(parser)
         parser.error = functools.partial(_refuse_flags, parser, tool_flags)  # type: ignore[method-assign]
         for action in parser._actions:  # a bare "%" in a help text breaks `--help`
             if action.help and "%" in action.help.replace("%%", "").replace("%(", ""):
@@ -142,6 +150,7 @@ def add_dataclass_flags(parser: ArgumentParser, kind: type, title: str) -> Argum
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     ArgumentGroupFactory(kind).build_group(parser, title=title)
+    flag_help.take_lengths(parser)
     return parser
 
 
@@ -272,16 +281,14 @@ def run_pretrain(
     if fill_model is not None:
         config.pre_wrap_hooks.append(lambda chunks: fill_model(chunks) or chunks)
     container = pretrain_cfg_container_from_args(args, config)
+    let_rates_change(keep_saved=args.use_checkpoint_opt_param_scheduler)
     try:
         pretrain(container, dataset_provider, ModelType.encoder_or_decoder, forward_step)
     except AssertionError as error:
-        if not str(error).startswith("OptimizerParamScheduler:"):
+        refusal = schedule_error(args.load, str(error))
+        if refusal is None:
             raise
-        raise ConfigError(
-            f"--load {args.load} was trained on another schedule ({error}): --train-iters, --lr and the like "
-            "must be as they were; give --override-opt-param-scheduler to go on with the new values, or "
-            "--use-checkpoint-opt-param-scheduler for the old ones"
-        ) from error
+        raise refusal from error
     except KeyError as error:
         if error.args != ("optimizer",):
             raise

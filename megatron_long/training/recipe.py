@@ -103,7 +103,8 @@ class Recipe:
     num_gpus: int = 8
     """GPUs of that kind that one replica of the model takes."""
     save_interval: int = 100
-    """Steps between checkpoints."""
+    """Steps between checkpoints under stock Megatron; `megatron_long.pretrain` saves by time, see
+    `--save-minutes`."""
 
     def __post_init__(self) -> None:
         divisor = 2 * self.layout.context
@@ -120,9 +121,8 @@ class Recipe:
 
     @property
     def global_batch_size(self) -> int:
-        """Windows of one optimizer step, a multiple of 8 where there are 8 or more."""
-        windows = self.tokens_per_batch // self.seq_length
-        return windows - windows % 8 if windows >= 8 else windows
+        """Windows of one optimizer step."""
+        return windows_of(self.tokens_per_batch, self.seq_length)
 
     @property
     def train_iters(self) -> int:
@@ -170,6 +170,16 @@ class Recipe:
         # Token-weighted loss: under context parallelism ranks hold different numbers of masked tokens.
         flags = ["--calculate-per-token-loss", "--dist-ckpt-optim-fully-reshardable"]
         return [*words, *flags, "--exit-signal-handler", "--log-throughput"]
+
+
+def windows_of(tokens_per_batch: int, seq_length: int) -> int:
+    """Windows of one optimizer step, a multiple of 8 where there are 8 or more, at least 1.
+
+    >>> windows_of(4 * K * K, 80 * K), windows_of(4 * K * K, 1024 * K), windows_of(16 * K, 32 * K)
+    (48, 4, 1)
+    """
+    windows = tokens_per_batch // seq_length
+    return windows - windows % 8 if windows >= 8 else max(1, windows)
 
 
 def llama2(**sizes: Any) -> LlamaGeometry:

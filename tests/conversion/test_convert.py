@@ -254,9 +254,12 @@ def test_which_iteration(checkpoint_copy, caplog):
     with pytest.raises(DataError, match="holds 'soon'"):
         find_iteration(checkpoint_copy)
     tracker.unlink()
-    with pytest.raises(ConfigError, match=r"holds no latest_checkpointed_iteration.txt"):
+    with pytest.raises(
+        ConfigError,
+        match=r"has lost its latest_checkpointed_iteration.txt; choose with --iteration one of: 10, release",
+    ):
         find_iteration(checkpoint_copy)
-    with pytest.raises(ConfigError, match="is not a folder"):
+    with pytest.raises(ConfigError, match=r"--input .*nowhere does not exist"):
         find_iteration(checkpoint_copy / "nowhere")
 
 

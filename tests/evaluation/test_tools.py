@@ -449,7 +449,7 @@ LOSS_ERRORS = {
     ),
     "cp with equals": (["--context-length", "6", "--context-parallel-size=4"], "use 8 or more"),
     "cp not a number": (["--context-parallel-size", "two"], "not a positive integer"),
-    "zero length": (["--context-length", "0"], "0 is not at least 1"),
+    "zero length": (["--context-length", "0"], "'0' is not a length of 1 token or more"),
     "buckets": (["--buckets", "0-99"], "--buckets 0-99 does not lie within --context-length 64"),
     "long documents": (["--min-document-tokens", "99999"], "no held-out document is that long"),
     "compare": (["--compare", "nowhere.json"], "--compare nowhere.json is not a file"),

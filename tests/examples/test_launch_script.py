@@ -74,6 +74,78 @@ def test_slurm_starts_one_launcher_a_node(paths):
     assert "--kill-on-bad-exit=1" in text  # srun would run a "1" that stands alone
 
 
+def test_header_asks_for_memory_and_for_time_to_save():
+    header = [line for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --mem=0" in header  # all of a node's: SLURM's default may be a part
+    signals = [line.partition("B:USR1@")[2] for line in header if "--signal" in line]
+    assert signals == ["900"]
+
+
+def test_saves_by_time_and_keeps_the_last_few(paths):
+    from megatron_long.training.command_line import parse
+
+    def kept(*argv: str, **variables: object):
+        command = dry_run(*argv, "--train-iters", "7", "--allow-repeat", **variables, **paths)
+        ours, args = parse(training_flags(command), GPU, 8)
+        return ours.keep_last, args.save_minutes
+
+    assert kept() == (3, 30.0)
+    assert kept(KEEP_LAST=0) == (0, 30.0)
+    assert kept("--keep-last", "5", "--save-interval", "10") == (5, 0.0)
+
+
+COUNT_GPUS = """#!/bin/sh
+case "$*" in *nvidia-smi*) for n in {numbers}; do echo "GPU $n: H100"; done;; *) exit 1;; esac
+"""
+
+
+@pytest.fixture
+def slurm_login(tmp_path: Path):
+    """A shell on a login node, where salloc leaves it: no GPU here, so many on the nodes of the job."""
+
+    def run(num_gpus: int, paths: dict[str, Path], **variables: object):
+        binaries = tmp_path / "bin"
+        binaries.mkdir(exist_ok=True)
+        for name, text in (
+            ("srun", COUNT_GPUS.format(numbers=" ".join(map(str, range(num_gpus))))),
+            ("nvidia-smi", "#!/bin/sh\nexit 9\n"),
+        ):
+            (binaries / name).write_text(text)
+            (binaries / name).chmod(0o755)
+        environment = {"PATH": f"{binaries}:{os.environ['PATH']}", "DRY_RUN": "1"}
+        job = {"SLURM_JOB_ID": 77, "SLURM_NNODES": 2, "HEAD_NODE": "node-a"}
+        environment |= {k: str(v) for k, v in (job | variables | paths).items()}
+        return subprocess.run(["bash", SCRIPT], env=environment, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "variables", "expected"),
+    [
+        (4, {}, 4),
+        (4, {"SLURM_GPUS_PER_NODE": "8"}, 8),
+        (4, {"SLURM_GPUS_PER_NODE": "h100:8"}, 8),
+        (4, {"SLURM_GPUS_PER_NODE": "a:1,b:2"}, 4),
+        (4, {"SLURM_GPUS_ON_NODE": "2", "SLURM_GPUS_PER_NODE": "8"}, 2),
+        (0, {"NPROC_PER_NODE": "6"}, 6),
+    ],
+)
+def test_gpus_are_counted_on_the_nodes_of_the_job(
+    num_gpus, variables, expected, slurm_login, paths
+):
+    result = slurm_login(num_gpus, paths, **variables)
+    assert result.returncode == 0, result.stderr
+    assert f"--nproc-per-node {expected} " in result.stdout
+
+
+def test_a_job_without_gpus_is_refused(slurm_login, paths):
+    result = slurm_login(0, paths)
+    assert result.returncode == 2
+    assert "job 77 has 0 GPUs on a node" in result.stderr
+    assert "set NPROC_PER_NODE" in result.stderr
+
+
 def test_missing_variable_is_named(paths):
     del paths["DATASET"]
     with pytest.raises(subprocess.CalledProcessError) as refused:

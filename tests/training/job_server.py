@@ -207,6 +207,13 @@ def trace_windows(fault: dict) -> None:
     PackedDataset.__getitem__ = read
 
 
+def ring_clock(fault: dict) -> None:
+    """Let the time of a save be over on this rank after some steps; the clock itself never is."""
+    from megatron_long.training.save_clock import SaveClock
+
+    SaveClock.is_due = lambda self: present_step() in fault["steps"]
+
+
 def present_step() -> int:
     """The step in work, from 1."""
     from megatron.training.global_vars import get_args
@@ -222,6 +229,7 @@ FAULTS = {
     "hash": hash_state,
     "stock-optimizer-format": stock_optimizer_format,
     "trace": trace_windows,
+    "clock": ring_clock,
 }
 
 if __name__ == "__main__":

@@ -113,3 +113,52 @@ def test_another_schedule_is_refused(jobs, tmp_path):
     assert "--override-opt-param-scheduler" in " ".join(refused.text.split())
     jobs.run(1, "--train-iters", 2, *save, "--override-opt-param-scheduler")
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
+OPTIMIZERS = {
+    "distributed": (2, DISTRIBUTED),
+    "plain": (1, ()),
+    "bf16": (1, ("--bf16",)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_rate_can_be_changed_on_resume(kind, jobs, read_log, tmp_path):
+    """The paper's schedule: constant, another rate. The next start needs no flag again.
+
+    Steps 3 to 5 of a run at another rate are those of a run that had this rate from step 3 on; a plain resume
+    of it is exact.
+    """
+    ranks, flags = OPTIMIZERS[kind]
+    start, log = tmp_path / "start", tmp_path / "log.jsonl"
+    common = (*flags, "--train-iters", 6)
+    jobs.run(ranks, *common, "--save", start, "--exit-interval", 2)
+    refused = jobs.run(ranks, *common, "--load", start, "--lr", 1e-4, "--min-lr", 1e-4, status=2)
+    told = " ".join(refused.text.split())
+    assert "--lr was 0.002, and now it is 0.0001" in told
+    assert "--override-opt-param-scheduler" in told
+
+    changed = (*common, "--lr", 1e-4, "--min-lr", 1e-4, "--load", start)
+    save = ("--save", tmp_path / "changed", "--exit-interval", 4, "--loss-log", log)
+    job = jobs.run(ranks, *changed, *save, "--override-opt-param-scheduler")
+    assert "learning rate: 1.000000E-04" in job.text
+    assert "learning rate: 2.000000E-03" not in job.text
+    resumed = (*common, "--lr", 1e-4, "--min-lr", 1e-4, "--load", tmp_path / "changed")
+    job = jobs.run(ranks, *resumed, "--loss-log", log)
+    assert "learning rate: 1.000000E-04" in job.text
+    whole = tmp_path / "whole.jsonl"
+    jobs.run(ranks, *changed, "--override-opt-param-scheduler", "--loss-log", whole)
+    assert read_log(log) == read_log(whole)
+
+    kept = jobs.run(ranks, *changed, "--use-checkpoint-opt-param-scheduler")
+    assert "learning rate: 2.000000E-03" in kept.text
+    assert "learning rate: 1.000000E-04" not in kept.text
+
+
+def test_another_batch_on_resume_is_named(jobs, tmp_path):
+    jobs.run(1, "--train-iters", 2, "--save", tmp_path, "--exit-interval", 1)
+    again = ("--train-iters", 2, "--load", tmp_path, "--global-batch-size", 8)
+    told = " ".join(jobs.run(1, *again, status=2).text.split())
+    assert "(--train-iters * --global-batch-size) was 8, and now it is 16" in told
+    assert "--lr" not in told

@@ -132,7 +132,8 @@ def test_mistyped_flag_of_the_calling_tool_is_told():
             ["--seqlength", "4096"],
             "unrecognized arguments: --seqlength 4096; did you mean --seq-length",
         ),
-        (["--seq-length", "4K"], "argument --seq-length: invalid int value: '4K'"),
+        (["--seq-length", "4Q"], "argument --seq-length: '4Q' is not a length of 1 token or more"),
+        (["--global-batch-size", "4K"], "argument --global-batch-size: invalid int value: '4K'"),
         (["--lr-decay-style", "flat"], "argument --lr-decay-style: invalid choice: 'flat'"),
     ],
 )

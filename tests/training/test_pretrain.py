@@ -115,7 +115,11 @@ def test_model_comes_from_the_checkpoint_folder(tiny_dataset, tmp_path):
         ),
         (["--global-batch-size", "7"], 2, "--global-batch-size 7 is not a multiple"),
         (["--pipeline-model-parallel-size", "3"], 3, "--num-layers 4 is not a multiple"),
-        (["--load", "/nowhere"], 1, "--load /nowhere holds no Megatron checkpoint"),
+        (
+            ["--load", "/nowhere"],
+            1,
+            "--load /nowhere does not exist; give the folder that a training run (--save)",
+        ),
         (["--hf-config", "/nowhere"], 1, "/nowhere"),
         (["--data-path", "x"], 1, "--dataset and --data-path"),
         (["--reset-attention-mask"], 1, "--reset-attention-mask"),

@@ -11,7 +11,7 @@ from megatron_long.training.rope import ntk_rotary_base
 host_backend.install()
 
 # ruff: noqa: E402
-from megatron_long.training.arguments import check_layout
+from megatron_long.training.layout_rules import check_layout
 from megatron_long.training.megatron_adapter import parse_flags
 
 

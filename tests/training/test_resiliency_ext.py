@@ -116,7 +116,16 @@ def test_a_rank_that_the_kernel_has_stopped_is_replaced(tiny_dataset, jobs, tmp_
 @installed
 @pytest.mark.slow
 def test_its_writer_saves_in_the_background(jobs, tmp_path):
-    flags = ("--train-iters", 9, "--save-interval", 4, "--async-save", "--keep-last", 2)
+    flags = (
+        "--train-iters",
+        9,
+        "--save-interval",
+        4,
+        "--async-save",
+        "--keep-last",
+        2,
+        "--verbose",
+    )
     job = jobs.run(2, *flags, "--save", tmp_path, "--use-distributed-optimizer")
     assert "async_strategy .................................. nvrx" in job.text
     assert saved_iterations(tmp_path) == [9, 8]

@@ -89,7 +89,10 @@ def test_megatrons_own_loss_can_defer_its_gradients():
 )
 @pytest.mark.parametrize("value", [0, -2])
 def test_sizes_are_positive(flag, value):
-    assert refusal(f"{flag} {value}") == f"{flag} {value} must be 1 or more; give a positive number"
+    told = f"{flag} {value} must be 1 or more; give a positive number"
+    if flag == "--seq-length":
+        told = f"argument --seq-length: '{value}' is not a length of 1 token or more"
+    assert refusal(f"{flag} {value}").startswith(told)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +135,57 @@ def test_uneven_stages_are_taken(flags):
     layout = "--pipeline-model-parallel-size 3"
     assert "--num-layers 4 is not a multiple" in refusal(layout, 3)
     assert parse(f"{layout} {flags}", 3).pipeline_model_parallel_size == 3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ("", "--hierarchical-context-parallel-sizes is missing"),
+        ("--hierarchical-context-parallel-sizes 2", "2 does not fit"),
+        ("--hierarchical-context-parallel-sizes 2 4", "2 4 does not fit"),
+        (
+            "--hierarchical-context-parallel-sizes 4 1",
+            "--num-query-groups 2 is not a multiple of --tensor-model-parallel-size 1 * the first of "
+            "--hierarchical-context-parallel-sizes 4 1 (4), which --cp-comm-type a2a+p2p needs",
+        ),
+    ],
+)
+def test_a2a_and_p2p_needs_sizes_and_heads(sizes, words):
+    flags = "--context-parallel-size 4 --cp-comm-type a2a+p2p "
+    assert words in refusal(flags + sizes, 4)
+    parse(flags + "--hierarchical-context-parallel-sizes 2 2", 4)
+
+
+def test_a2a_and_p2p_counts_the_heads_of_a_tensor_parallel_rank():
+    flags = "--context-parallel-size 4 --cp-comm-type a2a+p2p --tensor-model-parallel-size 2 "
+    text = refusal(flags + "--hierarchical-context-parallel-sizes 2 2", 8)
+    assert (
+        "--num-query-groups 2 is not a multiple of --tensor-model-parallel-size 2 * the first"
+        in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "minutes", "steps"),
+    [
+        ("", 30.0, None),
+        ("--save-interval 7", 0.0, 7),
+        ("--save-minutes 5", 5.0, None),
+        ("--save-minutes 5 --save-interval 7", 5.0, 7),
+        ("--save-minutes 0", 0.0, None),
+    ],
+)
+def test_checkpoints_are_saved_by_time_unless_steps_are_counted(flags, minutes, steps):
+    from megatron_long.training.arguments import NEVER
+
+    args = parse(flags)
+    assert args.save_interval == (steps or NEVER)
+    assert args.save_minutes == minutes
+
+
+def test_counting_steps_to_keep_needs_steps_to_save():
+    assert "give it too, or --keep-last" in refusal("--save-retain-interval 10")
+    assert "--save-minutes -1.0 is too small" in refusal("--save-minutes -1")
 
 
 @pytest.mark.parametrize(
