@@ -28,6 +28,7 @@ from benchmarks.walk.report import report
 from benchmarks.walk.sampling import Peaks
 from benchmarks.walk.settings import K, Settings, Work, keep_settings
 from megatron_long.cli import run_tool, tool_parser
+from megatron_long.errors import UserError
 from megatron_long.files import append_whole
 
 STARTED = time.monotonic()
