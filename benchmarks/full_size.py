@@ -14,6 +14,7 @@ import argparse
 import json
 import shlex
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -40,6 +41,9 @@ SPARE_GB = 2
 def main() -> int:
     """Run the phases that are not done; status 0 if all of them are."""
     args = build_parser().parse_args()
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # ends the children too
     settings, work = make_work(args)
     if args.report:
         print(report(work.folder, settings))
@@ -64,7 +68,7 @@ def main() -> int:
 
 def run_phase(name: str, work: Work, args: argparse.Namespace, failed: set[str]) -> bool:
     """Run one phase and record it; gives whether it is done."""
-    reason = why_not(name, work, args.until_s, failed)
+    reason = why_not(name, work, args.until_s, failed, drops=args.drop_checkpoint)
     if reason:
         print(f"{name}: not begun: {reason}", flush=True)
         return False
@@ -111,7 +115,9 @@ def expected_s(name: str, settings: Settings) -> float:
     return PHASES[name].expected_s * (0.3 + 0.7 * share)
 
 
-def why_not(name: str, work: Work, until_s: float | None, failed: set[str]) -> str | None:
+def why_not(
+    name: str, work: Work, until_s: float | None, failed: set[str], *, drops: bool = False
+) -> str | None:
     """What keeps a phase from being begun: something it needs, too little time, too small a disk."""
     phase = PHASES[name]
     missing = [need for need in phase.needs if need in failed or not is_done(work, need)]
@@ -127,10 +133,13 @@ def why_not(name: str, work: Work, until_s: float | None, failed: set[str]) -> s
         return (
             f"expected to take {expected:.0f} s, and {left:.0f} s are left of --until-s {until_s:g}"
         )
-    if name == "async" and work.run.exists():
+    if name == "async" and work.run.exists() and not drops:
         waiting = [reader for reader in READERS_OF_TRAIN if not is_done(work, reader)]
         if waiting:
-            return f"it removes the checkpoint of train, which {', '.join(waiting)} still need"
+            return (
+                f"it removes the checkpoint of train, which {', '.join(waiting)} still need; run them first, "
+                "or give --drop-checkpoint"
+            )
     return too_small(name, work)
 
 
@@ -220,6 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--until-s", type=float, help="seconds of this command: no phase is begun that takes longer"
     )
     add("--keep-going", action="store_true", help="after a failure, what does not depend on it")
+    add("--drop-checkpoint", action="store_true", help="async may remove what others still need")
     add("--list", action="store_true", help="what is done, and how long the rest takes")
     add("--report", action="store_true", help="print the tables")
     add("--dataset", type=Path, help="folder that the phase data wrote; default: WORK/data")

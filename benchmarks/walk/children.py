@@ -41,7 +41,7 @@ class Ended:
 
 
 class Child:
-    """A running command in a process group of its own, so that all of it can be killed."""
+    """A running command, its output read line by line."""
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         self.command = [str(word) for word in command]
@@ -59,7 +59,6 @@ class Child:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,15 +80,17 @@ def load_seconds(lines: Lines) -> float | None:
     return None if begun is None or ended is None else round(ended - begun, 2)
 
 
-def pauses(lines: Lines) -> dict[int, float]:
-    """By step: seconds between its line and the one before that its own timer does not count."""
-    figures = step_figures(lines)
-    gaps: dict[int, float] = {}
-    for step, now in figures.items():
-        before = figures.get(step - 1)
-        if before is not None:
-            gaps[step] = round(max(0.0, now["at"] - before["at"] - now["s"]), 2)
-    return gaps
+def pauses(lines: Lines, saved_at: int) -> dict[int, float]:
+    """By step after a save: how many seconds more lie between its line and the one before than usual.
+
+    Usual is the median of the steps from the second to the save. Megatron's own timer leaves out the save's
+    beginning and counts its end, so that the clock on the wall is taken.
+    """
+    at = {step: figures["at"] for step, figures in step_figures(lines).items()}
+    gaps = {step: at[step] - at[step - 1] for step in at if step - 1 in at}
+    before = [gap for step, gap in gaps.items() if step <= saved_at]
+    usual = statistics.median(before) if before else 0.0
+    return {step: round(max(0.0, gap - usual), 2) for step, gap in gaps.items() if step > saved_at}
 
 
 def peak_gpu_gib(lines: Lines) -> float | None:

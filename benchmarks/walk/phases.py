@@ -188,7 +188,7 @@ class Phase:
 PHASES: dict[str, Phase] = {
     "data": Phase(data, (), 300),
     "write-hf": Phase(write_hf, (), 60, models=1),
-    "convert": Phase(convert, ("write-hf",), 120, models=1),
+    "convert": Phase(convert, ("write-hf",), 150, models=1),
     "disk": Phase(disk, (), 90, checkpoints=0.15),
     "train": Phase(train, ("convert",), 420, checkpoints=1),
     "resume": Phase(resume, ("train",), 200),

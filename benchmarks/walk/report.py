@@ -76,7 +76,7 @@ def bounds(records: Records) -> list[Bound]:
                 (
                     f"save of {size:.1f} GB: 2 x (stream + hash)",
                     f"{bound:.1f} s",
-                    f"{save:.1f} s",
+                    f"{save:.1f} s ({size / save:.2f} GB/s)",
                     save <= bound,
                 )
             )
@@ -126,11 +126,12 @@ def _loads(records: Records, rates: dict[str, float] | None) -> list[Bound]:
             size, hashed = record["checkpoint_gb"], max(0.0, imports - before)
             cached, disk = (2 * size / rates[key] for key in ("read_cached", "read_disk"))
             load = record["load_s"] + hashed
+            shown = f"{load:.1f} s ({size / load:.2f} GB/s), of which hashes {hashed:.1f} s"
             found.append(
                 (
                     f"load in {name}: reading {size:.1f} GB twice",
                     f"{cached:.1f} s (from the disk {disk:.1f} s)",
-                    f"{load:.1f} s, of which hashes {hashed:.1f} s (longer before Megatron than in train)",
+                    f"{shown} (more before Megatron than in train)",
                     load <= max(cached, disk),
                 )
             )
@@ -192,7 +193,7 @@ def report(folder: Path, settings: Settings) -> str:
     memory = f"Host memory: {', '.join(sorted(methods))}, every half second; tmpfs counts."
     tables = [head, phase_table(records), memory, start_table(records)]
     for title, rows in (
-        ("bound", bounds(records)),
+        ("bound", bounds(records) if settings.is_full else []),
         ("loss, largest difference in nats", comparisons(folder, settings, on_gpu)),
     ):
         if rows:

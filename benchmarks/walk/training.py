@@ -183,7 +183,7 @@ def async_save(context: Context) -> dict[str, Any]:
     ended = context.run(command, environment=script_variables(work, output), watch=watch)
     if not arrived or ended.status == 0:
         raise PhaseFailed("training ended before the checkpoint in the background was there")
-    pauses = logs.pauses(ended.lines)
+    pauses = logs.pauses(ended.lines, interval)
     keep_losses(output / "loss.jsonl", work.results / "async.jsonl")
     context.remove(output, "measured")
     return {
