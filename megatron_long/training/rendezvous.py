@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 TIMEOUT_S = 1800.0
+CONNECT_TIMEOUT_S = 30.0
 _calls = itertools.count()
 
 
@@ -40,6 +41,20 @@ def agree(findings: list[str]) -> list[str]:
     while rank == 0 and store.add(f"{number}/read", 0) < world_size:
         time.sleep(0.02)  # it may host the store, and leave at once with a refusal
     return [finding for share in shares for finding in share]
+
+
+def connect(name: str) -> Any:
+    """Give a connection of its own to the job's store, for a thread: an operation that waits keeps the others
+    of a connection waiting.
+
+    Args:
+        name: Before every key.
+    """
+    from torch import distributed
+
+    store = distributed.PrefixStore(name, _store()).clone()
+    store.set_timeout(timedelta(seconds=CONNECT_TIMEOUT_S))
+    return store
 
 
 @functools.cache
