@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SECONDS_BETWEEN_SAMPLES = 0.5
+SECONDS_BETWEEN_GPU_SAMPLES = 2.0
+"""nvidia-smi itself takes about one."""
 GIB = 2**30
 _CGROUP_FIELDS = (
     (Path("/sys/fs/cgroup/memory.stat"), ("anon", "shmem")),
@@ -93,7 +95,7 @@ class Peaks:
                 self.host = max(self.host, read())
 
         def sample_gpus() -> None:
-            while not self._end.wait(SECONDS_BETWEEN_SAMPLES):
+            while not self._end.wait(SECONDS_BETWEEN_GPU_SAMPLES):
                 self.gpu = max(self.gpu, gpu_bytes())
 
         targets = [sample_host, *([sample_gpus] if shutil.which("nvidia-smi") else [])]

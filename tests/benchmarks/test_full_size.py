@@ -253,7 +253,7 @@ def make_corpus(folder: Path) -> Path:
 def test_a_tiny_walk_on_two_processes(tmp_path):
     corpus, folder = make_corpus(tmp_path / "corpus"), tmp_path / "walk"
     command = [sys.executable, "benchmarks/full_size.py", "--work", str(folder), "--size", "tiny"]
-    command += ["--layout", "1", "2", "--reshard-layout", "2", "1", "--seq-length", "256"]
+    command += ["--layout", "1", "2", "--reshard-layout", "2", "1", "--seq-length", "512"]
     command += ["--deterministic-mode", "--corpus", str(corpus), "--phases"]
     command += "data write-hf convert train resume reshard needle export transformers async".split()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
