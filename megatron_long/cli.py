@@ -7,6 +7,7 @@ import select
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_long.errors import UserError
 
@@ -51,8 +52,8 @@ def length_tokens(text: str) -> int:
 def run_tool(main: Callable[[], int | None], *, prints_result: bool = True) -> int:
     """Run a tool's `main` and give its exit status.
 
-    Only the first rank of each node prints, so that a torchrun job shows the message once in each node's log:
-    a file may be missing on one of them.
+    The first rank of each node to fail prints, so that a torchrun job shows the message once in each node's
+    log: a file may be missing on one of them, and torchrun ends the others at once.
 
     Args:
         main: The tool; returns None or an exit status.
@@ -63,12 +64,10 @@ def run_tool(main: Callable[[], int | None], *, prints_result: bool = True) -> i
     try:
         return main() or 0
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            paragraph = " ".join(f"error: {error}".split())
-            print(
-                textwrap.fill(paragraph, width=100, break_long_words=False, break_on_hyphens=False),
-                file=sys.stderr,
-            )
+        paragraph = " ".join(f"error: {error}".split())
+        filled = textwrap.fill(paragraph, width=100, break_long_words=False, break_on_hyphens=False)
+        if _is_first_to_tell():
+            print(filled, file=sys.stderr)
         return USER_ERROR_STATUS
     except BrokenPipeError:
         if not prints_result or not _nobody_reads_stdout():
@@ -78,6 +77,20 @@ def run_tool(main: Callable[[], int | None], *, prints_result: bool = True) -> i
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _is_first_to_tell() -> bool:
+    """Whether no other rank of this node has told its error; the claim lies in torchrun's own folder."""
+    own_file, rank = os.environ.get("TORCHELASTIC_ERROR_FILE"), os.environ.get("LOCAL_RANK")
+    if rank is None or not own_file:  # ATTEMPT/RANK/error.json
+        return rank in (None, "0")
+    try:
+        os.close(os.open(Path(own_file).parents[1] / "told", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    except OSError:
+        return rank == "0"
+    return True
 
 
 def _nobody_reads_stdout() -> bool:

@@ -51,3 +51,29 @@ def test_output_that_is_cut(buffering, prints_result, status):
 def test_another_broken_pipe_is_an_error(prints_result):
     with pytest.raises(BrokenPipeError):
         run_tool(write_to_nobody, prints_result=prints_result)
+
+
+FAILS_ON = """
+import os, sys, time
+from megatron_long.cli import run_tool
+from megatron_long.errors import ConfigError
+def main():
+    if os.environ["LOCAL_RANK"] not in sys.argv[1]:
+        time.sleep(600)  # until torchrun ends it
+    raise ConfigError("--this is wrong")
+sys.exit(run_tool(main))
+"""
+
+
+@pytest.mark.parametrize("ranks", ["0", "1", "012"])
+def test_a_job_tells_its_error_once_whichever_rank_meets_it_first(ranks, tmp_path):
+    """Torchrun ends the other ranks, the first of them too, as soon as one has failed."""
+    script = tmp_path / "tool.py"
+    script.write_text(FAILS_ON)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "3", str(script), ranks]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.stderr.count("error: --this is wrong") == 1

@@ -1,0 +1,227 @@
+"""The phases that train: interrupted, resumed, in another layout, never stopped, saving in the background."""
+
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.walk import logs
+from benchmarks.walk.children import Child, Ended, PhaseFailed
+from benchmarks.walk.context import Context, read_records
+from benchmarks.walk.settings import (
+    DETERMINISTIC_FLAGS,
+    FP8_FLAGS,
+    LAST_STEP,
+    LAUNCH_ENVIRONMENT,
+    REPOSITORY,
+    SAVE_STEP,
+    Work,
+    layout_argv,
+)
+
+TRAIN_STEPS = 40
+"""--train-iters of every run; each is ended before, and the learning rate is constant."""
+LEAST_PAUSE_S = 0.05
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def training_flags(work: Work, layout: tuple[int, int]) -> list[str]:
+    """Flags that every run shares."""
+    settings = work.settings
+    flags = [*layout_argv(layout), "--seq-length", str(settings.seq_length)]
+    flags += ["--global-batch-size", str(settings.windows), "--train-iters", str(TRAIN_STEPS)]
+    flags += ["--allow-repeat", "--log-memory-interval", "1", "--save-interval", "1000000"]
+    if settings.fp8:
+        flags += FP8_FLAGS
+    if settings.deterministic:
+        flags += DETERMINISTIC_FLAGS
+    return flags
+
+
+def launch_script(work: Work, *more: object) -> list[object]:
+    """The launch script's command; its variables come from `script_variables`."""
+    flags = training_flags(work, work.settings.layout)
+    return ["bash", REPOSITORY / "examples" / "pretrain_llama_128k.sh", *flags, *more]
+
+
+def script_variables(work: Work, output: Path) -> dict[str, str]:
+    """What the launch script reads."""
+    return {
+        "OMP_NUM_THREADS": LAUNCH_ENVIRONMENT["OMP_NUM_THREADS"],
+        "CHECKPOINT": str(work.base),
+        "DATASET": str(work.dataset),
+        "OUTPUT": str(output),
+        "RECIPE": work.settings.recipe,
+        "NPROC_PER_NODE": str(work.settings.processes),
+    }
+
+
+def without_saving(context: Context, layout: tuple[int, int], log: Path, *start: object) -> Ended:
+    """Train to LAST_STEP with no checkpoint written, then kill."""
+    work = context.work
+    command = [work.python, "-m", "megatron_long.launch", "--nproc-per-node"]
+    command += [str(work.settings.processes), "--standalone", "-m", "megatron_long.pretrain"]
+    command += ["--recipe", work.settings.recipe, "--dataset", str(work.dataset)]
+    log.unlink(missing_ok=True)
+    words = [*command, *start, *training_flags(work, layout), "--loss-log", log]
+    return until_logged(context, log, words, LAUNCH_ENVIRONMENT)
+
+
+def until_logged(
+    context: Context, log: Path, command: Sequence[object], variables: dict[str, str]
+) -> Ended:
+    """Run training until it logs the loss of LAST_STEP, then kill all of it: nothing is saved."""
+    offset = log.stat().st_size if log.is_file() else 0
+
+    def watch(child: Child) -> bool:
+        return LAST_STEP in logs.read_losses(log, offset)
+
+    ended = context.run(command, environment=variables, watch=watch)
+    if ended.status == 0:
+        raise PhaseFailed(f"training ended by itself before step {LAST_STEP} was in {log}")
+    return ended
+
+
+def tracker(folder: Path) -> int:
+    """The newest checkpoint's iteration, 0 before the first."""
+    path = folder / TRACKER
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdecimal() else 0
+
+
+def iteration(folder: Path, number: int) -> Path:
+    """A checkpoint's own folder."""
+    return folder / f"iter_{number:07d}"
+
+
+def train(context: Context) -> dict[str, Any]:
+    """Save after step 2, SIGTERM in step 3, leave with status 0 and a checkpoint of it."""
+    work = context.work
+    output, sent = work.run, list[float]()
+    room = shutil.disk_usage(work.folder).free / 1e9
+
+    def watch(child: Child) -> bool:
+        has_begun = child.saw("before the start of training step")
+        if not sent and has_begun and tracker(output) >= SAVE_STEP:
+            sent.append(round(child.seconds, 2))
+            child.process.send_signal(signal.SIGTERM)
+            if room < 2.1 * work.settings.checkpoint_gb:  # while the next step still runs
+                context.remove(iteration(output, SAVE_STEP), "two checkpoints have no room")
+        return False
+
+    # The last of two flags wins.
+    command = launch_script(work, "--save-interval", SAVE_STEP)
+    ended = context.run(command, environment=script_variables(work, output), watch=watch)
+    last = tracker(output)
+    if not sent or not SAVE_STEP < last < TRAIN_STEPS:
+        raise PhaseFailed(
+            f"status 0, but the checkpoint of step {last} is the newest, and SIGTERM was "
+            f"{'sent' if sent else 'not sent'}; a step after {SAVE_STEP} was expected"
+        )
+    context.remove(iteration(output, SAVE_STEP), f"step {last} is what later phases start from")
+    keep_losses(output / "loss.jsonl", work.results / "train.jsonl")
+    steps = logs.step_figures(ended.lines)
+    return {
+        "sigterm_at_s": sent[0],
+        "sigterm_to_exit_s": round(ended.seconds - sent[0], 2),
+        "interrupted_at": last,
+        "save_s": logs.saves(ended.lines),
+        "checkpoint_gb": round(_size_gb(iteration(output, last)), 3),
+        "step_s": {step: figures["s"] for step, figures in steps.items()},
+        **_start_facts(ended),
+    }
+
+
+def resume(context: Context) -> dict[str, Any]:
+    """The same command, but that it saves no more; killed with SIGKILL after LAST_STEP."""
+    work = context.work
+    log = work.run / "loss.jsonl"
+    offset = log.stat().st_size
+    ended = until_logged(context, log, launch_script(work), script_variables(work, work.run))
+    keep_losses(log, work.results / "resume.jsonl", offset)
+    return _load_facts(work, ended)
+
+
+def keep_losses(log: Path, target: Path, offset: int = 0) -> None:
+    """Copy what a run has added to its loss log."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(log.read_bytes()[offset:])
+
+
+def uninterrupted(context: Context) -> dict[str, Any]:
+    """Steps 1 to LAST_STEP from the converted checkpoint."""
+    work = context.work
+    log = work.results / "uninterrupted.jsonl"
+    ended = without_saving(context, work.settings.layout, log, "--pretrained-checkpoint", work.base)
+    return _start_facts(ended)
+
+
+def reshard(context: Context) -> dict[str, Any]:
+    """The saved checkpoint in another layout."""
+    work = context.work
+    log = work.results / "reshard.jsonl"
+    ended = without_saving(context, work.settings.reshard_layout, log, "--load", work.run)
+    return _load_facts(work, ended)
+
+
+def async_save(context: Context) -> dict[str, Any]:
+    """A save in the background of a run from the start: how long do steps stand still for it?"""
+    work = context.work
+    output, interval = work.folder / "async", _interval_of_async(context)
+    context.remove(work.run, "no later phase needs it, and the next checkpoint needs its room")
+    context.remove(output, "of a command that was stopped")
+    arrived: list[int] = []
+
+    def watch(child: Child) -> bool:
+        steps = logs.read_losses(output / "loss.jsonl")
+        if not arrived and tracker(output) >= interval and steps:
+            arrived.append(max(steps))
+        return bool(arrived) and max(steps) > max(arrived[0], LAST_STEP - 1)
+
+    command = launch_script(work, "--save-interval", interval, "--async-save")
+    ended = context.run(command, environment=script_variables(work, output), watch=watch)
+    if not arrived or ended.status == 0:
+        raise PhaseFailed("training ended before the checkpoint in the background was there")
+    pauses = logs.pauses(ended.lines, interval)
+    keep_losses(output / "loss.jsonl", work.results / "async.jsonl")
+    context.remove(output, "measured")
+    return {
+        "saved_at": interval,
+        "arrived_at": arrived[0],
+        "pauses_s": {step: pause for step, pause in pauses.items() if pause >= LEAST_PAUSE_S},
+        "stopped_s": round(sum(pauses.values()), 2),
+        "step_s": {n: figures["s"] for n, figures in logs.step_figures(ended.lines).items()},
+        **_start_facts(ended),
+    }
+
+
+def _interval_of_async(context: Context) -> int:
+    """Steps between saves such that one is whole before the next begins, judged by what `train` took."""
+    found = read_records(context.work.folder).get("train", {})
+    save = max(map(float, found.get("save_s", {}).values()), default=100.0)
+    step = min(map(float, found.get("step_s", {}).values()), default=9.0)
+    return min(max(SAVE_STEP, int(1.5 * save / step) + 2), TRAIN_STEPS // 2)
+
+
+def _start_facts(ended: Ended) -> dict[str, Any]:
+    steps = logs.step_figures(ended.lines)
+    parts = logs.start_times(ended.lines)
+    first = min(steps, default=None)
+    return {
+        "start_s": parts,
+        "launch_to_first_step_s": round(sum(parts.values()), 2),
+        "first_step_s": steps[first]["s"] if first is not None else None,
+    }
+
+
+def _load_facts(work: Work, ended: Ended) -> dict[str, Any]:
+    return {
+        "load_s": logs.load_seconds(ended.lines),
+        "checkpoint_gb": round(_size_gb(iteration(work.run, tracker(work.run))), 3),
+        **_start_facts(ended),
+    }
+
+
+def _size_gb(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
