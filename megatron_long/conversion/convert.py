@@ -86,6 +86,7 @@ def hf_to_megatron(
                 stored,
                 options,
                 is_import=True,
+                is_stretched=stretch not in (None, Stretch()),
             )
             release = folder / RELEASE
             others = [name for name in files_within(release) if name not in hashed]

@@ -16,6 +16,7 @@ from megatron_long.conversion.stored import StoredTensor, find_tensors
 from megatron_long.conversion.weights import STORED_DTYPES, Weights
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.geometry import LlamaGeometry
+from megatron_long.model.rope_hf import ORIGINAL_LENGTH
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -247,8 +248,9 @@ def write_config(
         stored: The type of the tensors.
     """
     dtype_name = str(stored).removeprefix("torch.")
+    kept = {key: value for key, value in original.items() if key != ORIGINAL_LENGTH}
     config = {
-        **original,
+        **kept,  # transformers 5 would take the original length out here over that of the trained RoPE
         **geometry.to_hf_rope(),
         "dtype": dtype_name,
         "torch_dtype": dtype_name,

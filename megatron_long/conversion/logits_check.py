@@ -28,7 +28,8 @@ from megatron_long.conversion.megatron_folder import merge_geometry
 from megatron_long.conversion.sources import open_weights
 from megatron_long.conversion.torch_dist import TorchDistReader, read_common_state
 from megatron_long.conversion.weights import Weights
-from megatron_long.model.geometry import LlamaGeometry, geometry_from_config, read_hf_config
+from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
+from megatron_long.training.trained_model import keep_rope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,15 +45,17 @@ _CHUNK_ROWS = 8192
 def main() -> None:
     """Compute both, print the difference."""
     args = _parse()
-    config, stored = read_hf_config(args.config), getattr(torch, args.dtype)
-    described = geometry_from_config(config, name=str(args.config))
+    stored = getattr(torch, args.dtype)
+    described = geometry_from_hf(args.config)
     geometry = merge_geometry(described, read_common_state(args.iteration), args.iteration)
+    if args.rope_of_config:
+        geometry = keep_rope(geometry, described)
     reader = TorchDistReader(args.iteration, prefix=args.prefix)
     positions = end_positions(geometry.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, geometry.vocab_size, positions.shape, generator=generator)
     with torch.no_grad(), open_weights(args.source, allow_pickle=args.allow_pickle) as weights:
-        expected = transformers_logits(config, weights, geometry, stored, tokens, positions)
+        expected = transformers_logits(args.config, weights, geometry, stored, tokens, positions)
         seen = megatron_logits(reader, geometry, stored, tokens, positions)
     difference = float((seen - expected).abs().max() / expected.abs().max())
     print(json.dumps({"relative_difference": difference, "tolerance": TOLERANCE}))
@@ -65,6 +68,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--prefix", default="", help="of the checkpoint's keys")
     parser.add_argument("--dtype", required=True, help="in which both sides hold weights")
     parser.add_argument("--allow-pickle", action="store_true")
+    parser.add_argument(
+        "--rope-of-config",
+        action="store_true",
+        help="give Megatron the RoPE and context of --config, not those of the checkpoint",
+    )
     return parser.parse_args()
 
 
@@ -79,20 +87,26 @@ def end_positions(context_length: int) -> Tensor:
 
 
 def transformers_logits(
-    config: dict[str, Any],
+    config: Path,
     weights: Weights,
     geometry: LlamaGeometry,
     stored: torch.dtype,
     tokens: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """Logits [s, v] by transformers, from weights as they would be in the stored type."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Logits [s, v] by transformers, from weights as they would be in the stored type.
 
-    one = {**config, "num_hidden_layers": 1, "vocab_size": _TINY_VOCABULARY, "dtype": "float32"}
-    for key in ("layer_types", "torch_dtype", "pad_token_id", "bos_token_id", "eos_token_id"):
-        one.pop(key, None)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**one)).float().eval()
+    Args:
+        config: The `config.json`, which transformers itself reads.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    one: Any = CONFIG_MAPPING[geometry.model_type].from_pretrained(config)
+    one.num_hidden_layers, one.vocab_size, one.dtype = 1, _TINY_VOCABULARY, torch.float32
+    if getattr(one, "layer_types", None):
+        one.layer_types = one.layer_types[:1]
+    one.pad_token_id = one.bos_token_id = one.eos_token_id = None
+    model = AutoModelForCausalLM.from_config(one).float().eval()
     inner = model.model
     norm, inner.norm = inner.norm, torch.nn.Identity()
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -30,7 +29,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_long.conversion.stored import read_saved_tensor
 from megatron_long.errors import DataError
+from megatron_long.pickles import read_checkpoint_index
 
+INDEX_FILE = ".metadata"
 FORMAT_FILE = "metadata.json"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 COMMON_STATE = "common_state/shard_0_1"
@@ -51,7 +52,7 @@ class TorchDistReader:
         _check_format(folder)
         self.folder = folder
         try:
-            self._metadata: Metadata = dcp.FileSystemReader(folder).read_metadata()
+            self._metadata: Metadata = _read_index(folder)
         except Exception as error:  # a damaged pickle raises nearly anything
             raise DataError(
                 f"{folder}/.metadata cannot be read ({type(error).__name__}: {error}); "
@@ -147,27 +148,41 @@ def read_common_state(folder: Path) -> dict[str, Any]:
     """Read what a checkpoint holds beside tensors: `args`, `iteration` and so on.
 
     No class of Megatron is imported, which would take ten seconds: an object that is none of the few that
-    are needed comes as a `_Stub`, and nothing of it is run.
+    are needed comes as a `_Stub`, and nothing of it is run. torch's restricted unpickler reads it.
 
     Raises: DataError: it cannot be read.
     """
     _check_format(folder)
     try:
-        reader = dcp.FileSystemReader(folder)
-        stored = reader.read_metadata().storage_data[MetadataIndex(COMMON_STATE)]
+        stored = (_read_index(folder).storage_data or {})[MetadataIndex(COMMON_STATE)]
         with (folder / stored.relative_path).open("rb") as file:
             file.seek(stored.offset)
             stream = io.BytesIO(file.read(stored.length))
-        (state,) = torch.load(
-            stream, map_location="cpu", pickle_module=_StubPickle, weights_only=False
-        )
-        assert isinstance(state, dict)
+        (state,) = _load_objects(stream)
+        if not isinstance(state, dict):
+            raise TypeError(f"a {type(state).__name__}")
     except (Exception, CheckpointException) as error:  # a damaged pickle raises anything
         raise DataError(
             f"{folder}: the common state cannot be read ({type(error).__name__}); "
             "the checkpoint is damaged: copy it again or use another iteration"
         ) from error
     return state
+
+
+def _read_index(folder: Path) -> Metadata:
+    with (folder / INDEX_FILE).open("rb") as file:
+        index: Metadata = read_checkpoint_index(file)
+    return index
+
+
+def _load_objects(stream: io.BytesIO) -> Any:
+    """What `torch.save` has written, with a `_Stub` for each class that torch does not let through."""
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
+    stream.seek(0)
+    known = {"argparse.Namespace": Namespace}
+    taken = [(known.get(name, _Stub), name) for name in unknown]
+    with torch.serialization.safe_globals(taken):
+        return torch.load(stream, map_location="cpu", weights_only=True)
 
 
 class _Stub:
@@ -181,43 +196,6 @@ class _Stub:
 
     def __setstate__(self, state: object) -> None:
         pass
-
-    def append(self, item: object) -> None:
-        """Take what a list's pickle appends."""
-
-    def extend(self, items: object) -> None:
-        """Take what a list's pickle appends."""
-
-    def __setitem__(self, key: object, value: object) -> None:
-        pass
-
-
-class _StubUnpickler(pickle.Unpickler):
-    """Finds the plain containers, the arguments and torch's tensors, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_type or (module, name) in _KNOWN_CLASSES:
-            return super().find_class(module, name)
-        return _Stub
-
-
-_KNOWN_CLASSES = {
-    ("argparse", "Namespace"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch", "Size"),
-    *(("torch", f"{kind}Storage") for kind in ("Float", "BFloat16", "Long", "Byte", "Int")),
-}
-
-
-class _StubPickle:
-    """What `torch.load` takes for a pickle module."""
-
-    Unpickler = _StubUnpickler
-    load = staticmethod(pickle.load)
-    __name__ = "megatron_long"
 
 
 def _check_format(folder: Path) -> None:

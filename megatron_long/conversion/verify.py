@@ -20,7 +20,12 @@ from megatron_long.conversion.options import ConversionReport, Options
 from megatron_long.conversion.pieces import read_checkpoint, read_source
 from megatron_long.conversion.weights import Weights
 from megatron_long.errors import DataError
-from megatron_long.model.geometry import CONFIG_NAME
+from megatron_long.model.geometry import (
+    CONFIG_NAME,
+    LlamaGeometry,
+    geometry_from_hf,
+    pad_vocab_size,
+)
 from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME
 
 if TYPE_CHECKING:
@@ -50,8 +55,18 @@ def verify_output(
     options: Options,
     *,
     is_import: bool,
+    is_stretched: bool = False,
 ) -> ConversionReport:
-    """Compare what lies in `folder` with what it was made from, and write that down."""
+    """Compare what lies in `folder` with what it was made from, and write that down.
+
+    Args:
+        folder: The output.
+        reader: The checkpoint, input or output.
+        weights: The Hugging Face weights, output or input.
+        is_import: Whether the checkpoint is the output.
+        is_stretched: Whether the checkpoint is to be trained with other RoPE or context than the input's.
+    Raises: DataError: names what differs.
+    """
     geometry, logits = report.geometry, None
     if not (options.verify or options.check_logits):
         return report
@@ -61,10 +76,18 @@ def verify_output(
     both = (megatron, hugging_face) if is_import else (hugging_face, megatron)
     hashes = compare_tensors(units_of(geometry), *both, options.progress)
     if options.check_logits:
-        config = folder / (HF_CONFIG_NAME if is_import else CONFIG_NAME)
-        logits = compare_logits(
-            reader, weights.location, config, stored, allow_pickle=options.allow_pickle
+        compare = partial(
+            compare_logits, reader, weights.location, stored, allow_pickle=options.allow_pickle
         )
+        written = folder / (HF_CONFIG_NAME if is_import else CONFIG_NAME)
+        if is_import:
+            _check_config(written, geometry)
+        given, found = weights.location / CONFIG_NAME, []  # the input's own, not a rewritten one
+        if is_import and given.is_file():
+            found.append(compare(given, rope_of_config=is_stretched))
+        if not found or is_stretched:
+            found.append(compare(written))
+        logits = max(found)
     write_verification(folder, hashes, logits)
     return replace(report, is_verified=True, logits_difference=logits)
 
@@ -96,7 +119,13 @@ def compare_tensors(
 
 
 def compare_logits(
-    reader: TorchDistReader, source: Path, config: Path, stored: dtype, *, allow_pickle: bool
+    reader: TorchDistReader,
+    source: Path,
+    stored: dtype,
+    config: Path,
+    *,
+    allow_pickle: bool,
+    rope_of_config: bool = False,
 ) -> float:
     """Compare the logits of a checkpoint, by Megatron, with those of transformers.
 
@@ -106,9 +135,11 @@ def compare_logits(
     Args:
         reader: The checkpoint.
         source: Model folder or GGUF file with the Hugging Face weights.
-        config: The `config.json` that describes them with the checkpoint's RoPE.
         stored: The type in which both hold their weights, or would after conversion.
+        config: The `config.json` that transformers reads.
         allow_pickle: See `sources.open_weights`.
+        rope_of_config: Whether Megatron computes with what we read in `config`, not with the checkpoint's
+            RoPE and context: those are not the input's where a model is stretched.
     Returns: The largest difference over the largest logit.
     Raises: DataError: the two disagree, or the check could not be made.
     """
@@ -117,6 +148,7 @@ def compare_logits(
     command += ["--source", str(source), "--config", str(config)]
     command += ["--dtype", str(stored).removeprefix("torch.")]
     command += ["--allow-pickle"] if allow_pickle else []
+    command += ["--rope-of-config"] if rope_of_config else []
     environment = {
         **{name: value for name, value in os.environ.items() if name not in _JOB_VARIABLES},
         "CUDA_VISIBLE_DEVICES": "",
@@ -132,10 +164,18 @@ def compare_logits(
     if not difference <= tolerance:
         raise DataError(
             f"--verify: the logits of Megatron and transformers differ by {difference:.1e} of the largest "
-            f"logit (at most {tolerance:.0e} may be rounding), though every tensor is the same; the "
-            "configuration says something else than the checkpoint's arguments: nothing was kept"
+            f"logit (at most {tolerance:.0e} may be rounding), though every tensor is the same: transformers "
+            f"reads another model in {config.name} than the checkpoint's arguments say; nothing was kept"
         )
     return float(difference)
+
+
+def _check_config(path: Path, geometry: LlamaGeometry) -> None:
+    """Training, evaluation and export read the model in this file."""
+    if geometry_from_hf(path) != replace(
+        geometry, padded_vocab_size=pad_vocab_size(geometry.vocab_size)
+    ):
+        raise DataError(f"--verify: {path.name} describes another model than was converted")
 
 
 _JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import pickle
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,10 +24,22 @@ from megatron_long.data.tokenize_file import (
 from megatron_long.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_long.errors import DataError
 from megatron_long.files import atomic_path
+from megatron_long.pickles import AllowList, read_pickle
 
 PART_TOKENS = 32 << 20
 """Tokens of a part, about: what one task of the second stage holds in memory."""
 PROGRESS_SECONDS = 0.5
+_JOBS: AllowList = {
+    "megatron_long.data.stages": ("TokenizeJob", "WriteJob"),
+    "megatron_long.data.inputs": ("InputFile",),
+    "megatron_long.data.tokenize_file": ("TokenizeOptions",),
+    "megatron_long.data.documents": ("RecordKeys",),
+    "megatron_long.data.admission": ("Admission", "Limits"),
+    "numpy": ("dtype",),
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),  # of Python 3.13
+}
+"""What a job is made of."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +185,8 @@ def split_parts(order: NDArray, part_tokens: int = PART_TOKENS) -> list[tuple[in
 
 @functools.lru_cache(maxsize=4)
 def _load_job(path: Path, modified_ns: int) -> Any:
-    return pickle.loads(path.read_bytes())
+    with path.open("rb") as file:
+        return read_pickle(file, _JOBS)
 
 
 def forget_tokenizers() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.batches import NOT_SCORED
 from megatron_long.evaluation.scoring import TokenScores
+from megatron_long.pickles import UnpicklingError, guard_checkpoints
 
 POSITIONS_PER_CHUNK = 1024
 """Positions whose logits exist at a time: half a GiB for a vocabulary of 128K."""
@@ -173,6 +174,7 @@ def open_hf_scorer(
     """
     import transformers
 
+    guard_checkpoints()  # of a folder with pickled weights, tensors alone are read
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else "cpu"
     if cuda:
@@ -181,17 +183,18 @@ def open_hf_scorer(
         # Objects of a few KB travel between processes: the host's network is fast enough.
         torch.distributed.init_process_group("gloo")
     precision = precision or ("bf16" if cuda else "fp32")
+    own_code: dict[str, Any] = {"trust_remote_code": False}
     how: dict[str, Any] = {"dtype": torch.bfloat16 if precision == "bf16" else torch.float32}
     if precision == "fp32":
         how["attn_implementation"] = _register_attention()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, **own_code)
         if random_weights:
             with torch.device(device):
-                model = transformers.AutoModelForCausalLM.from_config(config, **how)
+                model = transformers.AutoModelForCausalLM.from_config(config, **own_code, **how)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
-    except (OSError, ValueError) as error:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **own_code, **how)
+    except (OSError, ValueError, UnpicklingError) as error:
         raise ConfigError(
             f"--checkpoint {folder} is not a model that transformers can read ({error}); give a folder "
             "of tools/convert_checkpoint.py megatron-to-hf, or another with config.json and weights"

@@ -18,7 +18,8 @@ from megatron_long.model.families import (
     find_family,
     refuse_unsupported,
 )
-from megatron_long.model.rope import PLAIN_ROPE, BaseRope, rope_from_arguments, rope_from_hf
+from megatron_long.model.rope import PLAIN_ROPE, BaseRope, rope_from_arguments
+from megatron_long.model.rope_hf import read_rope
 
 CONFIG_NAME = "config.json"
 VOCABULARY_MULTIPLE = 128
@@ -256,7 +257,7 @@ def geometry_from_config(config: Mapping[str, Any], *, name: str = CONFIG_NAME) 
     config = {**family.defaults, **config}
     refuse_unsupported(config, family, name)
     max_position_embeddings = _whole(config, "max_position_embeddings", name, default=2048)
-    rotary_base, rope = _read_rope(config, max_position_embeddings, name)
+    rotary_base, rope = read_rope(config, max_position_embeddings, name)
     hidden_size = _whole(config, "hidden_size", name)
     num_heads = _whole(config, "num_attention_heads", name)
     vocab_size = _whole(config, "vocab_size", name)
@@ -278,19 +279,6 @@ def geometry_from_config(config: Mapping[str, Any], *, name: str = CONFIG_NAME) 
         init_method_std=_number(config, "initializer_range", name, default=0.02),
         attention_dropout=_number(config, "attention_dropout", name, default=0.0),
     )
-
-
-def _read_rope(
-    config: Mapping[str, Any], max_position_embeddings: int, name: str
-) -> tuple[float, BaseRope]:
-    """Give the RoPE base, and how RoPE is scaled."""
-    parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = parameters.get("rope_theta", config.get("rope_theta"))
-    base = _number({"rope_theta": theta}, "rope_theta", name, default=10000.0)
-    for share in (config.get("partial_rotary_factor"), parameters.get("partial_rotary_factor")):
-        if (share or 1.0) != 1.0:
-            raise ConfigError(f"{name}: partial_rotary_factor is {share}; it must be 1.0")
-    return base, rope_from_hf(parameters, max_position_embeddings, name)
 
 
 def _number(config: Mapping[str, Any], key: str, name: str, *, default: float) -> float:

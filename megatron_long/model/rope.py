@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -295,61 +294,12 @@ def _yarn_from_arguments(args: Namespace) -> YarnRope:
     return YarnRope(
         factor=factor,
         original_max_position_embeddings=args.yarn_original_max_position_embeddings or 4096,
-        mscale=_mscale(factor, _attention_scaling(factor, args.mscale, args.mscale_all_dim)),
+        mscale=find_mscale(factor, attention_scaling(factor, args.mscale, args.mscale_all_dim)),
         **{name: value for name, value in values.items() if value is not None},
     )
 
 
-def rope_from_hf(
-    parameters: Mapping[str, Any], max_position_embeddings: int, name: str
-) -> BaseRope:
-    """Read the method of a Hugging Face configuration.
-
-    Args:
-        parameters: `rope_parameters`, or `rope_scaling` of transformers 4.
-        max_position_embeddings: The configuration's.
-        name: What to call the file in errors.
-    Raises: ConfigError: a method that no flag of Megatron stands for, or a value missing.
-    Source: `transformers` 5.23, `modeling_rope_utils.py`.
-    """
-    hf_type = parameters.get("rope_type", parameters.get("type", "default"))
-    shown = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    by_type = {kind.hf_type: kind for kind in METHODS.values()}
-    if hf_type not in by_type:
-        raise ConfigError(
-            f"{name}: RoPE scaling {shown} is not supported; supported rope_type: {', '.join(by_type)}"
-        )
-    known = dict(parameters)
-    known.setdefault("original_max_position_embeddings", max_position_embeddings)
-    if hf_type == "yarn":
-        known["mscale"] = _mscale_of_hf(known, name)
-    values = {}
-    for field in fields(by_type[hf_type]):
-        if known.get(field.name) is None:
-            if hf_type == "yarn" and field.name not in ("factor", "mscale"):
-                continue  # transformers has the same defaults
-            raise ConfigError(f"{name}: RoPE scaling {shown} lacks {field.name}")
-        value, what = known[field.name], f"{name}: {field.name} of {shown}"
-        values[field.name] = value if field.name == "mscale" else _positive_number(value, what)
-    return by_type[hf_type](**values)
-
-
-def _positive_number(value: Any, what: str) -> Any:
-    if isinstance(value, int | float) and (isinstance(value, bool) or value > 0):
-        return value
-    raise ConfigError(f"{what} is {value!r}; it must be a number above 0")
-
-
-def _mscale_of_hf(parameters: Mapping[str, Any], name: str) -> float:
-    factor = _positive_number(parameters.get("factor"), f"{name}: factor of YaRN")
-    scaling = parameters.get("attention_factor")
-    if scaling is None:
-        both = parameters.get("mscale"), parameters.get("mscale_all_dim")
-        scaling = _attention_scaling(factor, *(both if all(both) else (1.0, 0.0)))
-    return _mscale(factor, scaling)
-
-
-def _attention_scaling(factor: float, mscale: float, mscale_all_dim: float) -> float:
+def attention_scaling(factor: float, mscale: float, mscale_all_dim: float) -> float:
     """YaRN's, as Megatron-Core and transformers compute it from two weights."""
     over, under = (
         0.1 * weight * math.log(max(factor, 1.0)) + 1.0 for weight in (mscale, mscale_all_dim)
@@ -357,7 +307,7 @@ def _attention_scaling(factor: float, mscale: float, mscale_all_dim: float) -> f
     return over / under
 
 
-def _mscale(factor: float, scaling: float) -> float:
+def find_mscale(factor: float, scaling: float) -> float:
     """The one weight that stands for an attention scaling.
 
     Raises: ConfigError: none does.

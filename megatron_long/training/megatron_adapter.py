@@ -25,6 +25,7 @@ from packaging.version import Version
 from megatron_long.errors import ConfigError
 from megatron_long.model.flash_attention import mend_windows
 from megatron_long.model.rope import BaseRope, Llama3Rope, rope_from_arguments
+from megatron_long.pickles import guard_checkpoints
 from megatron_long.training import flag_help, host_backend, signals
 from megatron_long.training.adamw_resume import mend_torch_adamw_resume
 from megatron_long.training.optimizer_shards import save_own_shards
@@ -234,6 +235,7 @@ def install_patches(*, output_layer_is_called: bool = True) -> None:
         output_layer_is_called: False where an output processor takes the layer's place in training.
     """
     check_version()
+    guard_checkpoints()
     mend_windows()
     # The wheel ships the compiled helpers but no Makefile: compile_helpers() would end the process.
     helpers: Any = importlib.import_module("megatron.core.datasets.utils")

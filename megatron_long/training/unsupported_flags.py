@@ -67,6 +67,13 @@ MODEL_RULES = (
 
 LOOP_RULES = (
     Rule(
+        "--enable-msc",
+        "enable_msc",
+        (False,),
+        "checkpoints are checked and read as files, and a storage client has a reader of its own",
+        "mount the storage, or copy the checkpoint to a disk",
+    ),
+    Rule(
         "--rampup-batch-size",
         "rampup_batch_size",
         (None,),

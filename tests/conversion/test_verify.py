@@ -2,15 +2,20 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from megatron_long.conversion import hf_folder
+from megatron_long.conversion import hf_folder, sources
 from megatron_long.conversion.convert import hf_to_megatron
 from megatron_long.conversion.export import megatron_to_hf
 from megatron_long.conversion.options import Options
+from megatron_long.conversion.stretch import Stretch
 from megatron_long.errors import DataError
+from megatron_long.model.rope import PLAIN_ROPE
+from megatron_long.model.rope_hf import ORIGINAL_LENGTH
 
 
 def test_hashes_of_all_tensors_are_written(make_llama, read_weights, tmp_path):
@@ -46,6 +51,53 @@ def test_a_configuration_of_another_model_is_noticed(make_llama, tmp_path, monke
     with pytest.raises(DataError, match="--verify: the logits of Megatron and transformers differ"):
         megatron_to_hf(tmp_path / "ckpt", tmp_path / "hf", options=options)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500000.0}
+
+
+@pytest.mark.slow
+def test_the_input_is_compared_as_transformers_loads_it(make_llama, tmp_path, monkeypatch):
+    """A YaRN that the conversion does not see is in no rewritten configuration: only the input's tells."""
+    options = Options(verify=True, check_logits=True)
+    source = Path(shutil.copytree(make_llama(tied=True), tmp_path / "hf"))
+    config = json.loads((source / "config.json").read_text())
+    written = json.dumps({**config, "rope_scaling": {**YARN, ORIGINAL_LENGTH: 128}})
+    (source / "config.json").write_text(written)
+    report = hf_to_megatron(source, tmp_path / "ckpt", options=options)
+    assert report.geometry.rope.method == "yarn"
+    assert report.logits_difference < 1e-5
+    stretch = Stretch(rope_theta=2_000_000, context_length=4096)
+    report = hf_to_megatron(source, tmp_path / "stretched", stretch=stretch, options=options)
+    assert report.logits_difference < 1e-5
+    read = sources.read_source_geometry
+
+    def read_without_scaling(path):
+        return replace(read(path), rope=PLAIN_ROPE)
+
+    monkeypatch.setattr(sources, "read_source_geometry", read_without_scaling)
+    with pytest.raises(DataError, match=r"transformers reads another model in config.json than"):
+        hf_to_megatron(source, tmp_path / "plain", options=options)
+    assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.slow
+def test_an_original_length_outside_reaches_the_export(make_llama, tmp_path):
+    """Left there, transformers 5 would take it over that of the RoPE that was trained."""
+    options = Options(verify=True, check_logits=True)
+    source = Path(shutil.copytree(make_llama(), tmp_path / "hf"))
+    config = json.loads((source / "config.json").read_text())
+    written = json.dumps({**config, "rope_scaling": YARN, ORIGINAL_LENGTH: 128})
+    (source / "config.json").write_text(written)
+    stretch = Stretch(rope_method="yarn", rope_factor=32, rope_original_length=256)
+    for name, changed, length in (("as it is", None, 128), ("stretched", stretch, 256)):
+        report = hf_to_megatron(source, tmp_path / name, stretch=changed, options=options)
+        assert report.geometry.rope.original_length(0) == length
+        exported = megatron_to_hf(tmp_path / name, tmp_path / f"{name} back", options=options)
+        assert exported.logits_difference < 1e-5
+        assert ORIGINAL_LENGTH not in json.loads(
+            (tmp_path / f"{name} back/config.json").read_text()
+        )
 
 
 def test_a_flipped_bit_of_a_checkpoint_is_noticed(make_llama, tmp_path):

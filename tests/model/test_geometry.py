@@ -97,7 +97,7 @@ def test_llama3_scaling_is_taken() -> None:
         ),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "is '2'; it must be a number"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "factor of YaRN is None"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "RoPE scaling .*yarn.* lacks factor"),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.5}},
             "only 1 and above",

@@ -1,0 +1,283 @@
+"""The restricted unpickler, ways round it, and that nothing in the package reads pickles without it."""
+
+import argparse
+import ast
+import functools
+import io
+import operator
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
+
+from megatron_long.pickles import (
+    CHECKPOINT_INDEX,
+    UnpicklingError,
+    guard_checkpoints,
+    read_checkpoint_index,
+    read_pickle,
+)
+
+from . import hostile
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def read(content: bytes) -> Any:
+    return read_pickle(io.BytesIO(content), CHECKPOINT_INDEX)
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """`guard_checkpoints`, undone afterwards."""
+    monkeypatch.setattr(FileSystemReader, "read_metadata", FileSystemReader.read_metadata)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    guard_checkpoints()
+
+
+def test_what_a_checkpoint_is_made_of_is_read():
+    index = Metadata(
+        {"a": TensorProperties(dtype=torch.bfloat16)},  # type: ignore[dict-item]
+        planner_data=OrderedDict(a=("a",)),
+        storage_meta=StorageMeta(checkpoint_id=Path("x")),
+    )
+    assert read_checkpoint_index(io.BytesIO(pickle.dumps(index))) == index
+
+
+class Calls:
+    """Unpickles to a call of anything."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+def text(value: str) -> bytes:
+    data = value.encode()
+    return pickle.BINUNICODE + len(data).to_bytes(4, "little") + data
+
+
+def global_of(module: str, name: str) -> bytes:
+    """By the operation of protocol 4, whose names may hold dots."""
+    return text(module) + text(name) + pickle.STACK_GLOBAL
+
+
+def program(*words: bytes) -> bytes:
+    return pickle.PROTO + b"\x04" + b"".join(words) + pickle.STOP
+
+
+PLAIN = "torch.distributed.checkpoint.metadata"
+COMMAND = "touch harmed"
+ATTACKS: dict[str, bytes] = {
+    "a command": pickle.dumps(Calls(os.system, COMMAND)),
+    "in the oldest protocol": pickle.dumps(Calls(os.system, COMMAND), protocol=0),
+    "eval": pickle.dumps(Calls(eval, "__import__('os').mkdir('harmed')")),
+    "getattr": pickle.dumps(Calls(getattr, Metadata, "__init__")),
+    "a partial": pickle.dumps(Calls(functools.partial, print)),
+    "a method by name": pickle.dumps(Calls(operator.methodcaller, "mkdir")),
+    "a name with a dot": program(
+        global_of("torch.serialization", "os.system"),
+        text(COMMAND),
+        pickle.TUPLE1,
+        pickle.REDUCE,
+    ),
+    "a name with a dot of a class": program(global_of(PLAIN, "Metadata.__init__.__globals__")),
+    "a module as a name": program(global_of("torch", "os")),
+    "an old name": b"c__builtin__\neval\n(Vopen('harmed','w')\ntR.",
+    "an instance": b"(Vtouch harmed\nios\nsystem\n.",
+    "an extension": pickle.PROTO + b"\x02" + pickle.EXT1 + b"\x01" + pickle.STOP,
+    "a reference": program(text("x"), pickle.BINPERSID),
+    "another storage": pickle.dumps(Calls(torch.storage._load_from_bytes, b"x")),
+    "a module's loader": program(
+        global_of("pickle", "loads"), text("x"), pickle.TUPLE1, pickle.REDUCE
+    ),
+    "a changed class": program(
+        global_of(PLAIN, "StorageMeta"),
+        pickle.NONE,
+        pickle.EMPTY_DICT,
+        text("harmed"),
+        global_of("torch", "Size"),
+        pickle.SETITEM,
+        pickle.TUPLE2,
+        pickle.BUILD,
+    ),
+    "a changed function": program(
+        global_of("torch.serialization", "_get_layout"),
+        pickle.NONE,
+        pickle.EMPTY_DICT,
+        text("__defaults__"),
+        pickle.EMPTY_TUPLE,
+        pickle.SETITEM,
+        pickle.TUPLE2,
+        pickle.BUILD,
+    ),
+    "a changed constructor": program(
+        global_of(PLAIN, "Metadata"),
+        pickle.EMPTY_DICT,
+        text("__init__"),
+        global_of("torch", "Size"),
+        pickle.SETITEM,
+        pickle.BUILD,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_ways_round_the_list_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = {**vars(StorageMeta)}, {**vars(Metadata)}, torch.serialization._get_layout.__defaults__
+    with pytest.raises(
+        (UnpicklingError, TypeError, AttributeError, ValueError, ModuleNotFoundError)
+    ):
+        read(ATTACKS[name])
+    assert list(tmp_path.iterdir()) == []
+    after = {**vars(StorageMeta)}, {**vars(Metadata)}, torch.serialization._get_layout.__defaults__
+    assert before == after
+
+
+@pytest.mark.parametrize("name", ["a command", "eval", "an instance", "a changed class"])
+def test_the_attacks_are_real(name, tmp_path, monkeypatch):
+    """Read by pickle itself they do what they say."""
+    monkeypatch.chdir(tmp_path)
+    if name == "a changed class":
+        monkeypatch.setattr(StorageMeta, "harmed", None, raising=False)
+        pickle.loads(ATTACKS[name])
+        assert StorageMeta.harmed is torch.Size  # type: ignore[attr-defined]
+    else:
+        pickle.loads(ATTACKS[name])
+        assert (tmp_path / "harmed").exists()
+
+
+def test_an_index_of_files_elsewhere_is_refused():
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    for path in ("/etc/passwd", "../other/__0_0.distcp"):
+        index = Metadata({}, storage_data={"a": _StorageInfo(path, 0, 1)})
+        with pytest.raises(UnpicklingError, match="outside of the checkpoint's folder"):
+            read_checkpoint_index(io.BytesIO(pickle.dumps(index)))
+    with pytest.raises(UnpicklingError, match="it holds a dict"):
+        read_checkpoint_index(io.BytesIO(pickle.dumps({})))
+
+
+@pytest.mark.parametrize("form", hostile.FORMS)
+def test_torch_reads_nothing_else_once_guarded(form, guarded, tmp_path):
+    """Whatever its caller says about `weights_only`, and whatever the environment said."""
+    content, marker = form(tmp_path / "marker"), tmp_path / "marker"
+    for options in ({}, {"weights_only": False}):
+        with pytest.raises(Exception, match=r"."):
+            torch.load(io.BytesIO(content), **options)
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(Exception, match=r"."):
+        FileSystemReader(tmp_path).read_metadata()
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("form", hostile.FORMS)
+def test_the_planted_files_do_harm_without_care(form, tmp_path):
+    assert hostile.was_run(form(tmp_path / "marker"), tmp_path / "marker")
+
+
+def test_torch_still_has_the_readers_that_are_guarded():
+    """What `guard_checkpoints` relies on, in torch as it is installed."""
+    import inspect
+
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    assert "weights_only=False" in inspect.getsource(DefaultLoadPlanner.load_bytes)
+    source = inspect.getsource(torch.load)
+    assert 'getenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD"' in source
+    assert callable(FileSystemReader._get_metadata_path)
+
+
+def test_arguments_of_an_evaluated_run_are_plain():
+    """`argparse.Namespace`, which holds them, is allowed nowhere but in objects that torch reads."""
+    with pytest.raises(UnpicklingError, match=r"argparse\.Namespace, which is not allowed"):
+        read(pickle.dumps(argparse.Namespace()))
+
+
+UNGUARDED = {
+    "pickle": ("load", "loads", "Unpickler"),
+    "cPickle": ("load", "loads"),
+    "_pickle": ("load", "loads", "Unpickler"),
+    "dill": ("load", "loads"),
+    "cloudpickle": ("load", "loads"),
+    "joblib": ("load",),
+    "marshal": ("load", "loads"),
+    "shelve": ("open",),
+    "pandas": ("read_pickle",),
+    "yaml": ("load", "load_all", "full_load", "unsafe_load"),
+}
+"""Functions that run what they read, by module."""
+
+
+def unguarded_loads(source: str) -> list[int]:
+    """Lines that read pickles, or what may hold some, without care."""
+    tree = ast.parse(source)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+            found += [node.lineno] * bool(names & set(UNGUARDED.get(node.module or "", ())))
+        if not isinstance(node, ast.Attribute | ast.Call):
+            continue
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found += [node.lineno] * (node.attr in UNGUARDED.get(node.value.id, ()))
+        if isinstance(node, ast.Call):
+            found += [node.lineno] * _is_careless(node)
+    return found
+
+
+def _is_careless(call: ast.Call) -> bool:
+    options = {word.arg: ast.unparse(word.value) for word in call.keywords}
+    name = ast.unparse(call.func)
+    if name in ("torch.load", "jit.load", "torch.jit.load"):
+        return options.get("weights_only") != "True" or name != "torch.load"
+    if options.get("allow_pickle") == "True" and "load" in name:
+        return True
+    is_remote = options.get("trust_remote_code", "False") != "False"
+    return is_remote or name in ("eval", "exec", "builtins.eval", "builtins.exec")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle\npickle.load(file)",
+        "from pickle import loads",
+        "pickle_load = pickle.loads",
+        "class A(pickle.Unpickler): pass",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.jit.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(text)",
+        "eval(text)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+    ],
+)
+def test_the_search_finds(line):
+    assert unguarded_loads(line)
+
+
+def test_nothing_is_read_without_care():
+    """In the whole repository but for its tests; the one unpickler stands in `pickles.py`."""
+    found, searched = [], 0
+    for folder in ("megatron_long", "tools", "examples", "benchmarks"):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            searched += 1
+            found += [
+                f"{path.relative_to(REPOSITORY)}:{line}"
+                for line in unguarded_loads(path.read_text())
+            ]
+    assert searched > 100
+    lines = (REPOSITORY / "megatron_long/pickles.py").read_text().splitlines()
+    own = lines.index("class _Unpickler(pickle.Unpickler):") + 1
+    assert found == [f"megatron_long/pickles.py:{own}"]

@@ -1,0 +1,94 @@
+"""Training and evaluation run nothing that lies in a checkpoint: by Megatron's own loader, in whole jobs."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests import hostile
+from tests.training.conftest import FLAGS
+
+NEWEST = "iter_0000004"
+RNG = "rng_state/shard_0.0_1.1"
+COMMON = "common_state/shard_0_1"
+EXTRA = "decoder.layers.mlp.linear_fc1._extra_state/shard_0_2"
+MODEL = "decoder.final_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def run(jobs, tmp_path_factory) -> Path:
+    """A run with a checkpoint at step 4 and no hashes, as of another program."""
+    folder = tmp_path_factory.mktemp("run") / "ckpt"
+    jobs.run(1, "--train-iters", 6, "--exit-interval", 4, "--save", folder)
+    for path in folder.rglob("hashes.json"):
+        path.unlink()
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    """A copy to be made hostile."""
+    return Path(shutil.copytree(run, tmp_path / "ckpt"))
+
+
+PLANTED = [
+    (".metadata", hostile.raw),
+    ("common.pt", hostile.raw),
+    ("common.pt", hostile.saved),
+    ("common.pt", hostile.saved_before_torch_1_6),
+    (RNG, hostile.saved),
+    (RNG, hostile.saved_before_torch_1_6),
+    (COMMON, hostile.saved),
+    (COMMON, hostile.saved_before_torch_1_6),
+    (EXTRA, hostile.saved),
+    (MODEL, hostile.saved),
+]
+
+
+def plant(folder: Path, where: str, content: bytes) -> None:
+    """In the newest checkpoint: in a file, or in an object or tensor of its shards."""
+    if where in (".metadata", "common.pt"):
+        (folder / NEWEST / where).write_bytes(content)
+    else:
+        hostile.plant_object(folder / NEWEST, where, content)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "form"), PLANTED)
+def test_training_runs_nothing(where, form, copy, jobs, tmp_path):
+    marker = tmp_path / "marker"
+    plant(copy, where, form(marker))
+    jobs.start(1, "--train-iters", 6, "--load", copy, "--ckpt-assume-constant-structure")
+    job = jobs.wait()
+    assert not marker.exists()
+    assert job.statuses != [0], job.text[-2000:]
+
+
+@pytest.mark.slow
+def test_the_checkpoint_itself_is_read(copy, jobs):
+    """So that what is refused above is what was planted."""
+    jobs.run(1, "--train-iters", 6, "--load", copy)
+    jobs.run(1, "--train-iters", 6, "--load", copy, "--ckpt-assume-constant-structure")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "form"), [PLANTED[0], PLANTED[3], PLANTED[7]])
+def test_evaluation_runs_nothing(where, form, copy, tiny_dataset, run_job, tmp_path):
+    marker = tmp_path / "marker"
+    plant(copy, where, form(marker))
+    command = ["tools/evaluate_loss.py", "--checkpoint", copy, "--dataset", tiny_dataset]
+    command += ["--context-length", 128, "--max-documents-per-source", 1]
+    result = run_job(1, [*command, "--output", tmp_path / "loss.json"], check=False)
+    assert not marker.exists()
+    assert result.returncode
+    assert not (tmp_path / "loss.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "form"), PLANTED[:1])
+def test_a_layout_check_runs_nothing(where, form, copy, tiny_dataset, run_job, tmp_path):
+    marker = tmp_path / "marker"
+    plant(copy, where, form(marker))
+    flags = ["--dataset", tiny_dataset, "--load", copy, "--train-iters", 6]
+    run_job(1, ["tools/check_layout.py", "--world-size", 1, *FLAGS, *flags], check=False)
+    assert not marker.exists()
