@@ -6,6 +6,7 @@ The loop is Megatron's own `megatron.training.pretrain`. Its flags work, but for
 """
 
 import argparse
+import functools
 import sys
 import tempfile
 import time
@@ -26,7 +27,7 @@ from megatron_long.conversion.sources import read_config, read_source_geometry
 from megatron_long.data.manifest import read_manifest
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import geometry_from_args
-from megatron_long.training import hugging_face
+from megatron_long.training import hugging_face, rendezvous
 from megatron_long.training.arguments import (
     LongContextArguments,
     check_export,
@@ -175,8 +176,6 @@ def _train(
     argv: list[str],
     live: LiveEvaluation | None,
 ) -> None:
-    from functools import partial
-
     from megatron_long.training import megatron_adapter, megatron_hooks
     from megatron_long.training.batch import StepSettings, forward_step
     from megatron_long.training.datasets import dataset_provider
@@ -185,7 +184,8 @@ def _train(
 
     masking = attention_format(args) if arguments.document_masking else None
     save = Path(args.save) if args.save else None
-    watchdog, losses = Watchdog(arguments.hang_timeout, save, args.rank), LossRecorder()
+    store = functools.partial(rendezvous.connect, "watchdog")
+    watchdog, losses = Watchdog(arguments.hang_timeout, save, args.rank, store), LossRecorder()
     guard = make_guard(arguments, args, start, args.rank)
     facts = {"data": start.data, "dataset_files": start.dataset_files, "argv": argv}
     keeper = CheckpointKeeper(
@@ -217,7 +217,7 @@ def _train(
         args.seq_length,
         None
         if arguments.megatron_loss
-        else partial(chunked_loss, real_vocab_size(arguments, args)),
+        else functools.partial(chunked_loss, real_vocab_size(arguments, args)),
         masking,
         args.tensor_model_parallel_size if args.sequence_parallel else 1,
         watchdog.beat,
@@ -228,7 +228,7 @@ def _train(
     if arguments.hf_checkpoint and hugging_face.starts_from_hf(arguments.hf_checkpoint, args.load):
         model = Path(arguments.hf_checkpoint)
         fill = hugging_face.filler(model, lambda: args.padded_vocab_size)
-    step = partial(forward_step, settings)
+    step = functools.partial(forward_step, settings)
     # Padded documents make micro-batches of different lengths, and pipeline stages must tell each other.
     varies = masking == "thd"
     try:

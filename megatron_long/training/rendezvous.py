@@ -13,6 +13,7 @@ from typing import Any
 from megatron_long.errors import ConfigError, DataError, UserError
 
 TIMEOUT_S = 1800.0
+CONNECT_TIMEOUT_S = 30.0
 _calls = itertools.count()
 
 
@@ -89,6 +90,20 @@ def see_alike(look: Callable[[], str], rounds: int = 90) -> None:
         f"{differing[0]} ({len(differing)} differ). The folder must be on a file system that every node "
         "shares; start again when they agree"
     )
+
+
+def connect(name: str) -> Any:
+    """Give a connection of its own to the job's store, for a thread: an operation that waits keeps the others
+    of a connection waiting.
+
+    Args:
+        name: Before every key.
+    """
+    from torch import distributed
+
+    store = distributed.PrefixStore(name, _store()).clone()
+    store.set_timeout(timedelta(seconds=CONNECT_TIMEOUT_S))
+    return store
 
 
 @functools.cache
