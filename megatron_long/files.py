@@ -8,6 +8,9 @@ from pathlib import Path
 
 from megatron_long.errors import ConfigError
 
+REPLACED_SUFFIX = ".old"
+"""Of a folder that makes room for a new one of its name."""
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, directory: bool = False) -> Iterator[Path]:
@@ -73,7 +76,7 @@ def refuse_overwrite(path: Path, *, force: bool, flag: str = "--output") -> None
 
 def _replace(temporary: Path, path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        old = path.with_name(f".{path.name}.{os.getpid()}{REPLACED_SUFFIX}")
         os.rename(path, old)
         os.rename(temporary, path)
         shutil.rmtree(old)

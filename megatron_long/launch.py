@@ -1,8 +1,9 @@
 """`torchrun` that lets training save and leave: `python -m megatron_long.launch [torchrun's arguments]`.
 
-Torchrun answers SIGTERM by ending its processes 30 s later and itself with status 1, and SIGUSR1 by dying.
-Here both are handed to the processes, and torchrun waits until they have saved; its status is then theirs.
-While no process runs, as when it waits for the other nodes, it leaves at once with status 0.
+Torchrun answers SIGTERM, Ctrl-C and SIGHUP by ending its processes 30 s later and itself with status 1 and a
+traceback, and SIGUSR1 by dying. Here they are handed to the processes, and torchrun waits until they have
+saved; its status is then theirs. A second Ctrl-C kills them. While no process runs, as when it waits for the
+other nodes, it leaves at once with status 0.
 
 With `--enable-ft-package` among the flags of training, the launcher is `ft_launcher` of
 nvidia-resiliency-ext, which also ends and starts again (`--max-restarts`) ranks that the kernel has stopped.
@@ -15,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from types import FrameType
 
@@ -22,10 +24,16 @@ import psutil  # not in the handler: a second signal would find it half imported
 
 from megatron_long.cli import run_tool
 from megatron_long.errors import ConfigError
-from megatron_long.training.signals import LEAVE_SIGNALS, leave
+from megatron_long.training.signals import (
+    INTERRUPTED_STATUS,
+    Interrupts,
+    leave,
+    set_handlers,
+)
 
-OTHER_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
+OTHER_SIGNALS = "SIGQUIT"
 """What torchrun goes on handling in its own way."""
+LOG_FLAGS = ("--log-dir", "--log_dir")
 MONITOR_FLAG = "--enable-ft-package"
 MONITOR_PACKAGE = "nvidia_resiliency_ext"
 MONITOR_REMEDY = (
@@ -38,14 +46,16 @@ PATIENCE = 5
 """How many times `--hang-timeout` the monitor waits: our own watchdog comes first, and writes stacks."""
 
 
+_interrupts = Interrupts()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun, or ft_launcher, with these arguments.
 
     Returns: 0, or the status of the rank that failed first; 1 if a signal has killed it.
     Raises: ConfigError: `--enable-ft-package` without nvidia-resiliency-ext.
     """
-    for number in LEAVE_SIGNALS:
-        signal.signal(number, _hand_on)
+    set_handlers(_hand_on)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     words = list(sys.argv[1:] if argv is None else argv)
@@ -58,6 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _launch(words: list[str]) -> None:
+    own = words[: words.index("-m")] if "-m" in words else words
+    if "PET_LOG_DIR" in os.environ or any(word.startswith(LOG_FLAGS) for word in own):
+        return _run(words)
+    # Torchrun would make a folder of its own, and leave it.
+    with tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True) as folder:
+        _run([f"--log-dir={folder}", *words])
+
+
+def _run(words: list[str]) -> None:
     if MONITOR_FLAG in words:
         if importlib.util.find_spec(MONITOR_PACKAGE) is None:
             raise ConfigError(f"{MONITOR_FLAG} needs nvidia-resiliency-ext: {MONITOR_REMEDY}")
@@ -96,16 +115,26 @@ def monitor_flags(words: Sequence[str]) -> list[str]:
 
 
 def _hand_on(number: int, frame: FrameType | None) -> None:
+    is_second = number == signal.SIGINT and _interrupts.is_second()
+    # A terminal sends Ctrl-C to the ranks too where they share its session; twice would mean two of them.
+    told = number if number in (signal.SIGTERM, signal.SIGUSR1) else signal.SIGTERM
     handed_on = 0
     for child in psutil.Process().children():
         try:
             if "TORCHELASTIC_RUN_ID" in child.environ():  # a rank, no monitor of one
-                child.send_signal(number)
+                child.send_signal(signal.SIGKILL if is_second else told)
                 handed_on += 1
         except psutil.Error:
             continue  # it has just ended
+    if is_second:
+        print("interrupted twice: the ranks were killed", file=sys.stderr)
+        sys.exit(INTERRUPTED_STATUS)
     if not handed_on:
         leave(number, "while no rank was running")
+    elif number == signal.SIGINT:
+        print(
+            "interrupted: the run saves and leaves; Ctrl-C again ends it at once", file=sys.stderr
+        )
 
 
 if __name__ == "__main__":

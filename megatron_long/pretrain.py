@@ -17,6 +17,11 @@ from typing import Any, Literal
 PROGRAM_START = time.time()
 
 # ruff: noqa: E402
+from megatron_long.training import signals
+
+if __name__ == "__main__":
+    signals.leave_before_training()  # the imports below take a while
+
 from megatron_long.cli import run_tool
 from megatron_long.conversion.sources import read_config, read_source_geometry
 from megatron_long.data.manifest import read_manifest
@@ -47,6 +52,7 @@ from megatron_long.training.live_evaluation import LiveEvaluation, Logs, plan_li
 from megatron_long.training.reliability import (
     Start,
     find_start,
+    hold_save,
     make_guard,
     make_snapshot,
     record_sidecars,
@@ -63,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns: Exit status.
     """
     signals.leave_before_training()
+    signals.leave_on_second_interrupt()
     keep_standard_streams()
     user_argv = list(sys.argv[1:] if argv is None else argv)
     with StartLog(verbose="--verbose" in user_argv) as start_log:
@@ -97,6 +104,7 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
     megatron_adapter.validate_flags(args)
     if args.save:
         _check_writable(Path(args.save))
+        hold_save(args.save)
     if args.rank == 0:
         _tell_start(args, start, start_log)
     _train(arguments, args, start, user_argv, live)
@@ -132,6 +140,7 @@ def prepare(
     megatron_adapter.check_version()
     arguments, args = parse(user_argv, detect_backend(), join_or_start_job())
     check_monitor_is_there(args)
+    hold_save(args.save)
     return arguments, args, find_start(arguments, args)
 
 

@@ -140,8 +140,10 @@ def replicas_of(args: Namespace, world_size: int) -> int:
 
 def start_of(args: Namespace) -> Path | None:
     """The checkpoint that the run would start from."""
+    from megatron_long.training.checkpoint_choice import has_checkpoint
+
     for folder in (args.load, args.pretrained_checkpoint):
-        if folder and (Path(folder) / "latest_checkpointed_iteration.txt").is_file():
+        if has_checkpoint(folder):
             return Path(folder)
     return None
 

@@ -29,8 +29,11 @@ from megatron_long.model.rope import PLAIN_ROPE_ARGUMENTS, rope_from_arguments
 from megatron_long.training.checkpoint_choice import (
     RELEASE,
     has_checkpoint,
+    has_metadata,
     iteration_folder,
     newest_iteration,
+    no_metadata,
+    saved_iterations,
 )
 from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TRACKER_NAME, no_checkpoint
 from megatron_long.training.checkpoint_hashes import HASHES_NAME
@@ -80,9 +83,9 @@ def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
         raise no_checkpoint(checkpoint_dir, "--input", remedy, "--iteration")
     if iteration is not None:
         folder = checkpoint_dir / f"iter_{iteration:07d}"
-        if not folder.is_dir():
+        if not has_metadata(folder):
             raise ConfigError(
-                f"--iteration {iteration} is not in {checkpoint_dir}; there: "
+                f"--iteration {iteration} is not in {checkpoint_dir} ({no_metadata(folder)}); there: "
                 f"{', '.join(_saved(checkpoint_dir)) or 'no iteration'}"
             )
         return folder
@@ -107,19 +110,18 @@ def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
 
 
 def _existing(checkpoint_dir: Path, folder: Path, record: str) -> Path:
-    if folder.is_dir():
+    if has_metadata(folder):
         return folder
     raise DataError(
-        f"{checkpoint_dir / record} names {folder.name}, and that is not there; choose with --iteration one "
-        f"of: {', '.join(_saved(checkpoint_dir)) or 'none saved'}"
+        f"{checkpoint_dir / record} names {folder.name}, and {no_metadata(folder)}; choose with "
+        f"--iteration one of: {', '.join(_saved(checkpoint_dir)) or 'none saved'}"
     )
 
 
 def _saved(checkpoint_dir: Path) -> list[str]:
-    names = sorted(path.name for path in checkpoint_dir.glob("iter_*") if path.is_dir())
-    numbers = [name.removeprefix("iter_").lstrip("0") or "0" for name in names]
-    release = [f"{RELEASE} (without --iteration)"] if (checkpoint_dir / RELEASE).is_dir() else []
-    return numbers + release
+    numbers = [str(number) for number in reversed(saved_iterations(checkpoint_dir))]
+    is_released = has_metadata(checkpoint_dir / RELEASE)
+    return numbers + ([f"{RELEASE} (without --iteration)"] if is_released else [])
 
 
 def make_arguments(geometry: LlamaGeometry, stored: dtype) -> Namespace:

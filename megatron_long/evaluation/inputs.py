@@ -16,8 +16,11 @@ from megatron_long.files import refuse_overwrite
 from megatron_long.training.checkpoint_choice import (
     RELEASE,
     has_checkpoint,
+    has_metadata,
     iteration_folder,
     newest_iteration,
+    no_metadata,
+    saved_iterations,
 )
 from megatron_long.training.checkpoint_folder import (
     HF_CONFIG_NAME,
@@ -84,11 +87,12 @@ def find_checkpoint(
     if step is None and os.environ.get("RANK", "0") == "0":
         for report in reports:
             _log.warning("%s", report)
-    if not iteration_folder(path, iteration).is_dir():
+    chosen = iteration_folder(path, iteration)
+    if not has_metadata(chosen):
+        there = ", ".join(map(str, saved_iterations(path))) or "none"
         raise ConfigError(
-            f"--checkpoint {path} has no folder {iteration_folder(path, iteration).name} (its last "
-            f"iteration is {newest if newest is not None else RELEASE}); copy the checkpoint again, or name "
-            "an iteration that is there with --ckpt-step"
+            f"--checkpoint {path} has no whole {chosen.name} ({no_metadata(chosen)}); copy the checkpoint "
+            f"again, or name an iteration that is there with --ckpt-step ({there})"
         )
     if check_hashes:
         check_sidecars(path)

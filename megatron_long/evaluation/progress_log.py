@@ -11,7 +11,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -48,21 +48,7 @@ def shared_log[T](
             records = [] if force else open_log(path, settings, kind, "--output-dir")
             return [json.dumps(vars(record)) for record in records]
 
-        yield [kind(**json.loads(line)) for line in _from_first(claim)]
-
-
-def _from_first(compute: Callable[[], list[str]]) -> list[str]:
-    """Give every process what rank 0 computes, or its refusal."""
-    found: list[str] = []
-    if rendezvous.share()[0] == 0:
-        try:
-            found = ["", *compute()]
-        except ConfigError as error:
-            found = [str(error)]
-    refusal, *lines = rendezvous.agree(found) or [""]
-    if refusal:
-        raise ConfigError(refusal)
-    return lines
+        yield [kind(**json.loads(line)) for line in rendezvous.from_first(claim)]
 
 
 @contextmanager

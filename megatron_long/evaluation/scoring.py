@@ -373,8 +373,9 @@ def _pin_checkpoint(
     from megatron_long.training import checkpoint_choice, megatron_hooks, rendezvous
 
     # A run that saves here meanwhile gives the ranks different newest ones.
-    asked = iteration or _iteration_to_load(folder, args.ckpt_step)
-    (agreed,) = rendezvous.agree([asked] if rendezvous.share()[0] == 0 else [])
+    (agreed,) = rendezvous.from_first(
+        lambda: [iteration or _iteration_to_load(folder, args.ckpt_step)]
+    )
     number = None if agreed == checkpoint_choice.RELEASE else int(agreed)
     path = checkpoint_choice.iteration_folder(folder, number)
     if check_hashes:

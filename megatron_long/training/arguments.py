@@ -9,8 +9,7 @@ from pathlib import Path
 from megatron_long.errors import ConfigError
 from megatron_long.launch import MONITOR_FLAG, MONITOR_PACKAGE, MONITOR_REMEDY
 from megatron_long.model.rope import rope_from_arguments
-from megatron_long.training.checkpoint_choice import has_checkpoint
-from megatron_long.training.checkpoint_folder import no_checkpoint
+from megatron_long.training.checkpoint_choice import has_checkpoint, require_checkpoint
 
 CHECKPOINT_FORMAT = "torch_dist"
 """Megatron's format whose files are hashed when they are saved."""
@@ -283,8 +282,9 @@ def check_files(arguments: LongContextArguments, args: Namespace) -> None:
             "own --data-path"
         )
     # With another start, that is where Megatron begins until --load has a checkpoint.
-    if args.pretrained_checkpoint is None and arguments.hf_checkpoint is None:
-        check_checkpoint(args.load, "--load")
+    has_start = args.pretrained_checkpoint is not None or arguments.hf_checkpoint is not None
+    if not has_start or has_checkpoint(args.load):
+        check_checkpoint(args.load, "--load", args.save)
 
 
 def check_documents(arguments: LongContextArguments, args: Namespace) -> None:
@@ -327,15 +327,11 @@ def check_rope(args: Namespace) -> None:
         rope_from_arguments(args).to_arguments()
 
 
-def check_checkpoint(folder: str | None, flag: str) -> None:
+def check_checkpoint(folder: str | None, flag: str, save: str | None = None) -> None:
     """Refuse a folder that holds no Megatron checkpoint; Megatron would start from random weights.
 
-    Raises: ConfigError: the folder or its `latest_checkpointed_iteration.txt` is missing.
+    Raises: ConfigError, DataError: see `require_checkpoint`.
     """
-    if folder is None:
-        return
-    if not has_checkpoint(folder):
-        remedy = (
-            "start from it with --hf-checkpoint, or convert it with tools/convert_checkpoint.py"
-        )
-        raise no_checkpoint(Path(folder), flag, remedy)
+    if folder is not None:
+        is_saved_to = save is not None and Path(save).absolute() == Path(folder).absolute()
+        require_checkpoint(Path(folder), flag, is_saved_to=is_saved_to)

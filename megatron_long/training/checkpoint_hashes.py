@@ -8,6 +8,8 @@ lets Python's lock go), and in a job each process reads a share of the files.
 """
 
 import json
+import logging
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -30,6 +32,8 @@ HASHES_NAME = "hashes.json"
 READERS = 8
 """Files that one process reads at once."""
 _SELF = "xxh3_128_of_this_file"
+
+logger = logging.getLogger(__name__)
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileInfo]:
@@ -114,10 +118,27 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
         return [damage for damage in found if damage]
 
 
+def find_missing(folder: Path) -> list[str]:
+    """Compare names and sizes of the files of a folder with its `hashes.json`, without reading them.
+
+    Returns: What is wrong, one sentence each; nothing where there is no `hashes.json` to compare with.
+    """
+    if not (folder / HASHES_NAME).exists():
+        return []
+    try:
+        files = read_hashes(folder)["files"]
+    except DataError as error:
+        return [str(error)]
+    with ThreadPoolExecutor(READERS) as pool:
+        found = pool.map(lambda name: _compare_size(folder / name, files[name]), sorted(files))
+        return [damage for damage in found if damage]
+
+
 def check_sidecars(folder: Path) -> None:
-    """Refuse files beside the checkpoints that are not what was written there.
+    """Refuse files next to the checkpoints that are not what was written there.
 
     A folder without `hashes.json`, or with a damaged one, is passed: there is nothing to compare with.
+    `run.json` is for people and reports: no start needs it, so that one which is damaged is only reported.
 
     Raises: DataError: names the file and the remedy.
     """
@@ -127,7 +148,10 @@ def check_sidecars(folder: Path) -> None:
         return
     for name, info in files.items():
         damage = _compare(folder / name, info)
-        if damage:
+        if damage and name == RUN_NAME:
+            if os.environ.get("RANK", "0") == "0":
+                logger.warning("%s; nothing needs it, and the next run here writes it anew", damage)
+        elif damage:
             raise DataError(
                 f"{damage}; put the file back as it was (the folder that the run started from has it too), "
                 f"or, if the change is meant, delete {folder / HASHES_NAME}"
@@ -157,11 +181,21 @@ def _share(files: Mapping[str, FileInfo], part: int, parts: int) -> list[str]:
 
 
 def _compare(path: Path, info: FileInfo) -> str | None:
+    damage = _compare_size(path, info)
+    if damage:
+        return damage
     try:
-        size_bytes = path.stat().st_size
-        if size_bytes != info.size_bytes:
-            return f"{path} has {size_bytes:,} bytes and had {info.size_bytes:,}"
         seen = hash_file(path).xxh3_128
     except OSError as error:
         return f"{path} cannot be read ({error.strerror or error})"
     return None if seen == info.xxh3_128 else f"{path} is damaged: its hash has changed"
+
+
+def _compare_size(path: Path, info: FileInfo) -> str | None:
+    try:
+        size_bytes = path.stat().st_size
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror or error})"
+    if size_bytes != info.size_bytes:
+        return f"{path} has {size_bytes:,} bytes and had {info.size_bytes:,}"
+    return None

@@ -1,22 +1,28 @@
-"""How checkpoints come to be: written beside their place, hashed, renamed; old ones deleted.
+"""How checkpoints come to be: written next to their place, hashed, renamed; old ones deleted.
 
 A save that fails (a full disk) is reported and tried again after some steps; training goes on. All
 processes take the same decisions: whatever one of them meets is told to the others first.
 """
 
+import itertools
 import json
 import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_long.data.manifest import FileInfo
 from megatron_long.files import atomic_path, move_into_place, remove_path
-from megatron_long.training.checkpoint_choice import PARTIAL_SUFFIX, prune
+from megatron_long.training.checkpoint_choice import (
+    PARTIAL_SUFFIX,
+    has_metadata,
+    no_metadata,
+    prune,
+)
 from megatron_long.training.checkpoint_folder import TRACKER_NAME
 from megatron_long.training.checkpoint_hashes import (
     files_within,
@@ -27,6 +33,7 @@ from megatron_long.training.checkpoint_hashes import (
 
 TRAINING_NAME = "training.json"
 """In each checkpoint: what data it was trained on, and the state of the step guard."""
+SHARD_SUFFIX = ".distcp"
 SAVE_FAILED_STATUS = 4
 """Exit status of a run whose last checkpoint could not be written."""
 LAST_TRIES_S = (5.0, 15.0, 30.0)
@@ -209,7 +216,9 @@ class CheckpointKeeper:
     def _finish(self, partial: Path, final: Path, facts: Mapping[str, Any]) -> None:
         self._together(lambda: _write_facts(partial, facts), only_first=True)
         hashed: dict[str, FileInfo] = {}
-        self._together(lambda: hashed.update(hash_files(partial, self._own_files(partial))))
+        self._together(
+            lambda: hashed.update(hash_files(partial, _written_by(partial, self.job.rank)))
+        )
         shares = self.job.gather(hashed)
         infos = {name: info for share in shares for name, info in share.items()}
         self._together(lambda: _publish(partial, final, infos), only_first=True)
@@ -217,13 +226,6 @@ class CheckpointKeeper:
             deleted = prune(final.parent, _number(final), self.keep_last, self.keep_every)
             if deleted:
                 logger.info("deleted the checkpoints of iterations %s", deleted)
-
-    def _own_files(self, partial: Path) -> Iterable[str]:
-        """Files that this process wrote: they are in its node's memory, and surely visible to it."""
-        mine = f"__{self.job.rank}_"
-        for name in files_within(partial):
-            if name.startswith(mine) or (self.job.rank == 0 and not name.startswith("__")):
-                yield name
 
     def _together(self, action: Callable[[], object], *, only_first: bool = False) -> None:
         """Do something on each process or on the first; fail everywhere if it fails anywhere."""
@@ -245,6 +247,16 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def _written_by(folder: Path, rank: int) -> list[str]:
+    """Names of the shards that a process wrote: they are in its node's memory, and surely visible to it.
+
+    Megatron's writers number those of a rank from 0 (`__3_0.distcp`, `__3_1.distcp`). Asked for by name, so
+    that the first process alone lists the folder: a shared file system's server answers each listing.
+    """
+    names = (f"__{rank}_{number}{SHARD_SUFFIX}" for number in itertools.count())
+    return list(itertools.takewhile(lambda name: (folder / name).is_file(), names))
+
+
 def _make_empty(folder: Path) -> None:
     remove_path(folder)
     folder.mkdir(parents=True)
@@ -256,7 +268,12 @@ def _write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _publish(partial: Path, final: Path, infos: Mapping[str, FileInfo]) -> None:
-    write_hashes(partial, infos)
+    rest = set(files_within(partial)) - set(
+        infos
+    )  # metadata, and what a writer has named otherwise
+    write_hashes(partial, {**infos, **hash_files(partial, rest)})
+    if not has_metadata(partial):
+        raise OSError(f"{no_metadata(partial)} (it was to become {final})")
     move_into_place(partial, final)
     write_sidecar_hashes(final.parent, _number(final))
     with atomic_path(final.parent / TRACKER_NAME) as temporary:

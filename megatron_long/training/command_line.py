@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 from megatron_long.cli import length_tokens
@@ -16,7 +17,7 @@ from megatron_long.conversion.sources import is_gguf, read_source_geometry
 from megatron_long.data.manifest import Manifest, read_manifest
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import CONFIG_NAME, LlamaGeometry, geometry_from_args
-from megatron_long.training import hugging_face
+from megatron_long.training import hugging_face, rendezvous
 from megatron_long.training.arguments import (
     LongContextArguments,
     check_checkpoint,
@@ -32,6 +33,7 @@ from megatron_long.training.arguments import (
     choose_save_times,
 )
 from megatron_long.training.backend import ALWAYS_ARGV, Backend, split_flags
+from megatron_long.training.checkpoint_choice import describe_view
 from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TOKENIZER_DIR_NAME
 from megatron_long.training.checkpoint_hashes import check_sidecars
 from megatron_long.training.layout_rules import check_layout
@@ -59,6 +61,7 @@ def parse(
 
     arguments, early = _parse_early(user_argv)
     check_paths(arguments)
+    rendezvous.see_alike(partial(describe_view, (early.load, early.pretrained_checkpoint)))
     for folder in (early.load, early.pretrained_checkpoint):
         if folder:
             check_sidecars(Path(folder))

@@ -10,16 +10,16 @@ from megatron_long.conversion import sources
 from megatron_long.conversion.checks import check_hf_tensors
 from megatron_long.conversion.hf_folder import TOKENIZER_FILES
 from megatron_long.files import atomic_path
+from megatron_long.training.checkpoint_choice import has_checkpoint
 from megatron_long.training.checkpoint_folder import (
     GENERATION_CONFIG_NAME,
     TOKENIZER_DIR_NAME,
-    TRACKER_NAME,
 )
 
 
 def starts_from_hf(model: str | None, load: str | None) -> bool:
     """Whether a run begins with Hugging Face weights: the flag is given, and no checkpoint goes on."""
-    return model is not None and not (load and (Path(load) / TRACKER_NAME).is_file())
+    return model is not None and not has_checkpoint(load)
 
 
 def check_weights(model: Path) -> None:

@@ -294,8 +294,14 @@ def _patch_writers(keeper: CheckpointKeeper, writers: Sequence[str]) -> None:
             raise kept.error
         return result
 
+    def ensure_directory_exists(filename, check_parent=True):
+        # Megatron would make the checkpoint's own folder, empty until the save is whole.
+        if check_parent:
+            make_parent(filename)
+
     package.save = save_beside
-    checkpointing.ensure_directory_exists = noting(checkpointing.ensure_directory_exists)
+    make_parent = noting(checkpointing.ensure_directory_exists)
+    checkpointing.ensure_directory_exists = ensure_directory_exists
     serialization.save_config = noting(serialization.save_config)
     for name in writers:
         files: Any = importlib.import_module(name)

@@ -21,8 +21,10 @@ from megatron_long.training.checkpoint_choice import (
     RELEASE,
     Choice,
     choose_checkpoint,
+    find_remains,
     has_checkpoint,
     newest_iteration,
+    no_metadata,
     remove_leftovers,
     set_aside,
 )
@@ -35,6 +37,7 @@ from megatron_long.training.run_identity import (
     describe_data,
     file_times,
 )
+from megatron_long.training.save_lock import hold
 from megatron_long.training.step_guard import StepGuard, batch_windows, describe_windows
 
 logger = logging.getLogger(__name__)
@@ -84,12 +87,37 @@ def find_start(arguments: LongContextArguments, args: Namespace) -> Start:
     return Start(choice, resumes, data, times, facts.get("guard", {}))
 
 
+def hold_save(save: str | None) -> None:
+    """Let no other job write in `--save`; where the folder is not there yet, there is nothing to hold.
+
+    Every process of the job calls it.
+
+    Raises: ConfigError: another job works there.
+    """
+
+    def claim() -> list[str]:
+        if save and Path(save).is_dir():
+            try:
+                hold(Path(save))
+            except OSError as error:
+                print(f"warning: --save {save} could not be locked ({error})", file=sys.stderr)
+        return []
+
+    rendezvous.from_first(claim)
+
+
 def _choose(args: Namespace) -> Choice | None:
-    folder = args.load if has_checkpoint(args.load) else args.pretrained_checkpoint
+    if rendezvous.share()[0] == 0 and args.save:
+        remove_leftovers(Path(args.save))
+    (folder,) = rendezvous.from_first(lambda: [_start_folder(args)])
     if not folder:
         return None
     choice = choose_checkpoint(
-        Path(folder), args.ckpt_step, share=rendezvous.share(), agree=rendezvous.agree
+        Path(folder),
+        args.ckpt_step,
+        share=rendezvous.share(),
+        agree=rendezvous.agree,
+        from_first=rendezvous.from_first,
     )
     if rendezvous.share()[0] == 0:
         for report in choice.reports:
@@ -100,18 +128,25 @@ def _choose(args: Namespace) -> Choice | None:
             print(
                 f"note: {choice.folder} has no hashes.json, so it was not checked", file=sys.stderr
             )
-        if args.save and choice.folder.parent == Path(args.save):
+        if choice.reports and args.save and choice.folder.parent == Path(args.save):
             _put_in_order(Path(args.save), choice)
     return choice
 
 
+def _start_folder(args: Namespace) -> str:
+    """Where the run starts from, and a note on what is passed over; "" for random weights."""
+    if has_checkpoint(args.load):
+        return args.load
+    for path in find_remains(Path(args.load)) if args.load else ():
+        print(f"note: {no_metadata(path)}; it is passed over", file=sys.stderr)
+    return args.pretrained_checkpoint or ""
+
+
 def _put_in_order(folder: Path, choice: Choice) -> None:
     """Leave the folder of this run as if the checkpoint taken had been the newest all along."""
-    remove_leftovers(folder)
-    if choice.reports:
-        set_aside(folder, choice)
-        with atomic_path(folder / TRACKER_NAME) as temporary:
-            temporary.write_text(str(choice.iteration or RELEASE), encoding="utf-8")
+    set_aside(folder, choice)
+    with atomic_path(folder / TRACKER_NAME) as temporary:
+        temporary.write_text(str(choice.iteration or RELEASE), encoding="utf-8")
 
 
 def _check_content(folder: Path, manifest: Manifest, times_before: Any) -> None:

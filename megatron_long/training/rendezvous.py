@@ -4,9 +4,13 @@ import functools
 import itertools
 import json
 import os
+import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+
+from megatron_long.errors import ConfigError, DataError, UserError
 
 TIMEOUT_S = 1800.0
 CONNECT_TIMEOUT_S = 30.0
@@ -41,6 +45,51 @@ def agree(findings: list[str]) -> list[str]:
     while rank == 0 and store.add(f"{number}/read", 0) < world_size:
         time.sleep(0.02)  # it may host the store, and leave at once with a refusal
     return [finding for share in shares for finding in share]
+
+
+def from_first(compute: Callable[[], list[str]]) -> list[str]:
+    """Give every process what the first one computes, or its refusal.
+
+    Raises: UserError: of any kind, on every process, with the words of the first.
+    """
+    found: list[str] = []
+    if share()[0] == 0:
+        try:
+            found = ["", "", *compute()]
+        except UserError as error:
+            found = [type(error).__name__, str(error)]
+    name, refusal, *lines = agree(found)
+    if name:
+        raise {kind.__name__: kind for kind in (ConfigError, DataError)}.get(name, UserError)(
+            refusal
+        )
+    return lines
+
+
+def see_alike(look: Callable[[], str], rounds: int = 90) -> None:
+    """Wait until every process sees what the first one sees: shared file systems show news late.
+
+    NFS keeps a folder's listing for up to a minute. Processes that see other files would start from other
+    checkpoints, or not find theirs.
+
+    Args:
+        look: Looks again at each call, and says what it sees.
+        rounds: How often to look, once a second.
+    Raises: DataError: on every process, where they still differ; names one that does.
+    """
+    for _ in range(rounds):
+        seen = look()
+        (expected,) = from_first(lambda: [seen])  # noqa: B023
+        own = f"rank {share()[0]} on {socket.gethostname()} sees {seen}"
+        differing = agree([] if seen == expected else [own])
+        if not differing:
+            return
+        time.sleep(1)
+    raise DataError(
+        f"the processes of this job do not see the same files: the first sees {expected}, and "
+        f"{differing[0]} ({len(differing)} differ). The folder must be on a file system that every node "
+        "shares; start again when they agree"
+    )
 
 
 def connect(name: str) -> Any:

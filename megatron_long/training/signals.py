@@ -1,31 +1,38 @@
-"""Signals that ask a run to save and leave: SIGTERM, and SIGUSR1 as SLURM may send before the time limit.
+"""Signals that ask a run to save and leave: SIGTERM, SIGUSR1 as SLURM may send before the time limit, SIGINT
+(Ctrl-C) and SIGHUP (the terminal has gone).
 
-Megatron's handler notes one signal and its loop acts on it after the step. `watch` lets the other one do the
-same; before training begins there is nothing to save, and the process leaves at once.
+Megatron's handler notes one signal and its loop acts on it after the step. `watch` lets the others do the
+same; before training begins there is nothing to save, and the process leaves at once. A second Ctrl-C leaves
+at once at any time.
 
-SLURM sends them to every process of a step, also to the helpers that Megatron starts beside a rank, and the
-last save needs those. Forked ones (writers of `--async-save` on the host, readers of data) have the rank's
-handlers, which only take a note; spawned ones would die of the signal, and are started within `withheld`.
+SLURM and terminals send them to every process of a job, also to the helpers that Megatron starts next to a
+rank, and the last save needs those. Forked ones (writers of `--async-save` on the host, readers of data) have
+the rank's handlers, which only take a note; spawned ones would die of the signal, and are started within
+`withheld`.
 """
 
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 from types import FrameType
 
-LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+INTERRUPTED_STATUS = 130
+"""Exit status after a second Ctrl-C."""
+SAME_KEY_S = 0.5
+"""A terminal and a launcher may both hand one Ctrl-C on; what comes within this time is one."""
 
 
 def leave_before_training() -> None:
     """End with status 0 on a signal that comes while the run is still being set up."""
-    for number in LEAVE_SIGNALS:
-        signal.signal(number, _leave_setup)
+    set_handlers(_leave_setup)
 
 
 def watch(note: Callable[[], None]) -> None:
@@ -34,8 +41,66 @@ def watch(note: Callable[[], None]) -> None:
     def handle(number: int, frame: FrameType | None) -> None:
         note()
 
+    set_handlers(handle)
+
+
+def set_handlers(handle: Callable[[int, FrameType | None], None]) -> None:
+    """Handle `LEAVE_SIGNALS`, but for those that the caller ignores: `nohup`, a shell's `&` in a script."""
     for number in LEAVE_SIGNALS:
-        signal.signal(number, handle)
+        is_ignored = signal.getsignal(number) is signal.SIG_IGN
+        if not (is_ignored and number in (signal.SIGINT, signal.SIGHUP)):
+            signal.signal(number, handle)
+
+
+class Interrupts:
+    """Counts Ctrl-C as a person presses it."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    def is_second(self) -> bool:
+        """Note one; whether an earlier one was another press of the key."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        return now - self._first > SAME_KEY_S
+
+
+def leave_on_second_interrupt() -> None:
+    """End this process at once on a second SIGINT, from now on.
+
+    Python's handlers wait until native code, as of a collective, gives control back; a thread that reads the
+    wake-up file does not.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    interrupts = Interrupts()
+
+    def count() -> None:
+        while numbers := os.read(reading, 64):
+            if signal.SIGINT not in numbers:
+                continue
+            if interrupts.is_second():
+                _say("interrupted twice: left at once, what was not saved is lost")
+                end_at_once(INTERRUPTED_STATUS)
+            _say("interrupted: saves after this step and leaves; Ctrl-C again leaves at once")
+
+    threading.Thread(target=count, name="interrupts", daemon=True).start()
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, f"{text}\n".encode())
+
+
+def end_at_once(status: int) -> None:
+    """End this process and its helpers without any clean-up but that of temporary files."""
+    kill_helpers()
+    remove_temporary_folder()
+    os._exit(status)
 
 
 @contextlib.contextmanager
@@ -47,6 +112,7 @@ def withheld() -> Iterator[None]:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, LEAVE_SIGNALS)
     try:
+        util.get_temp_dir()  # made here, helpers use this process's, which is removed when it ends
         resource_tracker.ensure_running()  # goes before every spawned process, and unblocks SIGTERM
         signal.pthread_sigmask(signal.SIG_BLOCK, LEAVE_SIGNALS)
         yield
@@ -64,10 +130,17 @@ def kill_helpers() -> None:
             helper.kill()
 
 
+def remove_temporary_folder() -> None:
+    """Remove the folder `pymp-*` of this process and its helpers, where there is one."""
+    folder = multiprocessing.current_process()._config.get("tempdir")  # type: ignore[attr-defined]
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def end_with_parent() -> None:
     """Let this helper process end when the process that started it is gone, even by SIGKILL.
 
-    So do those that are forked from it: the fork server of newer Pythons reads the main file in the place of
+    So do those that are forked from it: the fork server of newer Pythons reads the main file instead of
     its children.
     """
 
@@ -75,6 +148,7 @@ def end_with_parent() -> None:
         while (parent := multiprocessing.parent_process()) is None:
             time.sleep(1)  # it is known once the helper has read all it is started with
         parent.join()
+        remove_temporary_folder()
         os._exit(1)
 
     def start_watching() -> None:

@@ -187,7 +187,10 @@ def test_every_file_is_read_by_one_process(parts, copy):
 
 def make_saved(folder: Path, iterations: list[int]) -> None:
     for iteration in iterations:
-        (folder / f"iter_{iteration:07d}").mkdir(parents=True)
+        path = folder / f"iter_{iteration:07d}"
+        path.mkdir(parents=True)
+        (path / ".metadata").write_bytes(b"index")
+        (path / "metadata.json").write_text("{}")
 
 
 @pytest.mark.parametrize(
