@@ -27,7 +27,7 @@ from megatron_long.model.flash_attention import mend_windows
 from megatron_long.model.rope import BaseRope, Llama3Rope, rope_from_arguments
 from megatron_long.training import host_backend, signals
 from megatron_long.training.adamw_resume import mend_torch_adamw_resume
-from megatron_long.training.bucket_padding import mend_bucket_padding
+from megatron_long.training.optimizer_shards import save_own_shards
 
 SUPPORTED_VERSIONS = ("0.19.",)
 OLDEST_RESILIENCY = "0.6"
@@ -43,9 +43,10 @@ PATCHED_SYMBOLS = {
         "DistributedOptimizer.load_state_dict",
         "DistributedOptimizer._set_main_param_and_optimizer_states",
         "DistributedOptimizer.sharded_param_state_fully_reshardable",
+        "DistributedOptimizer.load_parameter_state_from_fully_reshardable",
     ),
 }
-"""What is replaced, by module: `compile_helpers` and `sharded_param_state_fully_reshardable` always,
+"""What is replaced, by module: `compile_helpers` and the `_fully_reshardable` methods always,
 `_apply_scaling` where RoPE is Llama-3.1's, `_grad_accum_fusion_available` where the output layer is not
 called, the others on the host backend only."""
 
@@ -228,7 +229,7 @@ def install_patches(*, output_layer_is_called: bool = True) -> None:
     # The wheel ships the compiled helpers but no Makefile: compile_helpers() would end the process.
     helpers: Any = importlib.import_module("megatron.core.datasets.utils")
     helpers.compile_helpers = lambda: None
-    mend_bucket_padding()
+    save_own_shards()
     training: Any = importlib.import_module("megatron.training.training")
     if not output_layer_is_called:
         # Its constructor refuses in-place weight gradients without Apex's kernel, which it will not run.

@@ -1,10 +1,28 @@
-"""A small Llama with its Megatron checkpoint, and a way to train it on GPUs."""
+"""A small Llama with its Megatron checkpoint, and a way to train it on GPUs.
+
+`GPU_RESULTS=results.jsonl pytest tests/gpu -n 14` writes each result as it comes, so that a time limit loses
+none of them.
+"""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Append the outcome of a test, its seconds and the end of what it says to `GPU_RESULTS`."""
+    path = os.environ.get("GPU_RESULTS")
+    if not path or os.environ.get("PYTEST_XDIST_WORKER"):
+        return  # with xdist the controller hears of every test
+    if report.when == "call" or report.outcome != "passed":
+        result = {"test": report.nodeid, "when": report.when, "outcome": report.outcome}
+        result["seconds"] = round(report.duration, 1)
+        result["text"] = (report.longreprtext or report.capstdout)[-3000:]
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
 
 
 @pytest.fixture(scope="session")

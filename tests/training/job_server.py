@@ -186,6 +186,13 @@ def sleep_in_step(fault: dict) -> None:
     batch.loss_function = loss_function
 
 
+def stock_optimizer_format(fault: dict) -> None:
+    """Save and load the optimizer as Megatron does by itself."""
+    from megatron_long.training import megatron_adapter
+
+    megatron_adapter.save_own_shards = lambda: None
+
+
 def trace_windows(fault: dict) -> None:
     """Write down which windows the training set is asked for."""
     from megatron_long.training.packed_dataset import PackedDataset
@@ -213,6 +220,7 @@ FAULTS = {
     "weights": spoil_weights,
     "hang": sleep_in_step,
     "hash": hash_state,
+    "stock-optimizer-format": stock_optimizer_format,
     "trace": trace_windows,
 }
 
