@@ -86,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad = (
             weight.new_zeros(weight.shape, dtype=torch.float32) if wants_gradient else None
         )
-        for part in chunks(labels.numel(), num_rows):
+        for part in chunks(labels.numel(), weight.size(0)):
             logits = multiply(hidden[part], rows.t())
             statistics = gather_statistics(chunk_statistics(logits, local[part]), group)
             log_sum_exp, losses[part] = combine(statistics, labels[part])
@@ -111,6 +111,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def chunks(num_positions: int, num_rows: int) -> list[slice]:
     """Cut positions so that a chunk has at most `CHUNK_LOGITS` logits.
+
+    Args:
+        num_positions: The same on all ranks of a tensor-parallel group.
+        num_rows: Rows of a vocabulary shard, padding included: those are the same on all ranks, while the
+            last rank has fewer real ones. Ranks gather statistics chunk by chunk.
 
     >>> [(part.start, part.stop) for part in chunks(5, CHUNK_LOGITS // 2)]
     [(0, 2), (2, 4), (4, 5)]

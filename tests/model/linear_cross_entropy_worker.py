@@ -10,6 +10,27 @@ from megatron_long.model.linear_cross_entropy import VocabularyShard, linear_cro
 POSITIONS, HIDDEN, ROWS, VOCABULARY = 30, 8, 48, 43
 
 
+LONG_POSITIONS, LONG_ROWS, LONG_VOCABULARY = 20_000, 32_256, 32_001
+"""More positions than a chunk has, and a padded vocabulary: the last rank has fewer real rows."""
+
+
+def check_long(group, rank) -> None:
+    """All ranks cut the same chunks, so that the losses are those of each position alone."""
+    hidden, weight = torch.randn(LONG_POSITIONS, 2), torch.randn(LONG_ROWS, 2)
+    labels = torch.randint(0, LONG_VOCABULARY, (LONG_POSITIONS,))
+    rows = LONG_ROWS // dist.get_world_size()
+    shard = VocabularyShard(rank * rows, LONG_VOCABULARY)
+    mine = weight[rank * rows : (rank + 1) * rows]
+    with torch.no_grad():
+        _, losses = linear_cross_entropy(
+            hidden, mine, labels, torch.ones(LONG_POSITIONS), shard, group
+        )
+    some = torch.arange(0, LONG_POSITIONS, 97)
+    logits = hidden[some] @ weight[:LONG_VOCABULARY].t()
+    expected = torch.nn.functional.cross_entropy(logits, labels[some], reduction="none")
+    torch.testing.assert_close(losses[some], expected, rtol=1e-5, atol=1e-5)
+
+
 def main() -> int:
     dist.init_process_group("gloo")
     group, rank = dist.group.WORLD, dist.get_rank()
@@ -35,6 +56,7 @@ def main() -> int:
         strict=True,
     ):
         torch.testing.assert_close(seen, value, rtol=1e-5, atol=1e-5)
+    check_long(group, rank)
     dist.destroy_process_group()
     return 0
 

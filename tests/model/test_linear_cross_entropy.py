@@ -87,6 +87,38 @@ def test_without_gradients_nothing_is_kept():
     torch.testing.assert_close(losses.double(), expected[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "padded", "tp", "positions"),
+    [
+        (32_001, 32_256, 2, 20_000),
+        (32_016, 32_256, 2, 131_072),
+        (32_016, 33_792, 8, 131_072),
+        (128_258, 129_024, 8, 131_072),
+        (100, 1024, 8, 500),  # most ranks hold nothing but padding
+    ],
+)
+def test_all_ranks_gather_statistics_of_the_same_chunks(
+    vocab_size, padded, tp, positions, monkeypatch
+):
+    seen: list[list[int]] = []
+
+    def statistics(logits, labels):
+        seen[-1].append(labels.numel())
+        return torch.zeros(3, labels.numel())
+
+    monkeypatch.setattr(module, "multiply", lambda hidden, columns: None)
+    monkeypatch.setattr(module, "chunk_statistics", statistics)
+    hidden, labels = torch.zeros(positions, 1), torch.zeros(positions, dtype=torch.int64)
+    weight = torch.zeros(padded // tp, 1)
+    for rank in range(tp):
+        seen.append([])
+        shard = VocabularyShard(rank * padded // tp, vocab_size)
+        with torch.no_grad():
+            linear_cross_entropy(hidden, weight, labels, torch.ones(positions), shard)
+    assert seen == [seen[0]] * tp
+    assert sum(seen[0]) == positions
+
+
 @pytest.mark.slow
 def test_vocabulary_cut_over_two_ranks(run_job):
     run_job(2, [WORKER])
