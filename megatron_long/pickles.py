@@ -109,13 +109,14 @@ def _make_new(real: type) -> Callable[..., Any]:
 class _Function:
     """A function that can be called, and nothing else."""
 
-    __slots__ = ("__call",)
+    __slots__ = ("_function",)
+    _function: Callable[..., Any]
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_Function__call", function)
+        object.__setattr__(self, "_function", function)
 
     def __call__(self, *args: Any) -> Any:
-        return self.__call(*args)
+        return self._function(*args)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise UnpicklingError("it would change a function")
@@ -149,7 +150,7 @@ def guard_checkpoints() -> None:
 
     os.environ.pop(_FORBID, None)
     os.environ[_FORCE] = "1"  # every torch.load, whatever its caller says
-    FileSystemReader.read_metadata = _read_metadata  # type: ignore[method-assign]
+    FileSystemReader.read_metadata = _read_metadata  # type: ignore[method-assign, assignment]
     if importlib.util.find_spec("transformer_engine") is not None:
         for name in _TRANSFORMER_ENGINE_READERS:
             _guard_transformer_engine(name)

@@ -180,7 +180,7 @@ def _load_objects(stream: io.BytesIO) -> Any:
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
     stream.seek(0)
     known = {"argparse.Namespace": Namespace}
-    taken = [(known.get(name, _Stub), name) for name in unknown]
+    taken: list[Any] = [(known.get(name, _Stub), name) for name in unknown]
     with torch.serialization.safe_globals(taken):
         return torch.load(stream, map_location="cpu", weights_only=True)
 

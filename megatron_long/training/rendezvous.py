@@ -101,7 +101,7 @@ def connect(name: str) -> Any:
     """
     from torch import distributed
 
-    store = distributed.PrefixStore(name, _store()).clone()
+    store = distributed.PrefixStore(name, _store()).clone()  # type: ignore[attr-defined]
     store.set_timeout(timedelta(seconds=CONNECT_TIMEOUT_S))
     return store
 
