@@ -201,6 +201,7 @@ def make_work(args: argparse.Namespace) -> tuple[Settings, Work]:
             windows=args.windows,
             fp8=full and not args.no_fp8,
             deterministic=args.deterministic_mode,
+            recompute_all=args.recompute_all,
         )
     deadline = None if args.until_s is None else STARTED + args.until_s - SECONDS_TO_LEAVE
     places = {name: path and path.resolve() for name, path in vars(args).items() if name in PLACES}
@@ -243,6 +244,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seq-length", type=int, help="tokens of a window (131072; 512 for tiny)")
     add("--windows", type=int, default=1, help="windows of a step (1)")
     add("--no-fp8", action="store_true", help="BF16 on GPUs")
+    add("--recompute-all", action="store_true", help="all activations, for GPUs of 80 GB")
     add("--deterministic-mode", action="store_true", help="resumed losses must then be equal")
     return parser
 

@@ -14,6 +14,7 @@ from benchmarks.walk.settings import (
     FP8_FLAGS,
     LAST_STEP,
     LAUNCH_ENVIRONMENT,
+    RECOMPUTE_FLAGS,
     REPOSITORY,
     SAVE_STEP,
     Work,
@@ -32,6 +33,9 @@ def training_flags(work: Work, layout: tuple[int, int]) -> list[str]:
     flags = [*layout_argv(layout), "--seq-length", str(settings.seq_length)]
     flags += ["--global-batch-size", str(settings.windows), "--train-iters", str(TRAIN_STEPS)]
     flags += ["--allow-repeat", "--log-memory-interval", "1", "--save-interval", "1000000"]
+    flags += ["--verbose"]  # the moments that `logs` reads
+    if settings.recompute_all:
+        flags += RECOMPUTE_FLAGS
     if settings.fp8:
         flags += FP8_FLAGS
     if settings.deterministic:
