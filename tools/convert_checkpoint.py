@@ -24,6 +24,7 @@ from megatron_long.conversion.stored import keep_freed_memory
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.model.rope import PLAIN_ROPE
 from megatron_long.training.checkpoint_choice import SKIP_HASH_CHECK
+from megatron_long.unwinding import unwound_by_signals
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -153,7 +154,9 @@ def main() -> None:
     """Parse, convert, print."""
     keep_freed_memory()
     args = make_parser().parse_args()
-    print(describe(convert(args), is_dry_run=args.dry_run))
+    with unwound_by_signals():
+        report = convert(args)
+    print(describe(report, is_dry_run=args.dry_run))
 
 
 if __name__ == "__main__":

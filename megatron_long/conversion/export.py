@@ -5,6 +5,7 @@ Memory holds one tensor, never the model; what is written is whole or absent.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -48,12 +49,14 @@ from megatron_long.training.checkpoint_folder import (
     HF_CONFIG_NAME,
     TOKENIZER_DIR_NAME,
 )
-from megatron_long.training.checkpoint_hashes import check_sidecars
+from megatron_long.training.checkpoint_hashes import HASHES_NAME, check_sidecars
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
     from megatron_long.conversion.torch_dist import TorchDistReader
+
+_log = logging.getLogger(__name__)
 
 
 def megatron_to_hf(
@@ -87,15 +90,12 @@ def megatron_to_hf(
     options = options or Options()
     source = find_iteration(input_dir, iteration)
     check_folders(input_dir, output_dir, force=options.force)
-    if options.check_hashes:
-        if hf_config is None:
-            check_sidecars(input_dir)
-        check_whole(source)
+    is_hashed = not options.check_hashes or _check_hashes(input_dir, source, hf_config)
     TorchDistReader(source)  # its files are all there, before anything else is said of it
     state = read_common_state(source)
     config, geometry = _trained_model(input_dir, source, state, hf_config, stretch or Stretch())
     prefix = find_weights(state, weights, source)
-    reader = TorchDistReader(source, prefix=prefix, check_bytes=options.verify)
+    reader = TorchDistReader(source, prefix=prefix, check_bytes=options.verify or not is_hashed)
     check_tensors(reader, geometry)
     stored = _choose_dtype(reader, geometry, state, options)
     report = make_report(output_dir, geometry, stored)
@@ -111,6 +111,24 @@ def megatron_to_hf(
         with hf_folder.HfWeights(folder) as written:
             check_hf_tensors(written, geometry)
             return verify_output(report, folder, reader, written, stored, options, is_import=False)
+
+
+def _check_hashes(input_dir: Path, source: Path, hf_config: Path | None) -> bool:
+    """Compare the files with their hashes, if there are some; else say what can be checked without."""
+    if hf_config is None:
+        check_sidecars(input_dir)
+    if check_whole(source):
+        return True
+    _log.warning(
+        "%s has no %s: each tensor is compared with the checksum that torch has stored with it, but changes "
+        "of its index (%s) and of files next to the checkpoint (%s, %s) may pass unnoticed",
+        source,
+        HASHES_NAME,
+        ".metadata",
+        HF_CONFIG_NAME,
+        TOKENIZER_DIR_NAME,
+    )
+    return False
 
 
 def _choose_dtype(

@@ -266,6 +266,18 @@ def losses(path: Path) -> list[str]:
             f"weights were rounded when the file was made ({counts}); the originals do not come back"
         )
     said.append("generation settings and initializer_range are not in a GGUF file")
-    if "llama" in str(metadata(reader)["general.architecture"]):
-        said.append("a Mistral's sliding window is not in a GGUF file: attention is full")
-    return said
+    return said + _lost_window(metadata(reader))
+
+
+def _lost_window(values: Mapping[str, Any]) -> list[str]:
+    """Say that a sliding window is not computed, of a file that has one or whose model may have had one.
+
+    llama.cpp calls Mistral's architecture `llama` too, so that only the names tell.
+    """
+    window = values.get(f"{values['general.architecture']}.attention.sliding_window")
+    if window:
+        return [f"its sliding window of {window} tokens: attention is full"]
+    names = (str(value).lower() for key, value in values.items() if key.startswith("general."))
+    if any("mistral" in name for name in names):
+        return ["a Mistral's sliding window is not in a GGUF file: attention is full"]
+    return []

@@ -166,7 +166,7 @@ def read_saved_tensor(path: Path, offset: int, length: int, *, check_bytes: bool
         path: The file.
         offset: Where the part begins, in bytes.
         length: Its size, in bytes.
-        check_bytes: Whether to compare its checksum with the one stored.
+        check_bytes: Whether to compare checksums, of the tensor and of its shape, with those stored.
     Raises: ValueError, KeyError, OSError, zipfile.BadZipFile, pickle.UnpicklingError: it is damaged, or
         no plain tensor.
     """
@@ -182,6 +182,9 @@ def read_saved_tensor(path: Path, offset: int, length: int, *, check_bytes: bool
             (entry,) = [i for i in archive.infolist() if i.filename.endswith("/data/0")]
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError("compressed")
+            for other in archive.infolist() if check_bytes else ():
+                if other is not entry:
+                    archive.read(other)  # which compares its checksum
             part.seek(entry.header_offset + 26)
             sizes = part.read(4)
     name_and_extra = int.from_bytes(sizes[:2], "little") + int.from_bytes(sizes[2:], "little")

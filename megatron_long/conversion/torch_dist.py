@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -176,7 +177,15 @@ def _read_index(folder: Path) -> Metadata:
 
 
 def _load_objects(stream: io.BytesIO) -> Any:
-    """What `torch.save` has written, with a `_Stub` for each class that torch does not let through."""
+    """What `torch.save` has written, with a `_Stub` for each class that torch does not let through.
+
+    Every checksum of its archive is compared.
+    """
+    with zipfile.ZipFile(stream) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is wrong")
+    stream.seek(0)
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
     stream.seek(0)
     known = {"argparse.Namespace": Namespace}

@@ -121,6 +121,9 @@ class FastTokenizer:
     def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
         return self.engine.encode_flat(texts)
 
+    def encode_prompt(self, text: str) -> Tokens:
+        return self.reference.encode_prompt(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         return self.reference.decode(ids)
 

@@ -84,6 +84,9 @@ class TiktokenTokenizer:
     def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
         return join_ids([self._encoding.encode_ordinary(text) for text in texts])
 
+    def encode_prompt(self, text: str) -> Tokens:
+        return self.encode(text)  # the file comes without a chat template
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([int(index) for index in ids])
 

@@ -7,7 +7,7 @@ BOS and EOD. `vocabulary_sha256` lets tools check that a dataset and a model spe
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -26,11 +26,12 @@ AUTO, REFERENCE = "auto", "reference"
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE_FILE,
 )
 KNOWN_EOD = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
 ADD_EOS_REMEDY = 'put a tokenizer_config.json with "eos_token" beside it'
@@ -59,6 +60,12 @@ class Tokenizer(Protocol):
 
     def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
         """Give the ids of all texts one after another, and how many each text has."""
+
+    def encode_prompt(self, text: str) -> Tokens:
+        """Give the ids of a prompt: special tokens are what the model's own tokenizer makes of them.
+
+        Where no chat template is used, they are text as everywhere else.
+        """
 
     def decode(self, ids: Iterable[int]) -> str:
         """Give the text of `ids`."""
@@ -138,6 +145,9 @@ class SentencePieceTokenizer:
         # One thread: parallelism is over processes, and more threads would fight for the cores.
         return join_ids(self._processor.encode(list(texts), out_type=int, num_threads=1))
 
+    def encode_prompt(self, text: str) -> Tokens:
+        return self.encode(text)  # the file itself says which pieces are one token in any text
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(index) for index in ids])
 
@@ -172,6 +182,7 @@ class HFTokenizer:
         config = _read_config(path.parent)
         self.bos_id = self._find_bos(config)
         self.eod_id = self._find_eod(config, path)
+        self._has_chat_template = has_chat_template(path.parent, config)
         # After the look at the post-processor: "<s>" inside a document must stay text.
         self._tokenizer.encode_special_tokens = True
         pieces = {index: piece for piece, index in self._tokenizer.get_vocab().items()}
@@ -189,6 +200,13 @@ class HFTokenizer:
     def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
         batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return join_ids([encoding.ids for encoding in batch])
+
+    def encode_prompt(self, text: str) -> Tokens:
+        self._tokenizer.encode_special_tokens = not self._has_chat_template
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids])
@@ -294,10 +312,15 @@ def hash_vocabulary(pieces: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def has_chat_template(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer's folder has a chat template, in a file of its own or in its configuration."""
+    return (folder / CHAT_TEMPLATE_FILE).is_file() or bool(config.get("chat_template"))
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in reversed(CONFIG_FILES):
-        if (folder / name).is_file():
+        if name != CHAT_TEMPLATE_FILE and (folder / name).is_file():
             try:
                 merged.update(json.loads((folder / name).read_text("utf-8")))
             except ValueError as error:

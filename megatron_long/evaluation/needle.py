@@ -320,7 +320,7 @@ def _plain(words: str) -> str:
 
 
 def _encode_probes(tokenizer: Tokenizer, drafts: Sequence[_Draft], prompt: str) -> list[_Parts]:
-    opening = np.asarray(tokenizer.encode(PROMPTS[prompt][0]), dtype=np.int64)
+    opening = np.asarray(tokenizer.encode_prompt(PROMPTS[prompt][0]), dtype=np.int64)
     if tokenizer.bos_id is not None:
         opening = np.concatenate([[tokenizer.bos_id], opening])
     known: dict[Probe, _Parts] = {}

@@ -14,7 +14,8 @@ from megatron_long.errors import ConfigError
 from megatron_long.evaluation.needle_scores import NeedleResult
 from megatron_long.files import atomic_path
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+"""Goes up when cells of the same settings become others: unfinished runs are then not continued."""
 
 SHORTEST_TOKENS = 1024
 """Default shortest case, but not above an eighth of the longest."""

@@ -81,10 +81,10 @@ class NeedleTask:
 
 
 def passkey(generator: random.Random) -> Probe:
-    """One number of five digits, said twice in a row."""
+    """One number of five digits, said twice in a row; with the full stop after it, so that it ends there."""
     key = str(generator.randrange(10_000, 100_000))
     hidden = f"The pass key is {key}. Remember it. {key} is the pass key."
-    return Probe((hidden,), "What is the pass key?", "The pass key is", key)
+    return Probe((hidden,), "What is the pass key?", "The pass key is", f"{key}.")
 
 
 def multi_key(generator: random.Random) -> Probe:

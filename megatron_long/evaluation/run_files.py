@@ -42,6 +42,8 @@ class Curve:
     """Whether the rates are of Megatron's timer, without evaluation and checkpoints."""
     tflops: list[float] = field(default_factory=list)
     """TFLOP/s of a GPU, where `--log-throughput` reached TensorBoard."""
+    started: float | None = None
+    """When the first step was logged, seconds since 1970; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def collect(folder: Path, dataset: Path | None = None, baseline: Path | None = N
         _add_report(found, path)
     found.curves = _event_curves(folder)
     found.curves += [curve for curve in _log_curves(found) if not _is_known(curve, found.curves)]
+    found.curves = _in_order_of_start(found.curves)
     _add_dataset(found, dataset)
     found.needles = _in_order(found.needles, lambda report: report.settings.model)
     found.losses = _in_order(found.losses, lambda report: report.settings.checkpoint)
@@ -211,6 +214,13 @@ def _log_curves(found: RunFiles) -> list[Curve]:
     return curves
 
 
+def _in_order_of_start(curves: Sequence[Curve]) -> list[Curve]:
+    """Sort by when they began; where that is not known of all, by their steps."""
+    if all(curve.started is not None for curve in curves):
+        return sorted(curves, key=lambda curve: (curve.started or 0.0, curve.name))
+    return sorted(curves, key=lambda curve: (curve.steps[0], curve.steps[-1], curve.name))
+
+
 def _is_known(curve: Curve, others: Sequence[Curve]) -> bool:
     """Whether another curve shows the same training (TensorBoard rounds to float32)."""
     return any(
@@ -272,7 +282,8 @@ def _event_curve(events: Path, root: Path) -> Curve | None:
     tflops = [event.value for event in board.Scalars(RATE_TAG)] if RATE_TAG in tags else []
     name = str(events.relative_to(root)) if events != root else events.name
     values = [losses[step].value for step in steps]
-    return Curve(name, steps, values, tokens, rates, TIME_TAG in tags, tflops)
+    started = min(event.wall_time for event in losses.values())
+    return Curve(name, steps, values, tokens, rates, TIME_TAG in tags, tflops, started)
 
 
 def _fill(logged: dict[int, float], steps: Sequence[int]) -> dict[int, float]:

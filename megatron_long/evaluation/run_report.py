@@ -52,6 +52,9 @@ thead th { border-bottom: 1px solid #888; } tbody tr:nth-child(even) { backgroun
 
 RESOLUTION_DPI = 110
 
+AVERAGED_STEPS = 10
+"""Of the training loss at both ends: that of one step is noise."""
+
 
 class Section:
     """One heading of the page with what stands below it."""
@@ -125,12 +128,19 @@ def _mixture_section(found: RunFiles) -> Section | None:
 def _training_sections(curves: Sequence[Curve]) -> list[Section]:
     if not curves:
         return []
-    section = Section("Training loss")
-    section.rows = [["run", "steps", "tokens", "first loss", "last loss"]]
+    section = Section(
+        "Training loss",
+        f"Losses are means over the first and the last {AVERAGED_STEPS} logged steps; where a run has fewer "
+        "than twice as many, over half of them.",
+    )
+    section.rows = [["run", "steps", "tokens", "first loss", "last loss", "mean of steps"]]
     for curve in curves:
         tokens = format_count(curve.tokens[-1]) if curve.tokens else "-"
-        losses = [f"{curve.losses[0]:.4f}", f"{curve.losses[-1]:.4f}"]
-        section.rows.append([curve.name, str(curve.steps[-1]), tokens, *losses])
+        number = max(1, min(AVERAGED_STEPS, len(curve.losses) // 2))
+        ends = (curve.losses[:number], curve.losses[-number:])
+        losses = [f"{np.mean(losses):.4f}" for losses in ends]
+        steps = f"{curve.steps[0]}-{curve.steps[-1]}"
+        section.rows.append([curve.name, steps, tokens, *losses, str(number)])
     section.add_figure("training loss by step", _loss_figure(curves))
     rated = [curve for curve in curves if curve.tokens_per_second]
     if not rated:

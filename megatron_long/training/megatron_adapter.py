@@ -15,17 +15,17 @@ import io
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from packaging.version import Version
 
-from megatron_long.errors import ConfigError
+from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.flash_attention import mend_windows
 from megatron_long.model.rope import BaseRope, Llama3Rope, rope_from_arguments
-from megatron_long.pickles import guard_checkpoints
+from megatron_long.pickles import UnpicklingError, guard_checkpoints
 from megatron_long.training import flag_help, host_backend, signals
 from megatron_long.training.adamw_resume import mend_torch_adamw_resume
 from megatron_long.training.optimizer_shards import save_own_shards
@@ -285,7 +285,8 @@ def run_pretrain(
     container = pretrain_cfg_container_from_args(args, config)
     let_rates_change(keep_saved=args.use_checkpoint_opt_param_scheduler)
     try:
-        pretrain(container, dataset_provider, ModelType.encoder_or_decoder, forward_step)
+        with _refused_pickles_named(args.load):
+            pretrain(container, dataset_provider, ModelType.encoder_or_decoder, forward_step)
     except AssertionError as error:
         refusal = schedule_error(args.load, str(error))
         if refusal is None:
@@ -299,6 +300,25 @@ def run_pretrain(
             "go on at its step with a new optimizer, or --finetune to start at step 0 from its weights"
         ) from error
     leave_process_group()
+
+
+@contextlib.contextmanager
+def _refused_pickles_named(load: str | None) -> Iterator[None]:
+    """Tell of an object that `guard_checkpoints` did not let through in one paragraph."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except (CheckpointException, UnpicklingError) as error:
+        failures = getattr(error, "failures", {0: (error, None)}).values()
+        causes = [str(cause) for cause, _ in failures if isinstance(cause, UnpicklingError)]
+        if not causes:
+            raise
+        reason = next((line for line in causes[0].splitlines() if "GLOBAL" in line), causes[0])
+        raise DataError(
+            f"the checkpoint in --load {load} cannot be read as tensors and plain values alone ({reason}): "
+            "it is damaged, or made to run a program when it is loaded; take one from a source that you trust"
+        ) from error
 
 
 def build_model_chunks(args: Namespace) -> list:
@@ -338,7 +358,8 @@ def load_model_for_scoring(args: Namespace) -> torch.nn.Module:
         raise ConfigError("evaluation runs without virtual pipeline stages; drop that flag")
     chunks = build_model_chunks(args)
     if args.load is not None:
-        load_checkpoint(chunks, None, None)
+        with _refused_pickles_named(args.load):
+            load_checkpoint(chunks, None, None)
     return chunks[0].eval()
 
 

@@ -1,6 +1,15 @@
 """The command line: both directions, and errors of one paragraph with exit status 2."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
 import pytest
+
+from tests.conftest import REPOSITORY
 
 TOOL = "tools/convert_checkpoint.py"
 
@@ -17,6 +26,29 @@ def test_both_ways(make_llama, run_job, read_weights, tmp_path):
         assert "every bit equal" in result.stdout
     before, after = read_weights(source), read_weights(tmp_path / "hf")
     assert all(before[name].equal(after[name]) for name in before | after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing(number, make_llama, tmp_path):
+    """While it compares logits, in a process of its own, which ends too."""
+    command = [sys.executable, TOOL, "hf-to-megatron", "--input", make_llama(), "--verify"]
+    tool = subprocess.Popen([*command, "--output", tmp_path / "ckpt"], cwd=REPOSITORY)
+    deadline = time.monotonic() + 120
+    children: list[psutil.Process] = []
+    while not (children and any(tmp_path.iterdir())):
+        assert tool.poll() is None
+        assert time.monotonic() < deadline
+        children = [
+            child
+            for child in psutil.Process(tool.pid).children()
+            if any("logits_check" in word for word in child.cmdline())
+        ]
+        time.sleep(0.05)
+    os.kill(tool.pid, number)
+    assert tool.wait(60) == (130 if number == signal.SIGINT else 128 + number)
+    assert list(tmp_path.iterdir()) == []
+    assert psutil.wait_procs(children, timeout=60)[1] == []
 
 
 @pytest.mark.parametrize(

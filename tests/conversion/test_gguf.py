@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_long.conversion import sources
+from megatron_long.conversion import gguf_file, sources
 from megatron_long.conversion.convert import hf_to_megatron
 from megatron_long.conversion.export import gguf_to_hf, megatron_to_hf
 from megatron_long.conversion.gguf_file import _NAMES
@@ -228,6 +228,26 @@ def test_byte_level_tokenizer_comes_back(make_llama, read_weights, tiny_corpus, 
     text = "layer ''' stretch"
     if pre in ("llama-bpe", "qwen2"):
         assert back.decode(back(text).input_ids) == text
+
+
+def test_a_lost_window_is_said_of_a_mistral_alone(make_llama, read_weights, tmp_path):
+    folder = make_llama(tied=True)
+
+    def lost(*, name: str | None = None, window: int | None = None) -> str:
+        def add(writer: Any) -> None:
+            if name is not None:
+                writer.add_name(name)
+            if window is not None:
+                writer.add_sliding_window(window)
+
+        path = write_gguf(folder, tmp_path / "model.gguf", {}, tokenizer=add)
+        return "; ".join(gguf_file.losses(path))
+
+    for other in (None, "SmolLM2 135M", "Meta Llama 3.1 8B"):
+        assert "window" not in lost(name=other)
+    said = "a Mistral's sliding window is not in a GGUF file: attention is full"
+    assert said in lost(name="Mistral 7B v0.1")
+    assert "its sliding window of 64 tokens: attention is full" in lost(name="SmolLM2", window=64)
 
 
 def test_bad_files_are_named(make_llama, read_weights, tmp_path):

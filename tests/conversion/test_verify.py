@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_long.conversion import hf_folder, sources
 from megatron_long.conversion.convert import hf_to_megatron
@@ -26,8 +28,6 @@ def test_hashes_of_all_tensors_are_written(make_llama, read_weights, tmp_path):
         json.loads((tmp_path / name / "verification.json").read_text()) for name in ("ckpt", "hf")
     ]
     assert records[0] == records[1]
-    import torch
-
     for name, tensor in read_weights(source).items():
         data = tensor.view(torch.uint8).numpy().tobytes()
         assert records[0]["sha256"].pop(name) == hashlib.sha256(data).hexdigest()
@@ -98,6 +98,34 @@ def test_an_original_length_outside_reaches_the_export(make_llama, tmp_path):
         assert ORIGINAL_LENGTH not in json.loads(
             (tmp_path / f"{name} back/config.json").read_text()
         )
+
+
+@pytest.mark.slow
+def test_flipped_bytes_are_found_without_hashes(make_llama, read_weights, tmp_path, caplog):
+    """Whatever byte of the tensors and objects changes: the same model comes out, or none."""
+    hf_to_megatron(make_llama(), tmp_path / "ckpt")
+    for path in (tmp_path / "ckpt").rglob("hashes.json"):
+        path.unlink()
+    expected = read_weights(make_llama())
+    generator, refused = random.Random(0), 0
+    paths = sorted((tmp_path / "ckpt/release").glob("*.distcp"))
+    for _ in range(150):
+        path = generator.choice(paths)
+        whole = path.read_bytes()
+        content = bytearray(whole)
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        path.write_bytes(content)
+        try:
+            megatron_to_hf(tmp_path / "ckpt", tmp_path / "hf", options=Options(force=True))
+        except DataError:
+            refused += 1
+        else:
+            found = read_weights(tmp_path / "hf")
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+        path.write_bytes(whole)
+    print(f"{refused} of 150 are refused; the others lie in bytes that say nothing")
+    assert refused > 100
+    assert "release has no hashes.json: each tensor is compared with the checksum" in caplog.text
 
 
 def test_a_flipped_bit_of_a_checkpoint_is_noticed(make_llama, tmp_path):

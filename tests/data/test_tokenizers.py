@@ -77,6 +77,34 @@ def test_literal_special_tokens_stay_text(kind, model_file, json_file):
     np.testing.assert_array_equal(ids, tokenizer.encode_batch(["<s>a</s>"])[0])
 
 
+PROMPT = "<|im_start|> This is a story: <book>"
+
+
+@pytest.mark.parametrize("template", [None, "in the configuration", "in a file"])
+def test_special_tokens_of_a_prompt_are_those_of_the_model(template, json_file, tmp_path):
+    """With a chat template they are what transformers makes of them; in other texts never."""
+    from transformers import AutoTokenizer
+
+    made = tokenizers.Tokenizer.from_file(str(json_file))
+    made.add_special_tokens(["<|im_start|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    if template == "in the configuration":
+        settings["chat_template"] = "{{ messages }}"
+    if template == "in a file":
+        (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    own = AutoTokenizer.from_pretrained(tmp_path)(PROMPT, add_special_tokens=False).input_ids
+    special = made.token_to_id("<|im_start|>")
+    for engine in ("auto", "reference"):
+        tokenizer = load_tokenizer(tmp_path, engine)
+        ids = tokenizer.encode_prompt(PROMPT).tolist()
+        assert (ids == own) == (template is not None)
+        assert (special in ids) == (template is not None)
+        assert special not in tokenizer.encode(PROMPT).tolist()
+        assert tokenizer.decode(tokenizer.encode(PROMPT)) == PROMPT
+
+
 def test_hash_tells_vocabularies_apart(model_file, tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["other words entirely"] * 5),

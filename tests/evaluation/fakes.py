@@ -112,6 +112,9 @@ class WordTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return self.encode(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         words = list(self._ids)
         return "".join(words[index] for index in ids)

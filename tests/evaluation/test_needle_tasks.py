@@ -2,6 +2,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_long.errors import ConfigError
@@ -79,6 +80,24 @@ def test_multi_key_asks_for_the_one_at_the_depth():
 def test_a_copying_model_finds_the_passkey(tokenizer):
     cases = build_cases(STORY, tokenizer, only("passkey"), [300, 600], [0.0, 0.5, 1.0])
     assert all(r.is_exact for r in score_cases(FakeScorer(copy_predictions, 600), cases))
+
+
+def test_a_longer_number_is_not_the_passkey(tokenizer):
+    """A model that says a further digit, where the passkey ends, has not found it."""
+    (case,) = build_cases(STORY, tokenizer, only("passkey"), [300], [0.5])
+    key = case.probe.answer.removesuffix(".")
+    assert f"The pass key is {key}. " in case.probe.inserts[0]
+    assert tokenizer.decode(case.answer_tokens).strip() == f"{key}."
+    digit = tokenizer.encode("1")[0]
+
+    def go_on(tokens: np.ndarray) -> np.ndarray:
+        predicted = copy_predictions(tokens)
+        predicted[-2] = digit  # in the place of the full stop
+        return predicted
+
+    (right,) = score_cases(FakeScorer(copy_predictions, 300), [case])
+    (longer,) = score_cases(FakeScorer(go_on, 300), [case])
+    assert (right.is_exact, longer.is_exact) == (True, False)
 
 
 def test_seeds_take_other_stretches_of_the_haystack(tokenizer):

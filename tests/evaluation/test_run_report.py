@@ -62,8 +62,8 @@ def run_dir(tmp_path: Path, tiny_dataset: Path) -> Path:
 def test_what_is_found(run_dir, tiny_dataset):
     found = collect(run_dir)
     assert found.dataset == tiny_dataset
-    assert [curve.name for curve in found.curves] == ["tensorboard", "other.jsonl"]
-    board, log = found.curves
+    assert [curve.name for curve in found.curves] == ["other.jsonl", "tensorboard"]  # fewer steps
+    log, board = found.curves
     assert board.losses == [4.5, 4.0, 3.5, 3.0, 2.5]
     assert board.tokens == [4000.0, 8000.0, 12_000.0, 16_000.0, 20_000.0]
     assert [step for step, _ in board.tokens_per_second] == [2, 3, 4, 5]
@@ -86,6 +86,36 @@ def test_the_page_holds_everything(run_dir):
     assert "http" not in re.sub(r'"data:[^"]*"', "", page)
     assert "<td>1.2000</td>" in page
     assert "2,000" in page  # tokens a second
+
+
+def write_curve(folder: Path, losses: list[float], *, first_step: int, started: float) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for place, loss in enumerate(losses):
+            writer.add_scalar("lm loss", loss, first_step + place, walltime=started + place)
+
+
+def test_losses_at_the_ends_are_means_and_runs_come_as_they_began(tmp_path):
+    noise = [4.0, 2.0] * 15  # of every step; the means are 3
+    write_curve(tmp_path / "a-second", noise, first_step=31, started=2000.0)
+    write_curve(tmp_path / "b-first", [*noise, 1.0], first_step=1, started=1000.0)
+    write_curve(tmp_path / "c-third", [5.0, 3.0, 2.0], first_step=1, started=3000.0)
+    page = run_report_page(collect(tmp_path))
+    rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", page)]
+    assert [row for row in rows if row] == [
+        ["b-first", "1-31", "-", "3.0000", "2.7000", "10"],
+        ["a-second", "31-60", "-", "3.0000", "3.0000", "10"],
+        ["c-third", "1-3", "-", "5.0000", "2.0000", "1"],
+    ]
+    assert "means over the first and the last 10 logged steps" in page
+
+
+def test_runs_without_times_come_by_their_steps(tmp_path):
+    for name, first in (("a.jsonl", 11), ("b.jsonl", 1)):
+        lines = [{"iteration": first + step, "lm loss": 3.0 + step} for step in range(10)]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [curve.name for curve in collect(tmp_path).curves] == ["b.jsonl", "a.jsonl"]
 
 
 def test_names_are_escaped(run_dir):
