@@ -13,8 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_long.data.manifest import Manifest, dataset_files, verify_files
-from megatron_long.errors import ConfigError
+from megatron_long.data.manifest import (
+    TOKENIZER_FOLDER,
+    Manifest,
+    dataset_files,
+    verify_files,
+)
+from megatron_long.errors import ConfigError, DataError
 
 _NAMES = {
     "dataset_fingerprint": "fingerprint of the dataset",
@@ -97,6 +102,13 @@ def check_content(dataset: Path, manifest: Manifest, times_before: Any) -> None:
     """
     if file_times(dataset, manifest) != times_before:
         verify_files(dataset, manifest)
+    if not manifest.tokenizer_files:  # of an earlier version: no hashes of these, but of what they say
+        from megatron_long.data.tokenizers import load_tokenizer
+
+        folder = dataset / TOKENIZER_FOLDER
+        found = load_tokenizer(folder, "reference").vocabulary_sha256 if folder.exists() else None
+        if found not in (None, manifest.tokenizer.vocabulary_sha256):
+            raise DataError(f"{folder} is damaged: it is another vocabulary than the manifest's")
 
 
 def _short(value: Any) -> str:
