@@ -87,6 +87,29 @@ def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], checkpoin
     )
 
 
+def check_same_optimizer(checkpoint: Path, args: Namespace) -> None:
+    """Refuse optimizer state that Megatron cannot load: the distributed optimizer has a format of its own.
+
+    Args:
+        checkpoint: Its own folder, `iter_0000100`.
+        args: Flags as Megatron has validated them, for it changes this one at times.
+    Raises: ConfigError: names both. DataError: the checkpoint is damaged.
+    """
+    from megatron_long.conversion.torch_dist import read_common_state
+
+    before = getattr(read_common_state(checkpoint).get("args"), "use_distributed_optimizer", None)
+    now = bool(args.use_distributed_optimizer)
+    if before in (None, now):
+        return
+    words = {True: "with", False: "without"}
+    remedy = "drop the flag (on GPUs it is always set)" if now else "give the flag"
+    raise ConfigError(
+        f"{checkpoint} was saved {words[before]} --use-distributed-optimizer, and this run is {words[now]} "
+        f"it: Megatron cannot load the optimizer state of the other kind; {remedy}, give --no-load-optim to "
+        "resume at its step with a new optimizer, or --finetune to start at step 0 from its weights"
+    )
+
+
 def file_times(dataset: Path, manifest: Manifest) -> dict[str, list[int]]:
     """Give size and time of change of each file of a dataset."""
     stats = {name: (dataset / name).stat() for name in dataset_files(manifest)}
@@ -102,7 +125,9 @@ def check_content(dataset: Path, manifest: Manifest, times_before: Any) -> None:
     """
     if file_times(dataset, manifest) != times_before:
         verify_files(dataset, manifest)
-    if not manifest.tokenizer_files:  # of an earlier version: no hashes of these, but of what they say
+    if (
+        not manifest.tokenizer_files
+    ):  # of an earlier version: no hashes of these, but of what they say
         from megatron_long.data.tokenizers import load_tokenizer
 
         folder = dataset / TOKENIZER_FOLDER
