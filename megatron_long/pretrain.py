@@ -51,6 +51,7 @@ from megatron_long.training.command_line import (
 from megatron_long.training.live_evaluation import LiveEvaluation, Logs, plan_live_evaluation
 from megatron_long.training.reliability import (
     Start,
+    check_optimizer,
     find_start,
     hold_save,
     make_guard,
@@ -102,6 +103,7 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
     if start.choice is not None:
         megatron_hooks.load_from(start.choice, args)
     megatron_adapter.validate_flags(args)
+    check_optimizer(start, args)
     if args.save:
         _check_writable(Path(args.save))
         hold_save(args.save)

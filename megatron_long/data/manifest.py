@@ -141,6 +141,9 @@ class Manifest:
     made_by: dict[str, str] = field(default_factory=dict)
     """Name and version of the engine that made the tokens; no part of the fingerprint, for every engine
     gives the same tokens."""
+    tokenizer_files: dict[str, FileInfo] = field(default_factory=dict)
+    """Of the copy in `tokenizer/`, by their path relative to the dataset folder; no part of the fingerprint,
+    for the vocabulary is. Empty in datasets of earlier versions."""
 
     @property
     def fingerprint(self) -> str:
@@ -208,9 +211,16 @@ def verify_files(dataset_dir: Path, manifest: Manifest) -> None:
 
 
 def dataset_files(manifest: Manifest) -> dict[str, FileInfo]:
-    """Give the files of all splits by their path relative to the dataset folder."""
+    """Give the files of all splits, and the tokenizer's, by their path relative to the dataset folder."""
     splits = [manifest.train, *manifest.valid.values()]
-    return {name: info for split in splits for name, info in split.files.items()}
+    files = {name: info for split in splits for name, info in split.files.items()}
+    return files | manifest.tokenizer_files
+
+
+def hash_tokenizer_files(dataset_dir: Path) -> dict[str, FileInfo]:
+    """Give what the manifest keeps of the tokenizer's copy in a dataset folder."""
+    paths = sorted((dataset_dir / TOKENIZER_FOLDER).iterdir())
+    return {f"{TOKENIZER_FOLDER}/{path.name}": hash_file(path) for path in paths}
 
 
 def documents_path(prefix: Path) -> Path:
@@ -256,7 +266,8 @@ def _plain(value: Any) -> Any:
 
 
 def _fingerprint(content: dict[str, Any]) -> str:
-    content = {name: value for name, value in content.items() if name != "made_by"}
+    apart = ("made_by", "tokenizer_files")
+    content = {name: value for name, value in content.items() if name not in apart}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -264,6 +275,8 @@ def _fingerprint(content: dict[str, Any]) -> str:
 def _from_json(content: dict[str, Any]) -> Manifest:
     parts: dict[str, Any] = dict(content)
     parts["tokenizer"] = TokenizerInfo(**content["tokenizer"])
+    infos = content.get("tokenizer_files", {})
+    parts["tokenizer_files"] = {name: FileInfo(**item) for name, item in infos.items()}
     parts["train"] = _split_from_json(content["train"])
     parts["valid"] = {name: _split_from_json(item) for name, item in content["valid"].items()}
     parts["sources"] = {name: SourceInfo(**item) for name, item in content["sources"].items()}

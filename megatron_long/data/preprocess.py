@@ -29,6 +29,7 @@ from megatron_long.data.manifest import (
     InputInfo,
     Manifest,
     OrderInfo,
+    hash_tokenizer_files,
     tokenizer_info,
     write_manifest,
 )
@@ -228,6 +229,7 @@ def _write(
         bad_documents=plan.stats.bad,
         warnings=plan.warnings,
         made_by=_made_by(tokenizer),
+        tokenizer_files=hash_tokenizer_files(folder),
     )
     write_manifest(folder, manifest)
     write_report(folder / REPORT_FOLDER, manifest)

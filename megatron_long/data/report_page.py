@@ -135,6 +135,7 @@ def _files_table(manifest: Manifest) -> str:
 def _other_parts(manifest: Manifest) -> Iterable[str]:
     """Show fields of the manifest that have no table of their own."""
     known = {"seed", "mixture", "tokenizer", "dtype", "train", "valid", "sources", "inputs"}
+    known.add("tokenizer_files")
     rest = {
         name: value
         for name, value in dataclasses.asdict(manifest).items()

@@ -18,6 +18,7 @@ from megatron_long.files import atomic_path
 from megatron_long.training import rendezvous
 from megatron_long.training.arguments import LongContextArguments
 from megatron_long.training.checkpoint_choice import (
+    METADATA_NAME,
     RELEASE,
     Choice,
     choose_checkpoint,
@@ -34,6 +35,7 @@ from megatron_long.training.checkpoint_saving import read_facts
 from megatron_long.training.run_identity import (
     check_content,
     check_same_data,
+    check_same_optimizer,
     describe_data,
     file_times,
 )
@@ -147,6 +149,23 @@ def _put_in_order(folder: Path, choice: Choice) -> None:
     set_aside(folder, choice)
     with atomic_path(folder / TRACKER_NAME) as temporary:
         temporary.write_text(str(choice.iteration or RELEASE), encoding="utf-8")
+
+
+def check_optimizer(start: Start, args: Namespace) -> None:
+    """Refuse a checkpoint whose optimizer state Megatron could not load; each process of the job calls it.
+
+    Args:
+        args: Flags as Megatron has validated them.
+    Raises: ConfigError, DataError: see `check_same_optimizer`.
+    """
+
+    def check() -> list[str]:
+        folder = start.choice.folder if start.choice else Path()
+        if start.resumes and not args.no_load_optim and (folder / METADATA_NAME).is_file():
+            check_same_optimizer(folder, args)
+        return []
+
+    rendezvous.from_first(check)
 
 
 def _check_content(folder: Path, manifest: Manifest, times_before: Any) -> None:

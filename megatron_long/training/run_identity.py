@@ -13,8 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_long.data.manifest import Manifest, dataset_files, verify_files
-from megatron_long.errors import ConfigError
+from megatron_long.data.manifest import (
+    TOKENIZER_FOLDER,
+    Manifest,
+    dataset_files,
+    verify_files,
+)
+from megatron_long.errors import ConfigError, DataError
 
 _NAMES = {
     "dataset_fingerprint": "fingerprint of the dataset",
@@ -82,6 +87,29 @@ def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], checkpoin
     )
 
 
+def check_same_optimizer(checkpoint: Path, args: Namespace) -> None:
+    """Refuse optimizer state that Megatron cannot load: the distributed optimizer has a format of its own.
+
+    Args:
+        checkpoint: Its own folder, `iter_0000100`.
+        args: Flags as Megatron has validated them, for it changes this one at times.
+    Raises: ConfigError: names both. DataError: the checkpoint is damaged.
+    """
+    from megatron_long.conversion.torch_dist import read_common_state
+
+    before = getattr(read_common_state(checkpoint).get("args"), "use_distributed_optimizer", None)
+    now = bool(args.use_distributed_optimizer)
+    if before in (None, now):
+        return
+    words = {True: "with", False: "without"}
+    remedy = "drop the flag (on GPUs it is always set)" if now else "give the flag"
+    raise ConfigError(
+        f"{checkpoint} was saved {words[before]} --use-distributed-optimizer, and this run is {words[now]} "
+        f"it: Megatron cannot load the optimizer state of the other kind; {remedy}, give --no-load-optim to "
+        "resume at its step with a new optimizer, or --finetune to start at step 0 from its weights"
+    )
+
+
 def file_times(dataset: Path, manifest: Manifest) -> dict[str, list[int]]:
     """Give size and time of change of each file of a dataset."""
     stats = {name: (dataset / name).stat() for name in dataset_files(manifest)}
@@ -97,6 +125,15 @@ def check_content(dataset: Path, manifest: Manifest, times_before: Any) -> None:
     """
     if file_times(dataset, manifest) != times_before:
         verify_files(dataset, manifest)
+    if (
+        not manifest.tokenizer_files
+    ):  # of an earlier version: no hashes of these, but of what they say
+        from megatron_long.data.tokenizers import load_tokenizer
+
+        folder = dataset / TOKENIZER_FOLDER
+        found = load_tokenizer(folder, "reference").vocabulary_sha256 if folder.exists() else None
+        if found not in (None, manifest.tokenizer.vocabulary_sha256):
+            raise DataError(f"{folder} is damaged: it is another vocabulary than the manifest's")
 
 
 def _short(value: Any) -> str:

@@ -161,7 +161,11 @@ def test_damaged_bytes_are_found_by_hash(damaged):
 
 
 def test_another_tokenizer_is_found(damaged, json_vocabulary):
+    manifest = read_manifest(damaged)
     (damaged / "tokenizer" / "tokenizer.model").write_bytes(json_vocabulary)
+    with pytest.raises(DataError, match=r"tokenizer\.model has .* its manifest tells of"):
+        list(verify_dataset(damaged))
+    write_manifest(damaged, dataclasses.replace(manifest, tokenizer_files={}))  # earlier versions
     with pytest.raises(DataError, match="is another vocabulary than the manifest's"):
         list(verify_dataset(damaged))
 

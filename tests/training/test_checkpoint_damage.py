@@ -10,6 +10,7 @@ import pytest
 
 from megatron_long import pretrain
 from megatron_long.conversion.export import megatron_to_hf
+from megatron_long.conversion.megatron_folder import find_iteration
 from megatron_long.conversion.options import Options
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.inputs import find_checkpoint
@@ -71,7 +72,7 @@ def test_a_whole_checkpoint_is_taken_without_a_word(copy, tiny_dataset, capsys):
 
 
 @pytest.mark.slow
-def test_two_hundred_flipped_bytes_are_found(copy, tiny_dataset, capsys):
+def test_two_hundred_flipped_bytes_are_found(copy, tiny_dataset, capsys, caplog):
     """By `pretrain.prepare`, which every start of training runs and whose choice Megatron loads."""
     generator, names = random.Random(7), covered(copy)
     found: dict[str, int] = {}
@@ -83,6 +84,9 @@ def test_two_hundred_flipped_bytes_are_found(copy, tiny_dataset, capsys):
         if message:  # beside the checkpoints: nothing to fall back on
             assert name in message
             assert not name.startswith("iter_")
+        elif name == "run.json":  # for people: no start needs it
+            assert f"{name} is damaged" in caplog.text or f"{name} has" in caplog.text
+            caplog.clear()
         else:
             start = load(copy, tiny_dataset)
             assert name in "".join(start.choice.reports), (name, number)
@@ -157,6 +161,89 @@ def test_nothing_whole_left(copy, tiny_dataset):
         load(copy, tiny_dataset, "--ckpt-step", 2)
 
 
+def leave_a_cut_save(folder: Path, name: str = NEWEST) -> None:
+    """As earlier versions did: Megatron's own empty folder next to ours."""
+    (folder / name).mkdir(parents=True)
+    (folder / f".{name}.partial").mkdir()
+    (folder / f".{name}.partial" / "__0_0.distcp").write_bytes(b"half")
+
+
+def leave_half_a_save(folder: Path, name: str = NEWEST) -> None:
+    """As a program does that writes in place."""
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__0_0.distcp").write_bytes(b"half")
+
+
+def cut_metadata(folder: Path, name: str = NEWEST) -> None:
+    leave_half_a_save(folder, name)
+    (folder / name / ".metadata").write_bytes(b"index")
+    (folder / name / "metadata.json").write_text('{"sharded_backend": ')
+
+
+@pytest.mark.parametrize("leave", [leave_a_cut_save, leave_half_a_save, cut_metadata])
+def test_a_folder_without_metadata_is_no_checkpoint(leave, run, tiny_dataset, tmp_path, capsys):
+    """For no reader; where it is all there is, the run begins at its start."""
+    out = tmp_path / "out"
+    leave(out)
+    assert not checkpoint_choice.has_checkpoint(out)
+    assert checkpoint_choice.saved_iterations(out) == []
+    start = load(out, tiny_dataset, "--pretrained-checkpoint", run, "--save", out)
+    assert (start.choice.folder, start.resumes) == (run / NEWEST, False)
+    assert not list(out.glob(".iter_*"))
+    if leave is leave_a_cut_save:
+        assert not (out / NEWEST).exists()
+    else:
+        assert f"{out / NEWEST}/ has no whole metadata" in capsys.readouterr().err
+    with pytest.raises(
+        ConfigError, match="holds no checkpoint yet, and this run has no other start"
+    ):
+        load(out, tiny_dataset, "--save", out)
+    with pytest.raises(ConfigError, match="holds no Megatron checkpoint"):
+        load(out, tiny_dataset)
+    with pytest.raises(ConfigError):
+        find_checkpoint(out)
+    with pytest.raises(ConfigError):
+        find_iteration(out)
+    with pytest.raises(ConfigError, match="--iteration 4 is not in"):
+        find_iteration(out, 4)
+    with pytest.raises(DataError):
+        checkpoint_choice.check_whole(out / NEWEST)
+
+
+@pytest.mark.parametrize("leave", [leave_a_cut_save, leave_half_a_save, cut_metadata])
+def test_a_cut_save_hides_no_checkpoint(leave, copy, tiny_dataset):
+    """Newer than all others, whether the folder's records are there or not."""
+    leave(copy, "iter_0000006")
+    for records in (("nothing",), (TRACKER, "hashes.json")):
+        for name in records:
+            (copy / name).unlink(missing_ok=True)
+        assert load(copy, tiny_dataset).iteration == 4
+        assert find_checkpoint(copy).iteration == "4"
+        with pytest.raises(ConfigError, match="iter_0000006"):
+            find_checkpoint(copy, ["--ckpt-step", "6"])
+        with pytest.raises(DataError, match="iter_0000006"):
+            load(copy, tiny_dataset, "--ckpt-step", 6)
+
+
+def test_what_is_recorded_and_gone_is_not_started_over(copy, run, tiny_dataset):
+    """The records say that there was a run: no whole folder left is damage, not a beginning."""
+    for name in (NEWEST, "iter_0000002"):
+        shutil.rmtree(copy / name)
+        (copy / name).mkdir()
+    (copy / TRACKER).unlink()
+    with pytest.raises(DataError, match=rf"{NEWEST}/ has no whole metadata"):
+        load(copy, tiny_dataset, "--pretrained-checkpoint", run)
+
+
+def test_what_nobody_needs_blocks_no_start(copy, tiny_dataset, caplog):
+    (copy / "run.json").write_text("{")
+    assert load(copy, tiny_dataset).iteration == 4
+    assert find_checkpoint(copy).iteration == "4"
+    (copy / "run.json").unlink()
+    assert load(copy, tiny_dataset).iteration == 4
+    assert caplog.text.count("run.json") == 3
+
+
 def test_damage_is_no_reason_to_start_over(copy, run, tiny_dataset):
     """Megatron would take `--pretrained-checkpoint` where the tracker is gone, and lose the run."""
     (copy / TRACKER).unlink()
@@ -207,6 +294,50 @@ def test_old_checkpoints_are_deleted(newest, keep_last, keep_every, kept, tmp_pa
     make_saved(tmp_path, [10, 20, 30, 40, 50, 60, 70])
     checkpoint_choice.prune(tmp_path, newest, keep_last, keep_every)
     assert checkpoint_choice.saved_iterations(tmp_path) == kept[::-1]
+
+
+def write_hashes(folder: Path) -> None:
+    infos = checkpoint_hashes.hash_files(folder, checkpoint_hashes.files_within(folder))
+    checkpoint_hashes.write_hashes(folder, infos)
+
+
+def test_what_is_no_checkpoint_counts_for_nothing(tmp_path):
+    """With 5 and 10 whole and 11 empty, --keep-last 2 at step 12 deleted 5 and 10."""
+    make_saved(tmp_path, [4, 5, 10, 12])
+    for name in ("iter_0000009", "iter_0000011"):
+        (tmp_path / name).mkdir()
+    assert checkpoint_choice.prune(tmp_path, 12, 2, None) == [5, 4]
+    assert checkpoint_choice.saved_iterations(tmp_path) == [12, 10]
+    assert (tmp_path / "iter_0000011").is_dir()
+
+
+@pytest.mark.parametrize(
+    "damage", ["file gone", "file cut", "hashes cut", "no metadata", "no folder"]
+)
+def test_nothing_is_deleted_before_the_new_one_is_whole(damage, tmp_path):
+    make_saved(tmp_path, [4, 5, 10, 12])
+    new = tmp_path / "iter_0000012"
+    (new / "__0_0.distcp").write_bytes(b"tensors")
+    write_hashes(new)
+    break_it = {
+        "file gone": lambda: (new / "__0_0.distcp").unlink(),
+        "file cut": lambda: (new / "__0_0.distcp").write_bytes(b"tensor"),
+        "hashes cut": lambda: (new / "hashes.json").write_text("{"),
+        "no metadata": lambda: (new / "metadata.json").unlink(),
+        "no folder": lambda: shutil.rmtree(new),
+    }
+    break_it[damage]()
+    assert checkpoint_choice.prune(tmp_path, 12, 1, None) == []
+    assert [n for n in checkpoint_choice.saved_iterations(tmp_path) if n < 12] == [10, 5, 4]
+
+
+def test_a_damaged_one_is_not_counted(tmp_path):
+    make_saved(tmp_path, [4, 5, 10, 12])
+    for iteration in (4, 5, 10, 12):
+        write_hashes(tmp_path / f"iter_{iteration:07d}")
+    (tmp_path / "iter_0000010" / ".metadata").write_bytes(b"ind")
+    assert checkpoint_choice.prune(tmp_path, 12, 2, None) == [4]
+    assert checkpoint_choice.saved_iterations(tmp_path) == [12, 10, 5]
 
 
 @pytest.mark.parametrize(

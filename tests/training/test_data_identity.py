@@ -132,6 +132,26 @@ def test_changed_bytes_under_the_same_manifest_are_found(run, dataset):
             start(run, dataset, *flags)
 
 
+@pytest.mark.parametrize("version", ["this", "earlier"])
+def test_a_changed_byte_of_the_tokenizer_is_found(version, run, dataset):
+    """Also where the vocabulary's hash is all that the manifest has of it."""
+    manifest = read_manifest(dataset)
+    assert set(manifest.tokenizer_files) == {"tokenizer/tokenizer.model"}
+    if version == "earlier":
+        write_manifest(dataset, replace(manifest, tokenizer_files={}))
+        assert read_manifest(dataset).fingerprint == manifest.fingerprint
+        assert start(run, dataset).iteration == 2
+    path = dataset / "tokenizer" / "tokenizer.model"
+    content = path.read_bytes()
+    assert content.count(b"context") == 1
+    path.write_bytes(content.replace(b"context", b"contexT"))
+    words = "its hash is not" if version == "this" else "it is another vocabulary than"
+    with pytest.raises(DataError, match=rf"tokenizer.* is damaged: {words} the manifest's"):
+        start(run, dataset)
+    with pytest.raises(DataError, match=rf"tokenizer.* is damaged: {words} the manifest's"):
+        start(run, dataset, "--finetune")
+
+
 def test_untouched_files_are_not_read_again(run, tiny_dataset, monkeypatch):
     """Hashing terabytes at each start would cost more than it gives; times of change tell."""
     from megatron_long.training import run_identity
