@@ -120,7 +120,7 @@ def _tell_start(args: argparse.Namespace, start: Start, start_log: StartLog) -> 
     if path is not None:
         start_log.write_to(path)
     checkpoint = start.choice.folder if start.choice else None
-    for line in describe_start(args, checkpoint, start.resumes):
+    for line in describe_start(args, checkpoint, start.resumes, is_main_copy=bool(start.weights)):
         start_log.say(line)
     if not start_log.verbose:
         where = f"is in {path}" if path else "is left out"
@@ -236,6 +236,8 @@ def _train(
     snapshot = make_snapshot(guard, args.save, args.rank, write_beside)
     megatron_hooks.install_before_training(_in_all(keeper.job, write_first, args.save))
     megatron_hooks.install_keeper(keeper, args, watchdog)
+    if start.choice is not None and start.weights is not None:
+        _take_weights(start.choice.folder, start.weights, args)
     if arguments.save_minutes:
         step_hooks.install_save_clock(SaveClock(arguments.save_minutes * 60), keeper, args)
     megatron_hooks.install_guard(guard, losses, args, watchdog, snapshot)
@@ -268,6 +270,16 @@ def _train(
         )
     finally:
         watchdog.stop()
+
+
+def _take_weights(iteration: Path, prefix: str, args: argparse.Namespace) -> None:
+    """Let a start that loads no optimizer state have the weights as they were before FP8 rounded them."""
+    from megatron_long.training import megatron_hooks
+
+    if prefix:
+        megatron_hooks.load_main_copy(iteration, prefix)
+    if prefix or args.fp8_param_gather:
+        megatron_hooks.install_exact_start(iteration, prefix)
 
 
 def _export(arguments: LongContextArguments, args: argparse.Namespace) -> None:

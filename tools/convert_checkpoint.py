@@ -51,8 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--weights",
         choices=WEIGHTS,
         default=WEIGHTS[0],
-        help="the model's, the optimizer's main copy, or the latter where FP8 rounded the former "
-        "(default: %(default)s)",
+        help="the model's, the optimizer's main copy, or the latter where FP8 rounded the former, as "
+        "evaluation takes them (default: %(default)s)",
     )
     exporter.add_argument(
         SKIP_HASH_CHECK,
@@ -147,6 +147,7 @@ def describe(report: ConversionReport, *, is_dry_run: bool) -> str:
         f"{report.dtype}, RoPE {method}base {geometry.rotary_base:,.0f}, "
         f"up to {geometry.max_position_embeddings:,} tokens{verified}"
     )
+    said += f"; from {report.weights}" if report.weights else ""
     return "\n".join([said, *(f"lost: {sentence}" for sentence in report.losses)])
 
 

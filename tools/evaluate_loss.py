@@ -205,6 +205,7 @@ def describe_settings(
         max_documents_per_source=args.max_documents_per_source,
         training_length=args.training_length,
         megatron_argv=tuple(megatron_argv),
+        weights=choice.measured_weights(),
     )
 
 

@@ -25,7 +25,6 @@ from megatron_long.cli import length_tokens, run_tool, tool_parser
 from megatron_long.data.tokenizers import Tokenizer
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.batches import TokenScorer, plan_batches
-from megatron_long.evaluation.fingerprint import fingerprint
 from megatron_long.evaluation.haystack import read_haystack
 from megatron_long.evaluation.inputs import (
     check_context_length,
@@ -220,7 +219,8 @@ def describe_settings(
         training_length=args.training_length,
         megatron_argv=others,
         layout_argv=layout,
-        weights_sha256=fingerprint(choice.folder),
+        weights=choice.measured_weights(),
+        weights_sha256=choice.weights_sha256(),
     )
 
 

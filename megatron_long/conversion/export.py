@@ -26,6 +26,7 @@ from megatron_long.conversion.mapping import Unit, units_of
 from megatron_long.conversion.megatron_folder import (
     check_same_rope,
     check_tensors,
+    describe_weights,
     find_iteration,
     find_weights,
     merge_geometry,
@@ -95,10 +96,11 @@ def megatron_to_hf(
     state = read_common_state(source)
     config, geometry = _trained_model(input_dir, source, state, hf_config, stretch or Stretch())
     prefix = find_weights(state, weights, source)
+    taken = describe_weights(prefix, state)
     reader = TorchDistReader(source, prefix=prefix, check_bytes=options.verify or not is_hashed)
     check_tensors(reader, geometry)
     stored = _choose_dtype(reader, geometry, state, options)
-    report = make_report(output_dir, geometry, stored)
+    report = replace(make_report(output_dir, geometry, stored), weights=taken)
     if options.dry_run:
         return report
     read = partial(read_checkpoint, reader=reader, geometry=geometry, stored=stored)

@@ -51,10 +51,10 @@ _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.")
 """What the keys of a model's tensors begin with; the optimizer's and others are left alone."""
 
 WEIGHTS = ("auto", "model", "main")
-"""Which weights to export: the optimizer's main copy, the model's, or the former where FP8 rounded the
-latter."""
+"""Which weights to export or evaluate: `main` is the optimizer's copy in float32, `model` the model's own,
+`auto` the former where FP8 rounded the latter."""
 
-_MAIN_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
+MAIN_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 """Of the fully reshardable format, and of the others."""
 
 _FIXED_ARGUMENTS = {
@@ -241,10 +241,10 @@ def merge_geometry(hf: LlamaGeometry, state: Mapping[str, Any], folder: Path) ->
 
 
 def find_weights(state: Mapping[str, Any], wanted: str, iteration: Path) -> str:
-    """Give the prefix of the keys of the weights to export.
+    """Give the prefix of the keys of the weights that export, evaluation and a new start take.
 
     A run with FP8 parameters (`--fp8-param-gather`) saves them rounded to eight bits, in BF16; what the
-    optimizer works on, and what should be exported, is its float32 main copy.
+    optimizer works on, and what is taken unless the user asks for the model's, is its float32 main copy.
 
     Args:
         state: The checkpoint's common state.
@@ -252,22 +252,58 @@ def find_weights(state: Mapping[str, Any], wanted: str, iteration: Path) -> str:
         iteration: Folder of the iteration.
     Raises: ConfigError: an unknown word, or there is no main copy.
     """
-    from megatron_long.conversion.torch_dist import TorchDistReader
-
     if wanted not in WEIGHTS:
         raise ConfigError(f"--weights {wanted} is unknown; choose one of {', '.join(WEIGHTS)}")
-    is_rounded = bool(getattr(state.get("args"), "fp8_param_gather", False))
+    is_rounded = holds_rounded_weights(state)
     if wanted == "model" or (wanted == "auto" and not is_rounded):
         return ""
-    for prefix in _MAIN_PREFIXES:
-        if RULES[0].megatron_key in TorchDistReader(iteration, prefix=prefix).shapes():
-            return prefix
+    prefix = main_prefix(iteration)
+    if prefix is not None:
+        return prefix
     reason = "its weights are rounded to FP8, and " if is_rounded else ""
     raise ConfigError(
         f"{iteration}: {reason}the optimizer's main copy in float32 is not in the checkpoint (train with "
         "--bf16 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable and without "
-        "--no-save-optim); --weights model exports what is there"
+        "--no-save-optim); --weights model takes what is there"
     )
+
+
+def holds_rounded_weights(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's model weights are those that FP8 rounded."""
+    return bool(getattr(state.get("args"), "fp8_param_gather", False))
+
+
+def main_prefix(iteration: Path) -> str | None:
+    """Give what the keys of the optimizer's float32 main copy begin with; None where there is none."""
+    from megatron_long.conversion.torch_dist import stored_keys
+
+    stored = stored_keys(iteration)
+    return next((p for p in MAIN_PREFIXES if p + RULES[0].megatron_key in stored), None)
+
+
+def choose_weights(iteration: Path, wanted: str) -> tuple[str, str]:
+    """Give what `find_weights` and `describe_weights` give for a checkpoint.
+
+    Weights of other programs' formats, which nothing but Megatron reads, are their model's own.
+
+    Raises: ConfigError: see `find_weights`. DataError: the checkpoint is damaged.
+    """
+    from megatron_long.conversion.torch_dist import FORMAT_FILE, read_common_state
+
+    if wanted != "main" and not (iteration / FORMAT_FILE).is_file():
+        return "", ""
+    state = read_common_state(iteration)
+    prefix = find_weights(state, wanted, iteration)
+    return prefix, describe_weights(prefix, state)
+
+
+def describe_weights(prefix: str, state: Mapping[str, Any]) -> str:
+    """Say which weights are taken, for the user; "" where there is only one kind."""
+    if prefix:
+        return "the optimizer's float32 main copy of the weights (--weights model takes the model's own)"
+    if holds_rounded_weights(state):
+        return "the model's weights as FP8 rounded them (--weights main takes the optimizer's copy)"
+    return ""
 
 
 def check_same_rope(trained: LlamaGeometry, other: LlamaGeometry, folder: Path, name: str) -> None:

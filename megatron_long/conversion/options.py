@@ -58,6 +58,8 @@ class ConversionReport:
     is_verified: bool = False
     logits_difference: float | None = None
     """Of the largest logit; None where logits were not compared."""
+    weights: str = ""
+    """Which of the checkpoint's weights these are, where it has two kinds."""
     losses: tuple[str, ...] = ()
     """What the input does not give back of the original model, in sentences."""
 

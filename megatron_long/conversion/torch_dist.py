@@ -55,10 +55,7 @@ class TorchDistReader:
         try:
             self._metadata: Metadata = _read_index(folder)
         except Exception as error:  # a damaged pickle raises nearly anything
-            raise DataError(
-                f"{folder}/.metadata cannot be read ({type(error).__name__}: {error}); "
-                "the checkpoint is incomplete or damaged: use another iteration"
-            ) from error
+            raise _unreadable_index(folder, error) from error
         self.prefix = prefix
         self._check_bytes = check_bytes
         self._check_files()
@@ -145,6 +142,18 @@ class TorchDistReader:
         return piece
 
 
+def stored_keys(folder: Path) -> set[str]:
+    """Give the names of everything that a checkpoint holds, the optimizer's among it; reads the index alone.
+
+    Raises: DataError: it cannot be read.
+    """
+    _check_format(folder)
+    try:
+        return set(_read_index(folder).state_dict_metadata)
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise _unreadable_index(folder, error) from error
+
+
 def read_common_state(folder: Path) -> dict[str, Any]:
     """Read what a checkpoint holds beside tensors: `args`, `iteration` and so on.
 
@@ -168,6 +177,13 @@ def read_common_state(folder: Path) -> dict[str, Any]:
             "the checkpoint is damaged: copy it again or use another iteration"
         ) from error
     return state
+
+
+def _unreadable_index(folder: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{folder}/.metadata cannot be read ({type(error).__name__}: {error}); "
+        "the checkpoint is incomplete or damaged: use another iteration"
+    )
 
 
 def _read_index(folder: Path) -> Metadata:

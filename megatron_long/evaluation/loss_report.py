@@ -45,6 +45,8 @@ class LossSettings:
     training_length: int | None
     """Context the checkpoint was trained at, tokens, if said."""
     megatron_argv: tuple[str, ...]
+    weights: str = "model"
+    """Which of the checkpoint's weights: `main` is the optimizer's copy, before FP8 rounded it."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,14 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_long.errors import ConfigError
+from megatron_long.conversion.megatron_folder import WEIGHTS, choose_weights
+from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.batches import TokenScorer
+from megatron_long.evaluation.fingerprint import fingerprint
 from megatron_long.evaluation.inputs import (
     CheckpointFolder,
     find_checkpoint,
@@ -20,7 +23,7 @@ from megatron_long.evaluation.inputs import (
     read_flag,
 )
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
-from megatron_long.training.checkpoint_choice import SKIP_HASH_CHECK
+from megatron_long.training.checkpoint_choice import RELEASE, SKIP_HASH_CHECK, iteration_folder
 
 if TYPE_CHECKING:
     from megatron_long.evaluation.hf_scorer import HFScorer
@@ -50,11 +53,33 @@ class ModelChoice:
     """Whether the checkpoint's files are compared with its hashes before it is loaded."""
     tool_flags: tuple[str, ...] = ()
     """All flags of the tool itself."""
+    weights: str = WEIGHTS[0]
+    """Which of the checkpoint's weights, one of `WEIGHTS`."""
 
     def geometry(self) -> LlamaGeometry | None:
         """Its shape, where a config says it."""
         path = self.hf_config or self.folder.hf_config
         return None if path is None else geometry_from_hf(path)
+
+    def measured_weights(self) -> str:
+        """Give which weights are measured: `main` for the optimizer's copy, else `model`.
+
+        Raises: ConfigError: `--weights main`, or weights rounded to FP8, and no main copy in the checkpoint.
+        """
+        if self.random_weights or self.backend == HF:
+            return "model"
+        step = self.folder.iteration
+        path = iteration_folder(self.folder.path, None if step == RELEASE else int(step))
+        try:
+            prefix, _ = choose_weights(path, self.weights)
+        except DataError:  # the comparison with its hashes says more when it is loaded
+            return "model"
+        return "main" if prefix else "model"
+
+    def weights_sha256(self) -> str:
+        """Give a fingerprint of the weights that are measured."""
+        whole, measured = fingerprint(self.folder), self.measured_weights()
+        return whole if measured == "model" else sha256(f"{whole} {measured}".encode()).hexdigest()
 
 
 def add_model_flags(parser: argparse.ArgumentParser, *, backends: bool = True) -> None:
@@ -72,6 +97,13 @@ def add_model_flags(parser: argparse.ArgumentParser, *, backends: bool = True) -
             SKIP_HASH_CHECK,
             action="store_true",
             help="do not compare the checkpoint's files with its hashes.json first",
+        )
+        add(
+            "--weights",
+            choices=WEIGHTS,
+            default=WEIGHTS[0],
+            help="the model's, the optimizer's main copy, or the latter where FP8 rounded the former, as "
+            "the export takes them (default: %(default)s)",
         )
     add(
         "--random-weights",
@@ -111,13 +143,23 @@ def choose_model(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Mode
         )
     tool_flags = tuple(f"--{name.replace('_', '-')}" for name in vars(args))
     if args.random_weights:
+        _refuse_weights(args, "--random-weights reads none")
         folder = CheckpointFolder.of_config(args.hf_config)
         return ModelChoice(folder, backend, True, folder.hf_config, tool_flags=tool_flags)
     if backend == HF:
+        _refuse_weights(args, "--backend hf reads a model that has one kind of weights")
         return ModelChoice(find_hf_folder(args.checkpoint), backend, False, None)
     checks = not args.skip_hash_check
     folder = find_checkpoint(args.checkpoint, megatron_argv, check_hashes=checks)
-    return ModelChoice(folder, backend, False, None, checks, tool_flags)
+    return ModelChoice(folder, backend, False, None, checks, tool_flags, args.weights)
+
+
+def _refuse_weights(args: argparse.Namespace, reason: str) -> None:
+    wanted = getattr(args, "weights", WEIGHTS[0])
+    if wanted != WEIGHTS[0]:
+        raise ConfigError(
+            f"--weights {wanted} is for Megatron checkpoints: {reason}; drop the flag"
+        )
 
 
 def warn_beyond_rope(
@@ -174,6 +216,7 @@ def open_model(
         check_hashes=choice.check_hashes,
         tool_flags=choice.tool_flags,
         iteration=None if choice.random_weights else choice.folder.iteration,
+        weights=choice.weights,
     )
 
 

@@ -48,11 +48,17 @@ class NeedleSettings:
     layout_argv: tuple[str, ...] = ()
     weights_sha256: str | None = None
     """Fingerprint of the weights; None during training."""
+    weights: str = "model"
+    """Which of the checkpoint's weights: `main` is the optimizer's copy, before FP8 rounded it."""
 
     def identity(self) -> dict[str, Any]:
         """What decides the cells; how they are computed and drawn does not."""
         values = {"format_version": FORMAT_VERSION, **asdict(self)}
-        for name in ("training_length", "layout_argv"):
+        for name in (
+            "training_length",
+            "layout_argv",
+            "weights",
+        ):  # the fingerprint tells weights apart
             del values[name]
         return values
 

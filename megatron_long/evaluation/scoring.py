@@ -272,6 +272,7 @@ def open_scorer(
     check_hashes: bool = True,
     tool_flags: Sequence[str] = (),
     iteration: str | None = None,
+    weights: str = "auto",
 ) -> Scorer:
     """Load a checkpoint in the layout of the flags; under torchrun, every rank calls this.
 
@@ -286,6 +287,7 @@ def open_scorer(
         tool_flags: Flags of the calling tool, which a mistyped one may mean.
         iteration: Which checkpoint of the folder, a number or `release`; None is that of `--ckpt-step`, or
             the newest. Every rank takes that of rank 0.
+        weights: Which of the checkpoint's weights, one of `conversion.megatron_folder.WEIGHTS`.
     Raises: ConfigError: no checkpoint there, or a layout that cannot be cut. DataError: it is damaged.
     """
     host_backend.install()
@@ -302,7 +304,8 @@ def open_scorer(
     args = _parse(checkpoint, geometry, context_length, megatron_argv, precision, tool_flags)
     check_layout(args, world_size)
     if checkpoint is not None:
-        _pin_checkpoint(checkpoint, args, check_hashes, iteration)
+        path = _pin_checkpoint(checkpoint, args, check_hashes, iteration)
+        _pin_weights(path, weights)
     with contextlib.redirect_stdout(
         sys.stderr
     ):  # Megatron's own lines; the result alone is the output
@@ -368,8 +371,8 @@ def _parse(
 
 def _pin_checkpoint(
     folder: Path, args: Namespace, check_hashes: bool, iteration: str | None
-) -> None:
-    """Let Megatron load one checkpoint, the same on every rank, checked."""
+) -> Path:
+    """Let Megatron load one checkpoint, the same on every rank, checked; gives its own folder."""
     from megatron_long.training import checkpoint_choice, megatron_hooks, rendezvous
 
     # A run that saves here meanwhile gives the ranks different newest ones.
@@ -381,6 +384,19 @@ def _pin_checkpoint(
     if check_hashes:
         checkpoint_choice.check_whole(path, share=rendezvous.share(), agree=rendezvous.agree)
     megatron_hooks.load_from(checkpoint_choice.Choice(number, path), args)
+    return path
+
+
+def _pin_weights(iteration: Path, wanted: str) -> None:
+    """Let Megatron load the weights that are wanted, the same on every rank, and say which they are."""
+    from megatron_long.conversion.megatron_folder import choose_weights
+    from megatron_long.training import megatron_hooks, rendezvous
+
+    prefix, said = rendezvous.from_first(lambda: list(choose_weights(iteration, wanted)))
+    if prefix:
+        megatron_hooks.load_main_copy(iteration, prefix)
+    if said and rendezvous.share()[0] == 0:
+        print(f"{iteration}: scoring {said}", file=sys.stderr)
 
 
 def _iteration_to_load(folder: Path, step: int | None) -> str:

@@ -31,7 +31,7 @@ def mend_torch_adamw_resume() -> None:
         stock_load(self, state_dict)
         step = float(state_dict["optimizer"]["param_groups"][0]["step"])
         for state in self.optimizer.state.values():
-            state["step"] = torch.tensor(step)
+            state["step"] = torch.full_like(state["step"], step)
 
     def set_states(self, model_param, tensors):
         stock_set(self, model_param, {**tensors, "step": None})

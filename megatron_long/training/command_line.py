@@ -265,12 +265,20 @@ def _first_argv(
     """The flags that the user's follow: those of the recipe, or of the backend and the model alone."""
     own_loss = not arguments.megatron_loss
     if recipe is None:
-        return [*backend.to_argv(own_loss=own_loss), *(model.to_argv() if model else [])]
+        shape = model.to_argv() if model else []
+        return [*backend.to_argv(own_loss=own_loss), *shape, *_validation_argv(user_argv)]
     argv = follow_user(recipe.to_argv(backend, own_loss=own_loss), user_argv)
     argv, note = keep_budget(recipe, argv, user_argv)
     if note and os.environ.get("RANK", "0") == "0":
         print(f"note: {note}", file=sys.stderr)
     return argv
+
+
+def _validation_argv(user_argv: Sequence[str]) -> list[str]:
+    """As in the recipes: no validation unless it is asked for. Megatron has no interval of its own."""
+    if _is_given("--eval-interval", user_argv):
+        return []
+    return ["--eval-interval", "100", "--eval-iters", "0"]
 
 
 def _no_model() -> ConfigError:

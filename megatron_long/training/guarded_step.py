@@ -103,10 +103,16 @@ def _finite(losses: MicroLosses) -> bool:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no element is NaN or infinite; quantized tensors are passed over."""
-    plain = [t for t in tensors if type(t.data) is Tensor and t.is_floating_point() and t.numel()]
-    checks = [torch.isfinite(t).all() for t in plain if t.element_size() > 1]
-    return bool(torch.stack(checks).all().item()) if checks else True
+    """Whether no element is NaN or infinite; quantized tensors are passed over.
+
+    The tensors may be on several devices, as with `--optimizer-cpu-offload`; each device is waited for once.
+    """
+    checks: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        is_plain = type(tensor.data) is Tensor and tensor.is_floating_point()
+        if is_plain and tensor.numel() and tensor.element_size() > 1:
+            checks.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
+    return all(bool(torch.stack(found).all().item()) for found in checks.values())
 
 
 def state_tensors(model: Iterable[torch.nn.Module], optimizer: Any) -> Iterable[Tensor]:

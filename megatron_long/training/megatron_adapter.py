@@ -54,7 +54,8 @@ PATCHED_SYMBOLS = {
 }
 """What is replaced, by module: `compile_helpers`, `load_state_dict` and the `_fully_reshardable` methods
 always, `_apply_scaling` where RoPE is Llama-3.1's, `_grad_accum_fusion_available` where the output layer is
-not called, the others on the host backend only."""
+not called, the other methods of `DistributedOptimizer` where Adam is torch's own, the rest on the host
+backend only."""
 
 
 @dataclass(kw_only=True)
@@ -241,6 +242,7 @@ def install_patches(*, output_layer_is_called: bool = True) -> None:
     helpers: Any = importlib.import_module("megatron.core.datasets.utils")
     helpers.compile_helpers = lambda: None
     save_own_shards()
+    mend_torch_adamw_resume()
     training: Any = importlib.import_module("megatron.training.training")
     if not output_layer_is_called:
         # Its constructor refuses in-place weight gradients without Apex's kernel, which it will not run.
@@ -252,7 +254,6 @@ def install_patches(*, output_layer_is_called: bool = True) -> None:
         )
         # Its warm-up of fused kernels would draw a layout-dependent amount of random numbers.
         training.set_jit_fusion_options = lambda *args, **kwargs: None
-        mend_torch_adamw_resume()
 
 
 def run_pretrain(

@@ -35,13 +35,14 @@ CHANGED_SYMBOLS = {
         "checkpoint_and_decide_exit",
         "maybe_finalize_async_save",
         "post_training_step_callbacks",
+        "load_checkpoint",
     ),
     "megatron.training.checkpointing": (
         "ensure_directory_exists",
         "read_metadata",
         "checkpoint_exists",
     ),
-    "megatron.core.dist_checkpointing": ("save",),
+    "megatron.core.dist_checkpointing": ("save", "load"),
     "megatron.core.dist_checkpointing.serialization": ("save_config",),
     "megatron.core.dist_checkpointing.strategies.filesystem_async": (
         "FileSystemWriterAsync.finish",
@@ -139,6 +140,42 @@ def load_from(choice: Choice, args: Namespace) -> None:
     checkpointing.read_metadata = read_metadata
     checkpointing.checkpoint_exists = checkpoint_exists
     args.ckpt_step = choice.iteration
+
+
+def load_main_copy(iteration: Path, prefix: str) -> None:
+    """Let Megatron fill the model with the optimizer's main copy where it loads this checkpoint.
+
+    Args:
+        iteration: Folder of the checkpoint.
+        prefix: What the main copy's names have before the model's.
+    """
+    from megatron_long.training.main_weights import rename_on_load
+
+    checkpointing: Any = importlib.import_module("megatron.core.dist_checkpointing")
+    checkpointing.load = rename_on_load(checkpointing.load, iteration, prefix)
+
+
+def install_exact_start(iteration: Path, prefix: str) -> None:
+    """Let the optimizer's main copy be the checkpoint's weights, once Megatron has loaded the model alone.
+
+    Args:
+        iteration: Folder of the checkpoint.
+        prefix: See `main_weights.take_main_weights`.
+    """
+    from megatron.core.utils import unwrap_model
+
+    from megatron_long.training.main_weights import take_main_weights
+
+    training: Any = importlib.import_module("megatron.training.training")
+    stock = training.load_checkpoint
+
+    @functools.wraps(stock)
+    def load_checkpoint(model, optimizer, *args, **kwargs):
+        found = stock(model, optimizer, *args, **kwargs)
+        take_main_weights(optimizer, unwrap_model(model), iteration, prefix)
+        return found
+
+    training.load_checkpoint = load_checkpoint
 
 
 def install_before_training(action: Callable[[], None]) -> None:

@@ -58,6 +58,8 @@ class Start:
     dataset_files: dict[str, list[int]] | None
     """See `file_times`."""
     guard_state: dict[str, Any]
+    weights: str | None = None
+    """What the keys of the weights to take begin with; None where optimizer state is loaded with them."""
 
     @property
     def iteration(self) -> int:
@@ -86,7 +88,9 @@ def find_start(arguments: LongContextArguments, args: Namespace) -> Start:
     if folder and manifest:
         _check_content(folder, manifest, facts.get("dataset_files"))
         times = file_times(folder, manifest)
-    return Start(choice, resumes, data, times, facts.get("guard", {}))
+    alone = choice is not None and (not resumes or args.no_load_optim)
+    weights = find_weights_to_start_from(choice.folder) if choice and alone else None
+    return Start(choice, resumes, data, times, facts.get("guard", {}), weights)
 
 
 def hold_save(save: str | None) -> None:
@@ -149,6 +153,30 @@ def _put_in_order(folder: Path, choice: Choice) -> None:
     set_aside(folder, choice)
     with atomic_path(folder / TRACKER_NAME) as temporary:
         temporary.write_text(str(choice.iteration or RELEASE), encoding="utf-8")
+
+
+def find_weights_to_start_from(folder: Path) -> str | None:
+    """Which weights a start takes that loads no optimizer state; None for formats of other programs."""
+    from megatron_long.conversion.megatron_folder import holds_rounded_weights, main_prefix
+    from megatron_long.conversion.torch_dist import read_common_state
+
+    def look() -> list[str]:
+        try:
+            state = read_common_state(folder)
+        except DataError:
+            return ["", "unknown"]  # of another program, or damaged: loading it will tell
+        rounded = holds_rounded_weights(state)
+        prefix = main_prefix(folder) if rounded else ""
+        if prefix is None:
+            print(
+                f"warning: {folder} holds weights that FP8 rounded, and not the optimizer's main copy of "
+                "them (--no-save-optim): training starts from the rounded ones",
+                file=sys.stderr,
+            )
+        return [prefix or "", ""]
+
+    prefix, unknown = rendezvous.from_first(look)
+    return None if unknown else prefix
 
 
 def check_optimizer(start: Start, args: Namespace) -> None:

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -72,7 +73,13 @@ def test_the_launcher_of_the_package_gets_timeouts(monkeypatch, tmp_path):
     launch.main(words)
     (call,) = sys.modules["stand_in.fault_tolerance.launcher"].calls
     sections = "--ft-rank-section-timeouts=setup:50,step:50,checkpointing:50"
-    assert call == [sections, "--ft-rank-out-of-section-timeout=50", *words]
+    assert call[:2] == [sections, "--ft-rank-out-of-section-timeout=50"]
+    flag, folder = call[2].split("=")
+    assert (flag, Path(folder).exists()) == (
+        "--log-dir",
+        False,
+    )  # made for the launcher, and removed
+    assert call[3:] == words
     assert "SIGTERM" not in os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"]
     monkeypatch.setattr(launch, "MONITOR_PACKAGE", "no_such_package")
     with pytest.raises(ConfigError, match="needs nvidia-resiliency-ext"):

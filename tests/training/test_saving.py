@@ -157,7 +157,7 @@ def test_signals_wait_for_what_is_written_in_the_background(jobs, flags, tmp_pat
 
 PLAIN_FLAGS = """
 --seq-length 128 --micro-batch-size 1 --global-batch-size 2 --lr 1e-3 --min-lr 1e-3 --log-interval 1
---calculate-per-token-loss --eval-interval 100 --eval-iters 0
+--calculate-per-token-loss
 """.split()
 
 
