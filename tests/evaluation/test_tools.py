@@ -101,6 +101,7 @@ def test_loss(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
             "hf_config": None,
             "check_hashes": True,
             "iteration": "10",
+            "weights": "auto",
         }
     ]
     report = read_loss_report(output)

@@ -221,6 +221,13 @@ def present_step() -> int:
     return get_args().curr_iteration + 1
 
 
+def rounded_weights(_: dict) -> None:
+    """Take every checkpoint for one of a run with FP8 parameters, which need a GPU."""
+    from megatron_long.conversion import megatron_folder
+
+    megatron_folder.holds_rounded_weights = lambda state: True
+
+
 FAULTS = {
     "loss": spoil_loss,
     "gradient": spoil_gradient,
@@ -230,6 +237,7 @@ FAULTS = {
     "stock-optimizer-format": stock_optimizer_format,
     "trace": trace_windows,
     "clock": ring_clock,
+    "rounded-weights": rounded_weights,
 }
 
 if __name__ == "__main__":

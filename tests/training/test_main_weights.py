@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
 from megatron_long.conversion.megatron_folder import MAIN_PREFIXES
-from megatron_long.conversion.torch_dist import COMMON_STATE
+from megatron_long.conversion.torch_dist import COMMON_STATE, TorchDistReader
 from megatron_long.conversion.torch_dist_writer import LazyPiece, write_torch_dist
 from megatron_long.training.main_weights import rename_on_load, take_main_weights
 
@@ -149,3 +149,25 @@ def test_the_model_is_filled_with_the_main_copy(checkpoint, tmp_path):
     assert keys(checkpoint, checkpoint, "model1") == [PREFIX + key for key in own]
     assert keys(checkpoint, checkpoint, "optimizer") == own
     assert keys(checkpoint, tmp_path, "model") == own
+
+
+@pytest.mark.slow
+def test_a_start_from_an_fp8_run_takes_its_main_copy(jobs, tmp_path):
+    """Without CUDA, BF16 stands for FP8: the model's weights are the rounded main copy there too."""
+    common = ("--bf16", "--use-distributed-optimizer", "--train-iters", 1)
+    jobs.run(2, *common, "--save", tmp_path / "run")
+    still = ("--lr", 0, "--min-lr", 0, "--weight-decay", 0)  # what is saved is what was loaded
+    start = ("--pretrained-checkpoint", tmp_path / "run", "--save", tmp_path / "next")
+    job = jobs.run(
+        2, *common, *still, *start, faults=[{"kind": "rounded-weights", "ranks": [0, 1]}]
+    )
+    assert "they are its optimizer's float32 main copy" in job.text
+    run, started = (tmp_path / name / "iter_0000001" for name in ("run", "next"))
+    main, model = TorchDistReader(run, prefix=PREFIX), TorchDistReader(started)
+    copy, differing = TorchDistReader(started, prefix=PREFIX), 0
+    for key in main.shapes():
+        exact = main.read(key, None)
+        assert torch.equal(copy.read(key, None), exact), key
+        assert torch.equal(model.read(key, None), exact.bfloat16()), key
+        differing += not torch.equal(exact.bfloat16().float(), exact)
+    assert differing

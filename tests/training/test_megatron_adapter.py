@@ -156,3 +156,16 @@ def test_saves_in_the_background_are_finished_through_that_symbol_alone():
     lines = inspect.getsource(AsyncCallsQueue.maybe_finalize_async_calls).splitlines()
     forgets = next(number for number, line in enumerate(lines) if "popleft()" in line)
     assert "finalize_fn" in lines[forgets + 1]  # a save that fails here is not met again
+
+
+def test_torch_adamw_resumes_on_gpus_too(monkeypatch):
+    """Without Transformer Engine and Apex it is the optimizer there as well."""
+    mended = []
+    for name in ("guard_checkpoints", "mend_windows", "save_own_shards"):
+        monkeypatch.setattr(megatron_adapter, name, lambda: None)
+    monkeypatch.setattr(megatron_adapter, "mend_torch_adamw_resume", lambda: mended.append(1))
+    monkeypatch.setattr(megatron_adapter.host_backend, "is_installed", lambda: False)
+    helpers = importlib.import_module("megatron.core.datasets.utils")
+    monkeypatch.setattr(helpers, "compile_helpers", helpers.compile_helpers)
+    megatron_adapter.install_patches()
+    assert mended == [1]

@@ -202,3 +202,15 @@ def test_weights_that_are_not_finite_are_never_saved(jobs, tmp_path):
     assert "NaN or Inf in the weights or the optimizer after step 4: they are not saved" in job.text
     assert (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert not (tmp_path / "ckpt" / "iter_0000004").exists()
+
+
+def test_state_on_several_devices_is_checked_on_each(monkeypatch):
+    """As `--optimizer-cpu-offload` keeps it; once the first save ended in an error."""
+    from megatron_long.training.guarded_step import all_finite
+
+    stacked, stock = [], torch.stack
+    monkeypatch.setattr(torch, "stack", lambda found: stacked.append(found) or stock(found))
+    here, there = torch.ones(3), torch.ones(3, device="meta")
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: True, raising=False)
+    assert all_finite([here, there, here])
+    assert [{t.device.type for t in found} for found in stacked] == [{"cpu"}, {"meta"}]
