@@ -1,4 +1,4 @@
-"""FP8 parameters: starts from weights alone, evaluation and export take the unrounded weights. One GPU; two."""
+"""FP8 parameters: a start from weights alone and evaluation take what FP8 has not rounded. Other optimizers."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,17 @@ def start(run_job: Callable, dataset: Path, model: Path, save: Path, ranks: int,
     """Start from weights alone with FP8 parameters and save them untrained; gives the checkpoint."""
     command = ["-m", "megatron_long.pretrain", "--recipe", "tiny_debug", "--seq-length", "512"]
     command += ["--dataset", dataset, "--allow-repeat", "--global-batch-size", "4", *STILL, *FP8]
-    command += [*ONE, "--load", model, "--finetune", "--save", save, *flags]
+    command += [
+        *ONE,
+        "--load",
+        model,
+        "--finetune",
+        "--save",
+        save,
+        "--rotary-base",
+        "10000",
+        *flags,
+    ]
     run_job(ranks, command)
     return save / "iter_0000001"
 
@@ -115,9 +125,10 @@ def test_other_optimizers_save_and_resume(name, run_job, tiny_dataset, megatron_
     command = [*program, "--recipe", "tiny_debug", "--seq-length", "512", "--dataset", tiny_dataset]
     command += ["--allow-repeat", "--global-batch-size", "4", "--train-iters", "4", *ONE, *flags]
     command += ["--pretrained-checkpoint", megatron_model, "--load", tmp_path / "run"]
-    command += ["--save", tmp_path / "run", "--save-interval", "2", "--lr", "1e-3"]
+    command += ["--lr", "1e-3"]
     logs = [tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"]
-    run_job(1, [*command, "--loss-log", logs[0]])
+    saves = ["--save", tmp_path / "run", "--save-interval", "2"]
+    run_job(1, [*command, *saves, "--loss-log", logs[0]])
     run_job(1, [*command, "--loss-log", logs[1], "--ckpt-step", "2"])
     whole, resumed = (
         [json.loads(line)["lm loss"] for line in p.read_text().splitlines()] for p in logs

@@ -206,6 +206,8 @@ def test_weights_that_are_not_finite_are_never_saved(jobs, tmp_path):
 
 def test_state_on_several_devices_is_checked_on_each(monkeypatch):
     """As `--optimizer-cpu-offload` keeps it; once the first save ended in an error."""
+    import torch
+
     from megatron_long.training.guarded_step import all_finite
 
     stacked, stock = [], torch.stack
