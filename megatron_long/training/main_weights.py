@@ -38,7 +38,9 @@ def rename_on_load(load: Callable, iteration: Path, prefix: str) -> Callable:
     utils: Any = importlib.import_module("megatron.core.dist_checkpointing.dict_utils")
     kinds = (mapping.ShardedTensor, mapping.ShardedTensorFactory)
 
-    def load_main_copy(sharded_state_dict: dict, checkpoint_dir: Any, *args: Any, **kwargs: Any):
+    def load_main_copy(
+        sharded_state_dict: dict, checkpoint_dir: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if Path(checkpoint_dir) == iteration:
             stored = stored_keys(iteration)
             chunks = [part for name, part in sharded_state_dict.items() if name.startswith(MODEL)]

@@ -1,4 +1,4 @@
-"""FP8 parameters: a start from weights alone and evaluation take what FP8 has not rounded. Other optimizers."""
+"""FP8 parameters: starts from weights alone and evaluation take what FP8 has not rounded; other optimizers."""
 
 import json
 from collections.abc import Callable
