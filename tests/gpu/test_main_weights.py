@@ -1,4 +1,4 @@
-"""FP8 parameters: starts from weights alone and evaluation take what FP8 has not rounded; other optimizers."""
+"""FP8 parameters: starts from weights alone and evaluation take unrounded ones; other optimizers resume."""
 
 import json
 from collections.abc import Callable

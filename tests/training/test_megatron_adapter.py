@@ -169,3 +169,11 @@ def test_torch_adamw_resumes_on_gpus_too(monkeypatch):
     monkeypatch.setattr(helpers, "compile_helpers", helpers.compile_helpers)
     megatron_adapter.install_patches()
     assert mended == [1]
+
+
+def test_loading_takes_the_model_and_the_optimizer_first():
+    loads = parameters("megatron.training.training", "load_checkpoint")
+    assert loads[:2] == ["ddp_model", "optimizer"]
+    read = parameters("megatron.core.dist_checkpointing", "load")
+    assert read[:2] == ["sharded_state_dict", "checkpoint_dir"]
+    assert "validate_access_integrity" in read
