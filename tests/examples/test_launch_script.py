@@ -15,6 +15,7 @@ import pytest
 
 from megatron_long.training import host_backend
 from megatron_long.training.backend import GPU
+from tests.fake_checkpoints import write_fake_checkpoint
 
 host_backend.install()
 
@@ -34,8 +35,7 @@ def dry_run(*argv: str, **variables: object) -> list[str]:
 @pytest.fixture
 def paths(tmp_path: Path, tiny_dataset: Path) -> dict[str, Path]:
     checkpoint = tmp_path / "check point"  # the space must survive quoting
-    checkpoint.mkdir()
-    (checkpoint / "latest_checkpointed_iteration.txt").write_text("release")
+    write_fake_checkpoint(checkpoint, None)
     return {"CHECKPOINT": checkpoint, "DATASET": tiny_dataset, "OUTPUT": tmp_path / "out"}
 
 
