@@ -5,9 +5,9 @@
     python benchmarks/full_size.py --work W --report
 
 A phase that is done is skipped, so that the same command, given again, does the rest; `--list` shows what is
-done and how long the others are expected to take. Each phase leaves a record in W/records.jsonl and its output
-in W/logs/PHASE.log. Nothing is downloaded on the GPU machine: weights are random, of a trained model's
-deviations. `--size tiny` walks the same path on the host.
+done and how long the others are expected to take, and of what (`walk.budget`). Phases joined by + run at once.
+Each leaves a record in W/records.jsonl and its output in W/logs/PHASE.log. Nothing is downloaded on the GPU
+machine: weights are random, of a trained model's deviations. `--size tiny` walks the same path on the host.
 """  # noqa: E501
 
 import argparse
@@ -16,26 +16,30 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.walk import logs
-from benchmarks.walk.children import OutOfTime, PhaseFailed, tail
-from benchmarks.walk.context import Context, read_records
-from benchmarks.walk.phases import PHASES, READERS_OF_TRAIN
+from benchmarks.walk.children import STOP, OutOfTime, PhaseFailed, tail
+from benchmarks.walk.context import Context
+from benchmarks.walk.phases import GROUPS, PHASES
+from benchmarks.walk.ready import STARTED, is_done, list_phases, why_not
 from benchmarks.walk.report import report
 from benchmarks.walk.sampling import Peaks
 from benchmarks.walk.settings import K, Settings, Work, keep_settings
 from megatron_long.cli import run_tool, tool_parser
-from megatron_long.errors import UserError
+from megatron_long.errors import ConfigError, UserError
 from megatron_long.files import append_whole
 
-STARTED = time.monotonic()
 SECONDS_TO_LEAVE = 15
 """Children are stopped so long before --until-s."""
-SPARE_GB = 2
+NUM_COPIED_LINES = 150
+"""Of each log, for --copy-to."""
+_RECORDING = threading.Lock()
 
 
 def main() -> int:
@@ -52,26 +56,63 @@ def main() -> int:
         print(list_phases(work))
         return 0
     keep_settings(settings, work.folder / "settings.json")
-    for folder in (work.folder, work.results, *([work.fast] if work.fast else [])):
+    copies = [args.copy_to] if args.copy_to else []
+    for folder in (work.folder, work.results, *([work.fast] if work.fast else []), *copies):
         folder.mkdir(parents=True, exist_ok=True)
     failed: set[str] = set()
-    for name in args.phases or [name for name in PHASES if name != "data"]:
-        if is_done(work, name) and name not in args.again:
-            print(f"{name}: done before", flush=True)
-        elif not run_phase(name, work, args, failed):
-            failed.add(name)
-            if not args.keep_going:
-                break
+    for group in args.phases or GROUPS:
+        run_group(group, work, args, failed)
+        for folder in copies:
+            leave_copies(work, folder)
+        if failed and not args.keep_going:
+            break
     print(f"\n{report(work.folder, settings)}")
     return 1 if failed else 0
 
 
-def run_phase(name: str, work: Work, args: argparse.Namespace, failed: set[str]) -> bool:
+def run_group(group: Sequence[str], work: Work, args: argparse.Namespace, failed: set[str]) -> None:
+    """Run phases at once; those that are not done after it are added to `failed`."""
+    begun = []
+    for name in group:
+        if is_done(work, name) and name not in args.again:
+            print(f"{name}: done before", flush=True)
+            continue
+        reason = why_not(name, work, args.until_s, failed, drops=args.drop_checkpoint)
+        if reason:
+            print(f"{name}: not begun: {reason}", flush=True)
+            failed.add(name)
+        else:
+            begun.append(name)
+
+    def do(name: str) -> None:
+        if not run_phase(name, work, [other for other in begun if other != name]):
+            failed.add(name)
+
+    threads = [threading.Thread(target=do, args=(name,)) for name in begun]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        STOP.set()
+        for thread in threads:
+            thread.join()
+        raise
+
+
+def leave_copies(work: Work, folder: Path) -> None:
+    """Put the records, the tables and the ends of the logs into a folder."""
+    if (work.folder / "records.jsonl").is_file():
+        shutil.copy(work.folder / "records.jsonl", folder)
+    (folder / "report.md").write_text(report(work.folder, work.settings) + "\n")
+    found = sorted((work.folder / "logs").glob("*.log"))
+    ends = [f"{path.name}\n{tail(path, NUM_COPIED_LINES)}\n" for path in found]
+    (folder / "logs.txt").write_text("\n".join(ends))
+
+
+def run_phase(name: str, work: Work, beside: Sequence[str]) -> bool:
     """Run one phase and record it; gives whether it is done."""
-    reason = why_not(name, work, args.until_s, failed, drops=args.drop_checkpoint)
-    if reason:
-        print(f"{name}: not begun: {reason}", flush=True)
-        return False
     context = Context(work, name)
     print(f"{name}: begun at {time.monotonic() - STARTED:.0f} s", flush=True)
     began, peaks, status, facts = time.monotonic(), Peaks().start(), "done", {}
@@ -89,94 +130,19 @@ def run_phase(name: str, work: Work, args: argparse.Namespace, failed: set[str])
         "gpu_torch_gib": logs.peak_gpu_gib(context.lines),
         **memory,
         **facts,
+        "beside": list(beside),
         "notes": context.notes,
         "commands": [shlex.join(command) for command in context.commands],
         "at": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    append_whole(work.folder / "records.jsonl", json.dumps(record) + "\n")
+    with _RECORDING:
+        append_whole(work.folder / "records.jsonl", json.dumps(record) + "\n")
     if status != "done":
         print(f"{tail(context.log)}\n{name}: {status}\nthe whole log: {context.log}", flush=True)
         return False
     shown = {key: value for key, value in record.items() if key not in ("commands", "phase")}
     print(f"{name}: {json.dumps(shown)}", flush=True)
     return True
-
-
-def is_done(work: Work, name: str) -> bool:
-    """Whether the phase's newest record says so."""
-    return read_records(work.folder).get(name, {}).get("status") == "done"
-
-
-def expected_s(name: str, settings: Settings) -> float:
-    """Seconds that a phase is expected to take."""
-    if not settings.is_full:
-        return 60.0
-    share = settings.geometry.num_layers / 32
-    return PHASES[name].expected_s * (0.3 + 0.7 * share)
-
-
-def why_not(
-    name: str, work: Work, until_s: float | None, failed: set[str], *, drops: bool = False
-) -> str | None:
-    """What keeps a phase from being begun: something it needs, too little time, too small a disk."""
-    phase = PHASES[name]
-    missing = [need for need in phase.needs if need in failed or not is_done(work, need)]
-    if missing:
-        return f"it needs {' and '.join(missing)}, which is not done"
-    if name not in ("data", "disk") and not (work.dataset / "manifest.json").is_file():
-        return (
-            f"{work.dataset} is not there; make it with --phases data, and give it with --dataset"
-        )
-    left = None if until_s is None else until_s - (time.monotonic() - STARTED)
-    expected = expected_s(name, work.settings)
-    if left is not None and left < expected:
-        return (
-            f"expected to take {expected:.0f} s, and {left:.0f} s are left of --until-s {until_s:g}"
-        )
-    if name == "async" and work.run.exists() and not drops:
-        waiting = [reader for reader in READERS_OF_TRAIN if not is_done(work, reader)]
-        if waiting:
-            return (
-                f"it removes the checkpoint of train, which {', '.join(waiting)} still need; run them first, "
-                "or give --drop-checkpoint"
-            )
-    return too_small(name, work)
-
-
-def too_small(name: str, work: Work) -> str | None:
-    """Say which disk has no room for what the phase writes."""
-    phase, settings = PHASES[name], work.settings
-    models, checkpoints = (
-        phase.models * settings.model_gb,
-        phase.checkpoints * settings.checkpoint_gb,
-    )
-    fast = work.fast or work.folder
-    needs = [(fast, models, "--fast-dir" if work.fast else "--work")]
-    needs.append((work.folder, checkpoints if work.fast else models + checkpoints, "--work"))
-    for folder, need, flag in needs:
-        free = shutil.disk_usage(folder).free / 1e9
-        if name == "async" and work.run.exists():
-            free += settings.checkpoint_gb  # which it removes first
-        if need and free < 1.02 * need + (SPARE_GB if settings.is_full else 0):
-            return (
-                f"it writes {need:.1f} GB to {flag} {folder}, and {free:.1f} GB are free; remove what is "
-                f"not needed there, give another {flag}, or fewer --layers"
-            )
-    return None
-
-
-def list_phases(work: Work) -> str:
-    """A line for each phase."""
-    records = read_records(work.folder)
-    lines = []
-    for name, phase in PHASES.items():
-        state = records.get(name, {}).get("status", "not done")
-        took = f"took {records[name]['seconds']:.0f} s" if name in records else ""
-        lines.append(
-            f"{name:14} expected {expected_s(name, work.settings):4.0f} s  {state[:60]:12} {took:12} "
-            f"needs {', '.join(phase.needs) or 'nothing'}"
-        )
-    return "\n".join(lines)
 
 
 def make_work(args: argparse.Namespace) -> tuple[Settings, Work]:
@@ -219,18 +185,35 @@ def make_work(args: argparse.Namespace) -> tuple[Settings, Work]:
 PLACES = ("dataset", "fast_dir", "corpus")
 
 
+def read_group(text: str) -> tuple[str, ...]:
+    """Phases of one word of --phases.
+
+    >>> read_group("loss+needle")
+    ('loss', 'needle')
+    """
+    names = tuple(text.split("+"))
+    for name in names:
+        if name not in PHASES:
+            raise ConfigError(f"--phases {name} is unknown; choose of {', '.join(PHASES)}")
+    return names
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--work", type=Path, required=True, help="folder for everything; its disk is measured")
-    add("--phases", nargs="+", choices=PHASES, metavar="PHASE", help=f"of: {', '.join(PHASES)}")
+    order = " ".join("+".join(group) for group in GROUPS)
+    add("--phases", nargs="+", type=read_group, metavar="PHASE[+PHASE]", help=f"default: {order}")
     add("--again", nargs="+", choices=PHASES, default=[], metavar="PHASE", help="though done")
     add(
         "--until-s", type=float, help="seconds of this command: no phase is begun that takes longer"
     )
     add("--keep-going", action="store_true", help="after a failure, what does not depend on it")
     add("--drop-checkpoint", action="store_true", help="async may remove what others still need")
+    add(
+        "--copy-to", type=Path, help="folder for records, tables and ends of logs, after each phase"
+    )
     add("--list", action="store_true", help="what is done, and how long the rest takes")
     add("--report", action="store_true", help="print the tables")
     add("--dataset", type=Path, help="folder that the phase data wrote; default: WORK/data")

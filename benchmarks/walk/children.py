@@ -21,6 +21,10 @@ SECONDS_TO_DIE = 60
 """A killed process gives up its GPU memory, which takes a while."""
 
 
+STOP = threading.Event()
+"""Set when this program is told to end: every command is then killed, whichever thread runs it."""
+
+
 class PhaseFailed(Exception):
     """A phase has not done what it should."""
 
@@ -115,7 +119,7 @@ def run(
     Args:
         watch: Called again and again while it runs; kills it by giving True.
         deadline: `time.monotonic()` at which it is killed and `OutOfTime` raised.
-    Raises: PhaseFailed: its status is not 0.
+    Raises: PhaseFailed: its status is not 0. OutOfTime.
     """
     child = Child(command, log, environment)
     try:
@@ -123,7 +127,7 @@ def run(
             if watch is not None and watch(child):
                 child.kill()
                 return child.end(killed=True)
-            if deadline is not None and time.monotonic() > deadline:
+            if STOP.is_set() or (deadline is not None and time.monotonic() > deadline):
                 raise OutOfTime(f"stopped after {child.seconds:.0f} s: {shlex.join(child.command)}")
             time.sleep(POLL_S)
     except BaseException:

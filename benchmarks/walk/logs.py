@@ -26,6 +26,7 @@ STEP = re.compile(
 MAX_ALLOCATED = re.compile(r"max allocated: ([\d.]+)")
 SAVING = re.compile(r"saving checkpoint at iteration\s+(\d+)")
 SAVED = re.compile(r"successfully saved checkpoint from iteration\s+(\d+)")
+SCHEDULED = re.compile(r"scheduled an async checkpoint save at iteration\s+(\d+)")
 LOADING = re.compile(r"loading .*checkpoint from")
 LOADED = re.compile(r"successfully loaded checkpoint")
 
@@ -53,7 +54,7 @@ def step_figures(lines: Lines) -> dict[int, dict[str, float]]:
     for stamp, line in lines:
         match = STEP.search(line)
         if match:
-            figures = {"at": round(stamp, 2), "s": float(match["ms"]) / 1e3}
+            figures = {"at": round(stamp, 2), "s": round(float(match["ms"]) / 1e3, 3)}
             if match["tflops"]:
                 figures["tflops"] = float(match["tflops"])
             found[int(match["step"])] = figures
@@ -71,6 +72,12 @@ def saves(lines: Lines) -> dict[int, float]:
             number = int(match[1])
             took[number] = round(stamp - begun.get(number, stamp), 2)
     return took
+
+
+def first_scheduled(lines: Lines) -> int | None:
+    """The step after which the first save in the background began."""
+    found = (SCHEDULED.search(line) for _, line in lines)
+    return next((int(match[1]) for match in found if match), None)
 
 
 def load_seconds(lines: Lines) -> float | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.walk.budget import Cost
 from benchmarks.walk.children import PhaseFailed
 from benchmarks.walk.context import Context
 from benchmarks.walk.settings import LAUNCH_ENVIRONMENT, Work, layout_argv
@@ -18,6 +19,8 @@ SHORT_LENGTH = 8192
 """Tokens of the documents on which transformers and Megatron are compared."""
 NUM_SCORED = 2
 """Documents of each source that are scored."""
+NUM_DEPTHS = 5
+"""Of the needle."""
 
 
 def data(context: Context) -> dict[str, Any]:
@@ -106,14 +109,14 @@ def _evaluate(context: Context, report: Path, length: int, *more: object) -> Non
 
 
 def needle(context: Context) -> dict[str, Any]:
-    """One row of the grid: the longest context at ten depths."""
+    """One row of the grid: the longest context at some depths."""
     work = context.work
     folder = work.results / "needle"
     context.run(
         [
             *_launcher(work),
             *("tools/evaluate_needle.py", "--checkpoint", work.run, "--haystack", work.haystack),
-            *("--context-lengths", work.settings.seq_length, "--num-depths", 10, "--force"),
+            *("--context-lengths", work.settings.seq_length, "--num-depths", NUM_DEPTHS, "--force"),
             *("--output-dir", folder, *layout_argv(work.settings.layout)),
         ],
         environment=LAUNCH_ENVIRONMENT,
@@ -136,7 +139,7 @@ def export(context: Context) -> dict[str, Any]:
 def transformers(context: Context) -> dict[str, Any]:
     """Loss of the same documents in Megatron and in transformers."""
     work = context.work
-    length = min(SHORT_LENGTH, work.settings.seq_length)
+    length = SHORT_LENGTH if work.settings.is_full else work.settings.seq_length // 4
     chosen = ("--min-document-tokens", length + 1)
     ours, theirs = work.results / "loss-short.json", work.results / "loss-transformers.json"
     _evaluate(context, ours, length, *chosen)
@@ -177,8 +180,8 @@ class Phase:
 
     do: Callable[[Context], dict[str, Any]]
     needs: tuple[str, ...]
-    expected_s: float
-    """At full size on four H200; other sizes are scaled."""
+    cost: Cost
+    """At full size on four H100, alone; fewer layers are scaled."""
     models: float = 0
     """Model folders (16 GB at full size) that it writes to --fast-dir, or to WORK."""
     checkpoints: float = 0
@@ -186,20 +189,34 @@ class Phase:
 
 
 PHASES: dict[str, Phase] = {
-    "data": Phase(data, (), 300),
-    "write-hf": Phase(write_hf, (), 60, models=1),
-    "convert": Phase(convert, ("write-hf",), 150, models=1),
-    "disk": Phase(disk, (), 90, checkpoints=0.15),
-    "train": Phase(train, ("convert",), 420, checkpoints=1),
-    "resume": Phase(resume, ("train",), 200),
-    "reshard": Phase(reshard, ("train",), 200),
-    "uninterrupted": Phase(uninterrupted, ("convert",), 150),
-    "loss": Phase(loss, ("train",), 120),
-    "needle": Phase(needle, ("train",), 120),
-    "export": Phase(export, ("train",), 90, models=1),
-    "transformers": Phase(transformers, ("export",), 120),
-    "async": Phase(async_save, ("convert",), 400, checkpoints=1),
+    "data": Phase(data, (), Cost(other=300)),
+    "write-hf": Phase(write_hf, (), Cost(other=40), models=1),
+    "convert": Phase(convert, ("write-hf",), Cost(other=80), models=1),
+    "disk": Phase(disk, (), Cost(other=40), checkpoints=0.15),
+    "train": Phase(train, ("convert",), Cost(trainings=1, steps=1, saves=1), checkpoints=1),
+    "resume": Phase(resume, ("train",), Cost(trainings=1, steps=1, loads=1)),
+    "uninterrupted": Phase(uninterrupted, ("convert",), Cost(trainings=1, steps=3)),
+    "export": Phase(export, ("train",), Cost(other=60), models=1),
+    "loss": Phase(loss, ("train",), Cost(evaluations=1, other=30)),
+    "needle": Phase(needle, ("train",), Cost(evaluations=1, other=30)),
+    "transformers": Phase(transformers, ("export",), Cost(evaluations=1, other=50)),
+    "reshard": Phase(reshard, ("train",), Cost(trainings=1, steps=1, loads=1)),
+    "async": Phase(
+        async_save, ("convert",), Cost(trainings=1, steps=3, saves=1, other=30), checkpoints=1
+    ),
 }
-"""In the order of a whole walk. `async` gives the losses that `uninterrupted` would, and removes the
+"""In the order of their worth. `async` gives the losses that `uninterrupted` would, and removes the
 checkpoint of `train`."""
+GROUPS = (
+    ("write-hf",),
+    ("convert", "disk"),
+    ("train",),
+    ("resume",),
+    ("uninterrupted", "export"),
+    ("loss", "needle", "transformers"),
+    ("reshard",),
+    ("async",),
+)
+"""The order where no --phases are given; those of a group run at once. One of each group at most needs the
+GPUs for itself, or all of them fit into 80 GB together."""
 READERS_OF_TRAIN = ("resume", "reshard", "loss", "needle", "export", "transformers")

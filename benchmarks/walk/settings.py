@@ -12,10 +12,10 @@ from megatron_long.training.recipe import LLAMA3_8B
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 K = 1024
-SAVE_STEP = 2
-"""The step after which the first checkpoint is written; SIGTERM comes in the next one."""
-LAST_STEP = 5
-"""The last step whose loss is compared."""
+STEPS_COMPARED = 2
+"""Steps after the interruption whose losses are compared: the second shows the optimizer's state."""
+LAST_STEP = 4
+"""The last step that is compared, where nothing was interrupted."""
 BYTES_PER_PARAMETER = 14
 """Of a checkpoint: BF16 weights, and the FP32 main copy and two moments of Adam."""
 FP8_FLAGS = ("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--fp8-param-gather")

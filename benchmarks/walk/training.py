@@ -1,6 +1,5 @@
 """The phases that train: interrupted, resumed, in another layout, never stopped, saving in the background."""
 
-import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from benchmarks.walk.settings import (
     LAUNCH_ENVIRONMENT,
     RECOMPUTE_FLAGS,
     REPOSITORY,
-    SAVE_STEP,
+    STEPS_COMPARED,
     Work,
     layout_argv,
 )
@@ -24,6 +23,8 @@ from benchmarks.walk.settings import (
 TRAIN_STEPS = 40
 """--train-iters of every run; each is ended before, and the learning rate is constant."""
 LEAST_PAUSE_S = 0.05
+ASYNC_SAVE_MINUTES = {"full": 0.25, "tiny": 0.01}
+"""--save-minutes, by size: the third step or so saves. By time no save begins while another is written."""
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -62,7 +63,7 @@ def script_variables(work: Work, output: Path) -> dict[str, str]:
 
 
 def without_saving(context: Context, layout: tuple[int, int], log: Path, *start: object) -> Ended:
-    """Train to LAST_STEP with no checkpoint written, then kill."""
+    """Train to the last step that is compared with no checkpoint written, then kill."""
     work = context.work
     command = [work.python, "-m", "megatron_long.launch", "--nproc-per-node"]
     command += [str(work.settings.processes), "--standalone", "-m", "megatron_long.pretrain"]
@@ -75,16 +76,23 @@ def without_saving(context: Context, layout: tuple[int, int], log: Path, *start:
 def until_logged(
     context: Context, log: Path, command: Sequence[object], variables: dict[str, str]
 ) -> Ended:
-    """Run training until it logs the loss of LAST_STEP, then kill all of it: nothing is saved."""
+    """Run training until it logs the last loss that is compared, then kill all of it: nothing is saved."""
     offset = log.stat().st_size if log.is_file() else 0
+    last = last_step(context.work)
 
     def watch(child: Child) -> bool:
-        return LAST_STEP in logs.read_losses(log, offset)
+        return last in logs.read_losses(log, offset)
 
     ended = context.run(command, environment=variables, watch=watch)
     if ended.status == 0:
-        raise PhaseFailed(f"training ended by itself before step {LAST_STEP} was in {log}")
+        raise PhaseFailed(f"training ended by itself before step {last} was in {log}")
     return ended
+
+
+def last_step(work: Work) -> int:
+    """The last step whose loss is compared."""
+    interrupted = read_records(work.folder).get("train", {}).get("interrupted_at")
+    return LAST_STEP if interrupted is None else interrupted + STEPS_COMPARED
 
 
 def tracker(folder: Path) -> int:
@@ -100,31 +108,28 @@ def iteration(folder: Path, number: int) -> Path:
 
 
 def train(context: Context) -> dict[str, Any]:
-    """Save after step 2, SIGTERM in step 3, leave with status 0 and a checkpoint of it."""
+    """SIGTERM in the second step: it saves, and leaves with status 0."""
     work = context.work
     output, sent = work.run, list[float]()
-    room = shutil.disk_usage(work.folder).free / 1e9
+    log = output / "loss.jsonl"
 
     def watch(child: Child) -> bool:
-        has_begun = child.saw("before the start of training step")
-        if not sent and has_begun and tracker(output) >= SAVE_STEP:
+        if not sent and logs.read_losses(log):
             sent.append(round(child.seconds, 2))
             child.process.send_signal(signal.SIGTERM)
-            if room < 2.1 * work.settings.checkpoint_gb:  # while the next step still runs
-                context.remove(iteration(output, SAVE_STEP), "two checkpoints have no room")
         return False
 
-    # The last of two flags wins.
-    command = launch_script(work, "--save-interval", SAVE_STEP)
-    ended = context.run(command, environment=script_variables(work, output), watch=watch)
+    context.remove(output, "of a command that was stopped")
+    ended = context.run(
+        launch_script(work), environment=script_variables(work, output), watch=watch
+    )
     last = tracker(output)
-    if not sent or not SAVE_STEP < last < TRAIN_STEPS:
+    if not sent or not 1 <= last < TRAIN_STEPS:
         raise PhaseFailed(
             f"status 0, but the checkpoint of step {last} is the newest, and SIGTERM was "
-            f"{'sent' if sent else 'not sent'}; a step after {SAVE_STEP} was expected"
+            f"{'sent' if sent else 'not sent'}; one of steps 1 to {TRAIN_STEPS - 1} was expected"
         )
-    context.remove(iteration(output, SAVE_STEP), f"step {last} is what later phases start from")
-    keep_losses(output / "loss.jsonl", work.results / "train.jsonl")
+    keep_losses(log, work.results / "train.jsonl")
     steps = logs.step_figures(ended.lines)
     return {
         "sigterm_at_s": sent[0],
@@ -138,7 +143,7 @@ def train(context: Context) -> dict[str, Any]:
 
 
 def resume(context: Context) -> dict[str, Any]:
-    """The same command, but that it saves no more; killed with SIGKILL after LAST_STEP."""
+    """The same command; killed with SIGKILL before it saves."""
     work = context.work
     log = work.run / "loss.jsonl"
     offset = log.stat().st_size
@@ -154,7 +159,7 @@ def keep_losses(log: Path, target: Path, offset: int = 0) -> None:
 
 
 def uninterrupted(context: Context) -> dict[str, Any]:
-    """Steps 1 to LAST_STEP from the converted checkpoint."""
+    """The same steps from the converted checkpoint, at once."""
     work = context.work
     log = work.results / "uninterrupted.jsonl"
     ended = without_saving(context, work.settings.layout, log, "--pretrained-checkpoint", work.base)
@@ -172,40 +177,37 @@ def reshard(context: Context) -> dict[str, Any]:
 def async_save(context: Context) -> dict[str, Any]:
     """A save in the background of a run from the start: how long do steps stand still for it?"""
     work = context.work
-    output, interval = work.folder / "async", _interval_of_async(context)
+    output = work.folder / "async"
+    log = output / "loss.jsonl"
     context.remove(work.run, "no later phase needs it, and the next checkpoint needs its room")
     context.remove(output, "of a command that was stopped")
     arrived: list[int] = []
 
     def watch(child: Child) -> bool:
-        steps = logs.read_losses(output / "loss.jsonl")
-        if not arrived and tracker(output) >= interval and steps:
+        steps = logs.read_losses(log)
+        if not arrived and tracker(output) and steps:
             arrived.append(max(steps))
         return bool(arrived) and max(steps) > max(arrived[0], LAST_STEP - 1)
 
-    command = launch_script(work, "--save-interval", interval, "--async-save")
+    minutes = ASYNC_SAVE_MINUTES[work.settings.size]
+    command = launch_script(work, "--save-minutes", minutes, "--async-save")
     ended = context.run(command, environment=script_variables(work, output), watch=watch)
-    if not arrived or ended.status == 0:
+    saved = logs.first_scheduled(ended.lines)
+    if not arrived or saved is None or ended.status == 0:
         raise PhaseFailed("training ended before the checkpoint in the background was there")
-    pauses = logs.pauses(ended.lines, interval)
-    keep_losses(output / "loss.jsonl", work.results / "async.jsonl")
+    # The step after the last one seen before its arrival has put it in place; the next save begins then.
+    found = logs.pauses(ended.lines, saved)
+    pauses = {step: pause for step, pause in found.items() if step <= arrived[0] + 1}
+    keep_losses(log, work.results / "async.jsonl")
     context.remove(output, "measured")
     return {
-        "saved_at": interval,
+        "saved_at": saved,
         "arrived_at": arrived[0],
         "pauses_s": {step: pause for step, pause in pauses.items() if pause >= LEAST_PAUSE_S},
         "stopped_s": round(sum(pauses.values()), 2),
         "step_s": {n: figures["s"] for n, figures in logs.step_figures(ended.lines).items()},
         **_start_facts(ended),
     }
-
-
-def _interval_of_async(context: Context) -> int:
-    """Steps between saves such that one is whole before the next begins, judged by what `train` took."""
-    found = read_records(context.work.folder).get("train", {})
-    save = max(map(float, found.get("save_s", {}).values()), default=100.0)
-    step = min(map(float, found.get("step_s", {}).values()), default=9.0)
-    return min(max(SAVE_STEP, int(1.5 * save / step) + 2), TRAIN_STEPS // 2)
 
 
 def _start_facts(ended: Ended) -> dict[str, Any]:

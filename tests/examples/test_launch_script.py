@@ -15,6 +15,7 @@ import pytest
 
 from megatron_long.training import host_backend
 from megatron_long.training.backend import GPU
+from tests.fake_checkpoints import write_fake_checkpoint
 
 host_backend.install()
 
@@ -34,8 +35,7 @@ def dry_run(*argv: str, **variables: object) -> list[str]:
 @pytest.fixture
 def paths(tmp_path: Path, tiny_dataset: Path) -> dict[str, Path]:
     checkpoint = tmp_path / "check point"  # the space must survive quoting
-    checkpoint.mkdir()
-    (checkpoint / "latest_checkpointed_iteration.txt").write_text("release")
+    write_fake_checkpoint(checkpoint, None)
     return {"CHECKPOINT": checkpoint, "DATASET": tiny_dataset, "OUTPUT": tmp_path / "out"}
 
 
@@ -268,7 +268,7 @@ def test_time_limit_saves_queues_again_and_goes_on(slurm, tmp_path, tiny_dataset
     job.send_signal(signal.SIGUSR1)  # to the shell alone, as --signal=B:USR1@300 does
     text, _ = job.communicate(timeout=100)
     logs = sorted(path.name for path in (output / "logs").iterdir())
-    assert logs == [f"{os.getpid()}-node0.log", f"{os.getpid()}-node1.log"]
+    assert logs == [f"{os.getpid()}-node0.log", f"{os.getpid()}-node1.log", "start.log"]
     said = "".join(path.read_text() for path in (output / "logs").iterdir())
     assert "time is up, queued again" in text, text + said
     requeued = (tmp_path / "slurm" / "requeued").read_text().split()

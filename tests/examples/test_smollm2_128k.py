@@ -38,6 +38,7 @@ from megatron_long.evaluation.needle_report import (
 )
 from megatron_long.evaluation.needle_scores import NeedleResult
 from megatron_long.evaluation.position_loss import PositionLoss
+from tests.fake_checkpoints import write_fake_checkpoint
 
 from ..conftest import make_text, write_corpus
 from ..conversion.test_gguf import add_sentencepiece, write_gguf
@@ -103,8 +104,7 @@ def test_all_training_flags_parse(work, tiny_dataset, tmp_path):
     from megatron_long.training.backend import GPU
     from megatron_long.training.command_line import parse
 
-    (work.base).mkdir()
-    (work.base / "latest_checkpointed_iteration.txt").write_text("release")
+    write_fake_checkpoint(work.base, None)
     work.dataset("per-source").parent.mkdir()
     work.dataset("per-source").symlink_to(tiny_dataset)
     (command,) = commands("main", work)

@@ -24,6 +24,7 @@ from examples.tiny_demo.train_tokenizer import corpus_files, sample_text, train
 from megatron_long.errors import DataError
 from megatron_long.evaluation.loss_report import LossReport, LossSettings, write_loss_report
 from megatron_long.evaluation.position_loss import PositionLoss
+from tests.fake_checkpoints import write_fake_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -315,8 +316,7 @@ def test_training_commands_parse(
     assert step.command[step.command.index("--nproc-per-node") + 1] == str(world_size)
     arguments = program_and_arguments(step)[1]
     load = tmp_path / "load"
-    load.mkdir()
-    (load / "latest_checkpointed_iteration.txt").write_text("release")
+    write_fake_checkpoint(load, None)
     arguments[arguments.index("--dataset") + 1] = str(tiny_dataset)
     arguments[arguments.index("--load") + 1] = str(load)
     arguments.append("--allow-repeat")  # the test's dataset is smaller than the demo's

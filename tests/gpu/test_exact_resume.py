@@ -32,7 +32,10 @@ pytestmark = [
 
 
 def layout(cp: int, kind: str, ranks: int) -> tuple[int, tuple[str, ...]]:
-    return ranks, ("--context-parallel-size", str(cp), "--cp-comm-type", kind)
+    flags = ("--context-parallel-size", str(cp), "--cp-comm-type", kind)
+    if kind == "a2a":  # it deals the key/value heads out, of which the recipe has 2
+        flags += ("--num-query-groups", str(max(2, cp)))
+    return ranks, flags
 
 
 LAYOUTS = {

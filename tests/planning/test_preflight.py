@@ -14,6 +14,7 @@ from megatron_long.planning.hardware import GPUS
 from megatron_long.planning.machine import Room
 from megatron_long.training import host_backend
 from megatron_long.training.backend import GPU, HOST
+from tests.fake_checkpoints import write_fake_checkpoint
 from tests.training.test_saving import NAMESPACE, REPOSITORY, can_mount
 
 host_backend.install()
@@ -115,7 +116,7 @@ def test_disk_without_room_for_one_checkpoint_is_refused(ask, tmp_path):
 )
 def test_checkpoints_that_lie_there_at_once(flags, present, free, words, ask, tmp_path):
     for step in range(present):
-        (tmp_path / "ckpt" / f"iter_{step:07d}").mkdir(parents=True)
+        write_fake_checkpoint(tmp_path / "ckpt", step)
     text = ask(*flags, free=free)
     assert words in text
     assert bool(words) is bool(text)

@@ -13,6 +13,7 @@ host_backend.install()
 # ruff: noqa: E402
 from megatron_long.training.layout_rules import check_layout
 from megatron_long.training.megatron_adapter import parse_flags
+from tests.gpu.test_exact_resume import FLAGS, LAYOUTS
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -28,6 +29,13 @@ def test_recipe_parses_and_can_be_cut(name, backend):
     assert args.num_layers == recipe.model.num_layers
     assert args.bf16 is backend.cuda
     check_layout(args, recipe.layout.num_devices)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_the_gpu_tests_can_be_cut(name):
+    ranks, flags = LAYOUTS[name]
+    stock = [word for word in FLAGS if word not in ("--recipe", "tiny_debug", "--allow-repeat")]
+    check_layout(parse_flags([*build_recipe("tiny_debug").to_argv(GPU), *stock, *flags]), ranks)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "tiny_debug"])

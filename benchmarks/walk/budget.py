@@ -1,0 +1,63 @@
+"""How long a phase is expected to take, of what an 8B model took on one machine of four H100.
+
+| | seconds |
+|---|---|
+| training: command to the end of the first step | 60 |
+| evaluation: command to the first window, weights loaded | 50 |
+| another step, 131,072 tokens, all activations recomputed | 12 |
+| a checkpoint of 112 GB written, read back and hashed (1.45 GB/s is what the disk streams) | 130 |
+| its files hashed and loaded (1.56 GB/s from the disk, faster from the page cache) | 45 |
+"""
+
+from dataclasses import dataclass
+
+TRAINING_S = 60.0
+EVALUATION_S = 50.0
+STEP_S = 12.0
+SAVE_S = 130.0
+LOAD_S = 45.0
+FIXED_SHARE = 0.3
+"""Of the seconds, what fewer layers do not save: imports, and the embedding and output layers."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a phase consists of.
+
+    >>> Cost(trainings=1, steps=1, saves=1).seconds(), Cost(other=20).words()
+    (202.0, '20 other')
+    """
+
+    trainings: int = 0
+    """Starts of training, each with its first step."""
+    evaluations: int = 0
+    """Starts of an evaluation."""
+    steps: int = 0
+    """Steps after the first."""
+    saves: int = 0
+    loads: int = 0
+    other: float = 0.0
+    """Seconds."""
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part that is there."""
+        found = {
+            "start": self.trainings * TRAINING_S + self.evaluations * EVALUATION_S,
+            "steps": self.steps * STEP_S,
+            "save": self.saves * SAVE_S,
+            "load": self.loads * LOAD_S,
+            "other": self.other,
+        }
+        return {name: seconds for name, seconds in found.items() if seconds}
+
+    def seconds(self, share: float = 1.0) -> float:
+        """Seconds in all.
+
+        Args:
+            share: Layers of the model over 32.
+        """
+        return sum(self.parts().values()) * (FIXED_SHARE + (1 - FIXED_SHARE) * share)
+
+    def words(self) -> str:
+        """The parts, as `60 start + 130 save`."""
+        return " + ".join(f"{seconds:.0f} {name}" for name, seconds in self.parts().items())
