@@ -26,9 +26,9 @@ def atomic_path(path: Path, *, directory: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     remove_path(temporary)
-    if directory:
-        temporary.mkdir()
     try:
+        if directory:
+            temporary.mkdir()
         yield temporary
         _sync(temporary)
         _replace(temporary, path)
@@ -77,9 +77,17 @@ def refuse_overwrite(path: Path, *, force: bool, flag: str = "--output") -> None
 def _replace(temporary: Path, path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         old = path.with_name(f".{path.name}.{os.getpid()}{REPLACED_SUFFIX}")
-        os.rename(path, old)
-        os.rename(temporary, path)
-        shutil.rmtree(old)
+        try:
+            os.rename(path, old)
+            os.rename(temporary, path)
+            shutil.rmtree(old)
+        except (
+            BaseException
+        ):  # a signal: either folder keeps the name, whole, and neither lies beside it
+            if not path.exists():
+                os.rename(old, path)
+            shutil.rmtree(old, ignore_errors=True)
+            raise
     else:
         os.replace(temporary, path)
     _sync_one(path.parent)

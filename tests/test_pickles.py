@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import functools
 import io
 import operator
@@ -181,6 +182,26 @@ def test_torch_reads_nothing_else_once_guarded(form, guarded, tmp_path):
     assert not marker.exists()
 
 
+def test_caches_of_stock_data_are_read_with_care(guarded, tmp_path):
+    """`--data-path` has Megatron read index arrays from a cache, each with `allow_pickle=True`."""
+    from megatron.core.datasets import blended_dataset, gpt_dataset
+    from megatron.core.safe_globals import safe_numpy_load
+
+    for module in (blended_dataset, gpt_dataset):
+        tree = ast.parse(Path(str(module.__file__)).read_text())
+        calls = [ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)]
+        loads = {name for name in calls if "load" in name.rpartition(".")[2]}
+        assert loads & {"numpy.load", "np.load", "pickle.load"} == set()
+        assert "safe_numpy_load" in loads
+    path, marker = tmp_path / "index.npy", tmp_path / "marker"
+    inner = Calls(torch.storage._load_from_bytes, hostile.saved(marker))  # which it lets through
+    for content in (*(form(marker) for form in hostile.FORMS), pickle.dumps(inner)):
+        path.write_bytes(content)
+        with contextlib.suppress(Exception):
+            safe_numpy_load(path, allow_pickle=True, mmap_mode="r")[0]  # as it is used
+        assert not marker.exists(), content[:20]
+
+
 @pytest.mark.parametrize("form", hostile.FORMS)
 def test_the_planted_files_do_harm_without_care(form, tmp_path):
     assert hostile.was_run(form(tmp_path / "marker"), tmp_path / "marker")
@@ -223,7 +244,7 @@ def unguarded_loads(source: str) -> list[int]:
     """Lines that read pickles, or what may hold some, without care."""
     tree = ast.parse(source)
     found = []
-    for node in ast.walk(tree):
+    for node in ast.walk(_with_full_names(tree)):
         if isinstance(node, ast.ImportFrom):
             names = {alias.name for alias in node.names}
             found += [node.lineno] * bool(names & set(UNGUARDED.get(node.module or "", ())))
@@ -236,12 +257,24 @@ def unguarded_loads(source: str) -> list[int]:
     return found
 
 
+def _with_full_names(tree: ast.Module) -> ast.Module:
+    """Put back what `import ... as ...` and `from torch import load` have shortened."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    known = {}
+    for node in imports:
+        prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+        known |= {alias.asname or alias.name: prefix + alias.name for alias in node.names}
+    for name in (node for node in ast.walk(tree) if isinstance(node, ast.Name)):
+        name.id = known.get(name.id, name.id)
+    return tree
+
+
 def _is_careless(call: ast.Call) -> bool:
     options = {word.arg: ast.unparse(word.value) for word in call.keywords}
     name = ast.unparse(call.func)
     if name in ("torch.load", "jit.load", "torch.jit.load"):
         return options.get("weights_only") != "True" or name != "torch.load"
-    if options.get("allow_pickle") == "True" and "load" in name:
+    if options.get("allow_pickle", "False") != "False" and ("load" in name or "read" in name):
         return True
     is_remote = options.get("trust_remote_code", "False") != "False"
     return is_remote or name in ("eval", "exec", "builtins.eval", "builtins.exec")
@@ -252,6 +285,10 @@ def _is_careless(call: ast.Call) -> bool:
     [
         "import pickle\npickle.load(file)",
         "from pickle import loads",
+        "import pickle as p\np.load(file)",
+        "import torch as t\nt.load(path)",
+        "from torch import load\nload(path)",
+        "read_array(file, allow_pickle=True)",
         "pickle_load = pickle.loads",
         "class A(pickle.Unpickler): pass",
         "torch.load(path)",

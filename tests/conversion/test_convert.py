@@ -248,7 +248,9 @@ def test_which_iteration(checkpoint_copy, caplog):
     assert "names 10, and the newest checkpoint of this run is release" in caplog.text
     (checkpoint_copy / "hashes.json").unlink()
     tracker.write_text("20\n")
-    with pytest.raises(DataError, match=r"names iter_0000020, and that is not there; .*: 10"):
+    with pytest.raises(
+        DataError, match=r"names iter_0000020, and .*/iter_0000020 is missing; .*: 10"
+    ):
         find_iteration(checkpoint_copy)
     tracker.write_text("soon")
     with pytest.raises(DataError, match="holds 'soon'"):
@@ -276,7 +278,7 @@ def damage_bytes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "release/metadata.json").unlink(), "holds no metadata.json"),
+        (lambda folder: (folder / "release/metadata.json").unlink(), "no whole metadata.json"),
         (lambda folder: (folder / "release/metadata.json").write_text("{}"), "format None"),
         (lambda folder: (folder / "release/.metadata").write_bytes(b"x"), ".metadata cannot be"),
         (lambda folder: (folder / "release/__0_0.distcp").unlink(), "__0_0.distcp is missing"),

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from megatron_long.evaluation.scoring import TokenScores
+from tests.fake_checkpoints import write_fake_checkpoint
 
 CORRECT_LOSS, WRONG_LOSS = 0.25, 5.0
 
@@ -122,8 +123,7 @@ class WordTokenizer:
 
 def write_checkpoint_folder(path: Path, vocab_size: int = 10_000) -> Path:
     """Make what the tools look at before the model is loaded."""
-    (path / "iter_0000010").mkdir(parents=True)
-    (path / "latest_checkpointed_iteration.txt").write_text("10")
+    write_fake_checkpoint(path, 10)
     (path / "hf_config.json").write_text(json.dumps(llama_config(vocab_size)))
     return path
 

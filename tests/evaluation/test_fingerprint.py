@@ -3,6 +3,8 @@ import shutil
 
 from megatron_long.evaluation.fingerprint import fingerprint
 from megatron_long.evaluation.inputs import find_checkpoint, find_hf_folder
+from megatron_long.training.checkpoint_folder import TRACKER_NAME
+from tests.fake_checkpoints import write_fake_checkpoint
 
 from .fakes import write_checkpoint_folder
 
@@ -26,7 +28,8 @@ def test_a_checkpoint_with_hashes_may_be_copied_and_grow(tmp_path):
     (folder / "iter_0000010" / "hashes.json").write_text("{}")
     first = fingerprint(find_checkpoint(folder))
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
-    (tmp_path / "copy" / "iter_0000020").mkdir()
+    write_fake_checkpoint(tmp_path / "copy", 20)
+    (tmp_path / "copy" / TRACKER_NAME).write_text("10")
     assert fingerprint(find_checkpoint(tmp_path / "copy")) == first
     (tmp_path / "copy" / "iter_0000010" / "hashes.json").write_text("{ }")
     assert fingerprint(find_checkpoint(tmp_path / "copy")) != first

@@ -13,6 +13,7 @@ from megatron_long.evaluation.scoring import (
 )
 from megatron_long.model import linear_cross_entropy
 from megatron_long.model.linear_cross_entropy import UNSCORED, VocabularyShard
+from tests.fake_checkpoints import write_fake_checkpoint
 
 WORKER = Path(__file__).with_name("scoring_worker.py")
 
@@ -107,9 +108,8 @@ def test_the_checkpoint_that_was_chosen_is_the_one_loaded(tmp_path, monkeypatch)
     from megatron_long.evaluation import scoring
     from megatron_long.training import megatron_hooks
 
-    for number in (10, 20):
-        (tmp_path / f"iter_{number:07d}").mkdir()
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
+    for number in (None, 10, 20):
+        write_fake_checkpoint(tmp_path, number)
     loaded = []
     monkeypatch.setattr(megatron_hooks, "load_from", lambda choice, args: loaded.append(choice))
     for iteration, step in (("10", None), ("release", None), (None, 10), (None, None)):

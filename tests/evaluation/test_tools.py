@@ -18,6 +18,7 @@ from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.evaluation import scoring
 from megatron_long.evaluation.loss_report import read_loss_report
 from megatron_long.evaluation.needle_report import read_needle_report
+from megatron_long.training import rendezvous
 
 from .fakes import (
     FakeScorer,
@@ -427,6 +428,7 @@ def test_only_the_writer_writes(
 
     monkeypatch.setattr(scoring, "open_scorer", open_scorer)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(rendezvous, "agree", lambda found: ["", ""])  # rank 0 found no log
     flags = loss_flags(checkpoint, tiny_dataset, tmp_path / "loss.json")
     assert run("loss", *flags, "--context-length", 64) == 0
     flags = ["--checkpoint", checkpoint, "--haystack", haystack, "--output-dir", tmp_path / "n"]
@@ -454,7 +456,7 @@ LOSS_ERRORS = {
     "buckets": (["--buckets", "0-99"], "--buckets 0-99 does not lie within --context-length 64"),
     "long documents": (["--min-document-tokens", "99999"], "no held-out document is that long"),
     "compare": (["--compare", "nowhere.json"], "--compare nowhere.json is not a file"),
-    "no such iteration": (["--ckpt-step", "7"], "has no folder iter_0000007"),
+    "no such iteration": (["--ckpt-step", "7"], "has no whole iter_0000007"),
     "missing tokenizer": (["--tokenizer", "nowhere"], "--tokenizer nowhere does not exist"),
     "output is a folder": (["--output", ".", "--force"], "--output . cannot be written"),
 }
