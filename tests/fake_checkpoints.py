@@ -1,0 +1,26 @@
+"""Checkpoint folders that pass for whole ones as long as nobody reads a tensor."""
+
+import json
+from pathlib import Path
+
+from megatron_long.training.checkpoint_choice import INDEX_NAME, METADATA_NAME, iteration_folder
+from megatron_long.training.checkpoint_folder import TRACKER_NAME
+
+
+def write_fake_checkpoint(folder: Path, iteration: int | None) -> Path:
+    """Make the smallest checkpoint that is chosen, and the tracker file that names it.
+
+    A checkpoint has both files of metadata (`checkpoint_choice.has_metadata`); this one has no tensors and no
+    hashes, as one of another program.
+
+    Args:
+        folder: The common folder, made where it is missing.
+        iteration: None for converted weights (`release`).
+    Returns: The checkpoint's own folder.
+    """
+    path = iteration_folder(folder, iteration)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / METADATA_NAME).write_text(json.dumps({"sharded_backend": "torch_dist"}))
+    (path / INDEX_NAME).write_bytes(b"index")
+    (folder / TRACKER_NAME).write_text("release" if iteration is None else str(iteration))
+    return path
