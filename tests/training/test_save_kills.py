@@ -1,8 +1,4 @@
-"""Kills at every point of a save: what is left is the checkpoint before or the new one, and the next start works.
-
-The keeper's own steps are killed at each of their file operations, in a forked process that takes milliseconds;
-whole training jobs at the points between which Megatron writes.
-"""
+"""Kills at every file operation of a save: the checkpoint before or the new one is left, and can be resumed."""
 
 import os
 import shutil
