@@ -165,7 +165,7 @@ def read_common_state(folder: Path) -> dict[str, Any]:
     except (Exception, CheckpointException) as error:  # a damaged pickle raises anything
         raise DataError(
             f"{folder}: the common state cannot be read as tensors and plain values alone "
-            f"({type(error).__name__}): the checkpoint is damaged, or made to run a program when it is loaded; "
+            f"({type(error).__name__}): the checkpoint is damaged, or made to run a program; "
             "copy it again, use another iteration, or take one from a source that you trust"
         ) from error
     return state

@@ -1,4 +1,4 @@
-"""Kills at every file operation of a save: the checkpoint before or the new one is left, and can be resumed."""
+"""Kills at every file operation of a save: the checkpoint before or the new one is left and can be loaded."""
 
 import os
 import shutil
