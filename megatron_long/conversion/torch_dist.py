@@ -173,8 +173,9 @@ def read_common_state(folder: Path) -> dict[str, Any]:
             raise TypeError(f"a {type(state).__name__}")
     except (Exception, CheckpointException) as error:  # a damaged pickle raises anything
         raise DataError(
-            f"{folder}: the common state cannot be read ({type(error).__name__}); "
-            "the checkpoint is damaged: copy it again or use another iteration"
+            f"{folder}: the common state cannot be read as tensors and plain values alone "
+            f"({type(error).__name__}): the checkpoint is damaged, or made to run a program; "
+            "copy it again, use another iteration, or take one from a source that you trust"
         ) from error
     return state
 

@@ -9,6 +9,7 @@ from megatron_long.conversion.export import megatron_to_hf
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.training import command_line, host_backend
 from megatron_long.training.backend import HOST
+from tests.fake_checkpoints import write_fake_checkpoint
 
 host_backend.install()
 
@@ -113,7 +114,7 @@ def test_geometry_comes_from_the_model(hf_model, tiny_dataset):
     ],
 )
 def test_bad_flags_are_refused(flags, message, hf_model, tiny_dataset, tmp_path):
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    write_fake_checkpoint(tmp_path, None)
     paths = {"MODEL": hf_model, "CKPT": tmp_path}
     with pytest.raises(ConfigError, match=message):
         parse("--dataset", tiny_dataset, *(paths.get(word, word) for word in flags))

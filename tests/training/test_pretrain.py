@@ -13,6 +13,7 @@ from megatron_long.model.geometry import geometry_from_hf
 from megatron_long.training import command_line, host_backend
 from megatron_long.training.backend import GPU, HOST
 from megatron_long.training.recipe import LLAMA3_8B, build_recipe
+from tests.fake_checkpoints import write_fake_checkpoint
 
 host_backend.install()
 
@@ -86,7 +87,7 @@ def test_special_runs_leave_the_attention_kernel_to_transformer_engine(
 
 
 def test_model_comes_from_the_checkpoint_folder(tiny_dataset, tmp_path):
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    write_fake_checkpoint(tmp_path, None)
     (tmp_path / "hf_config.json").write_text(json.dumps(HF_CONFIG))
     args = parse("--load", tmp_path, "--dataset", tiny_dataset, "--seq-length", 128)
     assert (args.num_layers, args.hidden_size, args.rotary_base) == (2, 64, 10_000)
@@ -143,9 +144,7 @@ def test_finished_run_ends_well(tiny_dataset, tmp_path, capsys):
     flags = ["--recipe", "tiny_debug", "--dataset", tiny_dataset, "--load", tmp_path]
     flags += ["--train-iters", 4, "--allow-repeat"]
     for iteration, expected in (("4", 4), ("3", 3), ("release", 0)):
-        name = "release" if iteration == "release" else f"iter_{int(iteration):07d}"
-        (tmp_path / name).mkdir()
-        tracker.write_text(iteration)
+        write_fake_checkpoint(tmp_path, None if iteration == "release" else int(iteration))
         assert pretrain.prepare([str(word) for word in flags])[2].iteration == expected
     tracker.write_text("4")
     assert pretrain.main([str(word) for word in flags]) == 0
@@ -177,7 +176,7 @@ def test_another_tokenizer_is_refused(tiny_dataset, tiny_tokenizer):
 def test_checkpoint_with_another_tokenizer_is_refused(flag, tiny_dataset, tmp_path):
     folder = tmp_path / "checkpoint"
     (folder / "tokenizer").mkdir(parents=True)
-    (folder / "latest_checkpointed_iteration.txt").write_text("release")
+    write_fake_checkpoint(folder, None)
     pieces = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}
     model = {"type": "BPE", "vocab": pieces, "merges": [], "unk_token": "<unk>"}
     (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": model}))
