@@ -53,6 +53,18 @@ CHECKPOINT_INDEX: AllowList = {
 }
 """What `.metadata` of a `torch_dist` checkpoint is made of (plans: `--ckpt-assume-constant-structure`)."""
 
+OPTIMIZER_CLASSES = (
+    "torch.optim.adamw.AdamW",
+    "torch.optim.sgd.SGD",
+    *(
+        f"{package}.optimizers.{module}.{name}"
+        for package in ("transformer_engine.pytorch", "apex")
+        for module, name in (("fused_adam", "FusedAdam"), ("fused_sgd", "FusedSGD"))
+    ),
+)
+"""Classes of which Megatron-Core 0.19.2's `HybridDeviceOptimizer` (`--optimizer-cpu-offload`) names two in
+every parameter group, as `cpu_optimizer_cls` and `gpu_optimizer_cls`."""
+
 _FORCE, _FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _TRANSFORMER_ENGINE_READERS = (
     "transformer_engine.pytorch.module.base",
@@ -150,10 +162,22 @@ def guard_checkpoints() -> None:
 
     os.environ.pop(_FORBID, None)
     os.environ[_FORCE] = "1"  # every torch.load, whatever its caller says
+    _read_optimizer_classes_as_names()
     FileSystemReader.read_metadata = _read_metadata  # type: ignore[method-assign, assignment]
     if importlib.util.find_spec("transformer_engine") is not None:
         for name in _TRANSFORMER_ENGINE_READERS:
             _guard_transformer_engine(name)
+
+
+def _read_optimizer_classes_as_names() -> None:
+    """Have torch's restricted unpickler give the name of such a class where a file refers to it.
+
+    Nothing of a loaded state uses the class (the optimizer keeps its own); a text can be neither called nor
+    filled, and no package is imported for it.
+    """
+    from torch.serialization import add_safe_globals
+
+    add_safe_globals([(name, name) for name in OPTIMIZER_CLASSES])  # type: ignore[list-item]
 
 
 def _read_metadata(reader: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,20 +5,35 @@ import ast
 import contextlib
 import functools
 import io
+import json
 import operator
 import os
 import pickle
+import re
+import sys
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
 
+from megatron_long.conversion.torch_dist import COMMON_STATE, FORMAT, read_common_state
+from megatron_long.errors import DataError
 from megatron_long.pickles import (
     CHECKPOINT_INDEX,
+    OPTIMIZER_CLASSES,
     UnpicklingError,
     guard_checkpoints,
     read_checkpoint_index,
@@ -159,8 +174,6 @@ def test_the_attacks_are_real(name, tmp_path, monkeypatch):
 
 
 def test_an_index_of_files_elsewhere_is_refused():
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
     for path in ("/etc/passwd", "../other/__0_0.distcp"):
         index = Metadata({}, storage_data={"a": _StorageInfo(path, 0, 1)})
         with pytest.raises(UnpicklingError, match="outside of the checkpoint's folder"):
@@ -207,11 +220,97 @@ def test_the_planted_files_do_harm_without_care(form, tmp_path):
     assert hostile.was_run(form(tmp_path / "marker"), tmp_path / "marker")
 
 
+def offloaded_on_the_host(gpu_class: type, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Megatron-Core's own optimizer of `--optimizer-cpu-offload`, which wants streams even without a GPU."""
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    return HybridDeviceOptimizer(
+        [{"params": [torch.nn.Parameter(torch.ones(4))]}],
+        cpu_optimizer_cls=torch.optim.AdamW,
+        gpu_optimizer_cls=gpu_class,
+        overlap_cpu_optimizer_d2h_h2d=False,
+        lr=1e-5,
+    )
+
+
+def common_state(folder: Path, content: bytes) -> Any:
+    """Read it as the conversion does, from a checkpoint that holds nothing else."""
+    index = Metadata(
+        {}, storage_data={MetadataIndex(COMMON_STATE): _StorageInfo("a", 0, len(content))}
+    )
+    (folder / "a").write_bytes(content)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    (folder / "metadata.json").write_text(json.dumps(FORMAT))
+    return read_common_state(folder)
+
+
+def object_of_a_shard(content: bytes) -> Any:
+    """Read it as torch does for Megatron-Core."""
+    planner: Any = DefaultLoadPlanner(flatten_state_dict=False)
+    planner.state_dict = {}
+    planner.load_bytes(SimpleNamespace(dest_index=MetadataIndex("a")), io.BytesIO(content))
+    return planner.state_dict["a"]
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZER_CLASSES, "torch.optim.adam.Adam"])
+def test_classes_of_an_offloaded_optimizer_are_read_as_names(name, guarded, tmp_path, monkeypatch):
+    """Saved and loaded by its own class; no package is imported for a name, and other classes are refused."""
+    module, _, short = name.rpartition(".")
+    used = getattr(sys.modules.get(module), short, None) or type(short, (), {"__module__": module})
+    optimizer = offloaded_on_the_host(used, monkeypatch)
+    stream = io.BytesIO()
+    with monkeypatch.context() as patch:  # Transformer Engine and Apex need not be installed
+        for parent in (name[: dot.start()] for dot in re.finditer(r"\.", name)):
+            stand_in: Any = SimpleNamespace(__path__=[], **{short: used})
+            patch.setitem(sys.modules, parent, sys.modules.get(parent, stand_in))
+        torch.save([{"optimizer": optimizer.state_dict()}], stream)
+    if name not in OPTIMIZER_CLASSES:
+        with pytest.raises(UnpicklingError, match=name):
+            object_of_a_shard(stream.getvalue())
+        return
+    (read_state,) = object_of_a_shard(stream.getvalue())
+    optimizer.load_state_dict(read_state["optimizer"])
+    (group,) = optimizer.param_groups
+    assert (group["cpu_optimizer_cls"], group["gpu_optimizer_cls"]) == (OPTIMIZER_CLASSES[0], name)
+    assert group["lr"] == 1e-5
+    assert common_state(tmp_path, stream.getvalue())["optimizer"]["param_groups"][0]["lr"] == 1e-5
+    assert name.startswith("torch.") or module not in sys.modules
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_CLASSES[:2])
+@pytest.mark.parametrize("operation", [pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD])
+def test_classes_of_an_optimizer_are_not_called(name, operation, guarded, tmp_path, monkeypatch):
+    """Neither with arguments of a file, nor to be filled by it."""
+    module, _, short = name.rpartition(".")
+    called: list[Any] = []
+    real = getattr(sys.modules[module], short)
+    for method in ("__init__", "__setstate__"):
+        monkeypatch.setattr(real, method, lambda *args, **_: called.append(args))
+    hostile_program = pickle.PROTO + b"\x02" + f"c{module}\n{short}\n".encode()
+    hostile_program += pickle.EMPTY_TUPLE + operation + pickle.STOP
+    stream = io.BytesIO()
+    torch.save([1], stream)
+    content = with_program(stream.getvalue(), hostile_program)
+    with pytest.raises((UnpicklingError, TypeError)):
+        object_of_a_shard(content)
+    with pytest.raises(DataError, match="common state cannot be read"):
+        common_state(tmp_path, content)
+    assert called == []
+
+
+def with_program(saved: bytes, content: bytes) -> bytes:
+    """Put a pickle into what `torch.save` wrote."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(saved)) as old, zipfile.ZipFile(stream, "w") as new:
+        for item in old.namelist():
+            new.writestr(item, content if item.endswith("/data.pkl") else old.read(item))
+    return stream.getvalue()
+
+
 def test_torch_still_has_the_readers_that_are_guarded():
     """What `guard_checkpoints` relies on, in torch as it is installed."""
     import inspect
-
-    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
     assert "weights_only=False" in inspect.getsource(DefaultLoadPlanner.load_bytes)
     source = inspect.getsource(torch.load)
