@@ -78,7 +78,7 @@ def test_ctrl_c_again_ends_a_run_that_cannot_leave(flags, jobs, tmp_path):
 
         def presses_until_it_ends() -> bool:
             terminal.press_ctrl_c()
-            return terminal.reads() or launched.launcher.poll() is not None
+            return terminal.reads() and launched.launcher.poll() is not None
 
         wait_until(presses_until_it_ends)
         terminal.reads()
