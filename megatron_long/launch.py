@@ -24,6 +24,7 @@ import psutil  # not in the handler: a second signal would find it half imported
 
 from megatron_long.cli import run_tool
 from megatron_long.errors import ConfigError
+from megatron_long.training.side_output import keep_standard_streams
 from megatron_long.training.signals import (
     INTERRUPTED_STATUS,
     Interrupts,
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises: ConfigError: `--enable-ft-package` without nvidia-resiliency-ext.
     """
     set_handlers(_hand_on)
+    keep_standard_streams()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     words = list(sys.argv[1:] if argv is None else argv)

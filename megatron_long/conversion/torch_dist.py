@@ -209,7 +209,11 @@ def read_common_state(folder: Path) -> dict[str, Any]:
     """
     _check_format(folder)
     try:
-        stored = (_read_index(folder).storage_data or {})[MetadataIndex(COMMON_STATE)]
+        index = _read_index(folder)
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise _unreadable_index(folder, error) from error
+    try:
+        stored = (index.storage_data or {})[MetadataIndex(COMMON_STATE)]
         with (folder / stored.relative_path).open("rb") as file:
             file.seek(stored.offset)
             stream = io.BytesIO(file.read(stored.length))
@@ -228,7 +232,8 @@ def read_common_state(folder: Path) -> dict[str, Any]:
 def _unreadable_index(folder: Path, error: Exception) -> DataError:
     return DataError(
         f"{folder}/.metadata cannot be read ({type(error).__name__}: {error}); "
-        "the checkpoint is incomplete or damaged: use another iteration"
+        "the checkpoint is incomplete, damaged, or made to run a program: use another iteration, or a "
+        "source that you trust"
     )
 
 

@@ -92,8 +92,13 @@ def leave_on_second_interrupt() -> None:
 
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):
-            os.write(2, f"{text}\n".encode())
+        _write_line(text)
+
+
+def _write_line(text: str) -> None:
+    """To standard error, past its buffer: at the end that cannot be flushed where the terminal has gone."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 def end_at_once(status: int) -> None:
@@ -160,8 +165,7 @@ def end_with_parent() -> None:
 
 def leave(number: int, when: str) -> None:
     """End with status 0, and say that the signal came when there was nothing to save."""
-    name = signal.Signals(number).name
-    print(f"{name} came {when}: nothing to save", file=sys.stderr, flush=True)
+    _write_line(f"{signal.Signals(number).name} came {when}: nothing to save")
     sys.exit(0)
 
 
