@@ -17,6 +17,7 @@ import numpy as np
 from megatron_long.data.tokenizers import (
     Tokens,
     TokensAndLengths,
+    encode_prompt,
     hash_vocabulary,
     join_ids,
     split_flat,
@@ -61,6 +62,7 @@ class TiktokenTokenizer:
                 "tokenizer.json of the same model"
             ) from None
         self.engine_version = version("tiktoken")
+        self._path = path
         self._ranks = _read_ranks(path)
         count = len(self._ranks)
         self._special = {name: count + index for index, name in enumerate(_special_names())}
@@ -85,7 +87,7 @@ class TiktokenTokenizer:
         return join_ids([self._encoding.encode_ordinary(text) for text in texts])
 
     def encode_prompt(self, text: str) -> Tokens:
-        return self.encode(text)  # the file comes without a chat template
+        return encode_prompt(self, self._path, text)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([int(index) for index in ids])

@@ -62,9 +62,9 @@ class Tokenizer(Protocol):
         """Give the ids of all texts one after another, and how many each text has."""
 
     def encode_prompt(self, text: str) -> Tokens:
-        """Give the ids of a prompt: special tokens are what the model's own tokenizer makes of them.
+        """Give the ids of a prompt: special tokens are what `transformers` makes of them.
 
-        Where no chat template is used, they are text as everywhere else.
+        Where the folder has no chat template, they are text as everywhere else.
         """
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -106,6 +106,17 @@ def split_flat(tokens: Tokens, lengths: Lengths) -> list[Tokens]:
     return [tokens[end - size : end] for end, size in zip(ends, lengths.tolist(), strict=True)]
 
 
+def encode_prompt(tokenizer: Tokenizer, file: Path, text: str) -> Tokens:
+    """Give the ids of a prompt; see `Tokenizer.encode_prompt`.
+
+    Raises: ConfigError: special tokens are asked for, and nothing can encode them.
+    """
+    from megatron_long.data.prompt_tokens import encode_as_model
+
+    ids = encode_as_model(file, text)
+    return tokenizer.encode(text) if ids is None else np.array(ids, np.int32)
+
+
 class SentencePieceTokenizer:
     """A SentencePiece `.model` file; BOS is added when the model defines one (Llama's convention)."""
 
@@ -117,6 +128,7 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path) -> None:
         import sentencepiece
 
+        self._path = path
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(path.read_bytes())
@@ -125,7 +137,7 @@ class SentencePieceTokenizer:
                 f"--tokenizer {path} is neither a SentencePiece model nor a tiktoken file; if the model "
                 f"has a {HF_FILE}, give that"
             ) from None
-        processor, config = self._processor, _read_config(path.parent)
+        processor, config = self._processor, read_config(path.parent)
         if processor.eos_id() < 0:
             raise DataError(f"--tokenizer {path} defines no EOS piece; train it with an eos_id")
         self.vocab_size: int = processor.vocab_size()
@@ -146,7 +158,7 @@ class SentencePieceTokenizer:
         return join_ids(self._processor.encode(list(texts), out_type=int, num_threads=1))
 
     def encode_prompt(self, text: str) -> Tokens:
-        return self.encode(text)  # the file itself says which pieces are one token in any text
+        return encode_prompt(self, self._path, text)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(index) for index in ids])
@@ -173,16 +185,16 @@ class HFTokenizer:
     def __init__(self, path: Path) -> None:
         import tokenizers
 
+        self._path = path
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
             raise DataError(f"--tokenizer {path} cannot be loaded: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        config = _read_config(path.parent)
+        config = read_config(path.parent)
         self.bos_id = self._find_bos(config)
         self.eod_id = self._find_eod(config, path)
-        self._has_chat_template = has_chat_template(path.parent, config)
         # After the look at the post-processor: "<s>" inside a document must stay text.
         self._tokenizer.encode_special_tokens = True
         pieces = {index: piece for piece, index in self._tokenizer.get_vocab().items()}
@@ -202,11 +214,7 @@ class HFTokenizer:
         return join_ids([encoding.ids for encoding in batch])
 
     def encode_prompt(self, text: str) -> Tokens:
-        self._tokenizer.encode_special_tokens = not self._has_chat_template
-        try:
-            return self.encode(text)
-        finally:
-            self._tokenizer.encode_special_tokens = True
+        return encode_prompt(self, self._path, text)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids])
@@ -220,7 +228,7 @@ class HFTokenizer:
     def _find_bos(self, config: dict[str, Any]) -> int | None:
         if config.get("add_bos_token") is False:
             return None
-        bos = _token_text(config.get("bos_token"))
+        bos = token_text(config.get("bos_token"))
         if config.get("add_bos_token") and bos is not None:
             return self._tokenizer.token_to_id(bos)
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
@@ -229,7 +237,7 @@ class HFTokenizer:
         return full[0] if starts_with_special else None
 
     def _find_eod(self, config: dict[str, Any], path: Path) -> int:
-        asked = _token_text(config.get("eos_token"))
+        asked = token_text(config.get("eos_token"))
         for token in (asked,) if asked is not None else KNOWN_EOD:
             index = self._tokenizer.token_to_id(token)
             if index is not None:
@@ -317,7 +325,8 @@ def has_chat_template(folder: Path, config: Mapping[str, Any]) -> bool:
     return (folder / CHAT_TEMPLATE_FILE).is_file() or bool(config.get("chat_template"))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Give the settings in a tokenizer's folder, of all files that hold some."""
     merged: dict[str, Any] = {}
     for name in reversed(CONFIG_FILES):
         if name != CHAT_TEMPLATE_FILE and (folder / name).is_file():
@@ -328,6 +337,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return merged
 
 
-def _token_text(token: Any) -> str | None:
+def token_text(token: Any) -> str | None:
     """Give the text of a token as configurations write it: a string, or an object with `content`."""
     return token.get("content") if isinstance(token, dict) else token

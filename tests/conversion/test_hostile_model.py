@@ -22,12 +22,17 @@ MODEL = "decoder.final_layernorm.weight"
 def test_a_model_folder(make_llama, read_weights, tmp_path):
     """Of safetensors, and of pickled weights read on request."""
     folder = Path(shutil.copytree(make_llama(), tmp_path / "hf"))
+    (folder / "chat_template.jinja").touch()
+    (folder / "added_tokens.json").write_text('{"<|im_start|>": 384}')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     options = Options(force=True, allow_pickle=True)
     readers = [
         lambda: hf_to_megatron(folder, tmp_path / "ckpt", options=options),
         lambda: open_hf_scorer(folder, context_length=64),
-        lambda: open_tokenizer(None, find_hf_folder(folder)),
+        lambda: open_tokenizer(None, find_hf_folder(folder)).encode_prompt("<|im_start|> a"),
     ]
+    tokenizer = open_tokenizer(None, find_hf_folder(folder))
+    assert tokenizer.encode_prompt("<|im_start|>").tolist() == [tokenizer.vocab_size]
     assert hostile.plant_everywhere(folder, readers) >= 60
     (folder / "model.safetensors").unlink()
     torch.save(read_weights(make_llama()), folder / "pytorch_model.bin")

@@ -81,28 +81,61 @@ PROMPT = "<|im_start|> This is a story: <book>"
 
 
 @pytest.mark.parametrize("template", [None, "in the configuration", "in a file"])
-def test_special_tokens_of_a_prompt_are_those_of_the_model(template, json_file, tmp_path):
+@pytest.mark.parametrize("files", ["json", "model and json", "model and added tokens"])
+@pytest.mark.parametrize("class_name", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_special_tokens_of_a_prompt_are_those_of_the_model(
+    class_name, files, template, json_file, model_file, tmp_path
+):
     """With a chat template they are what transformers makes of them; in other texts never."""
     from transformers import AutoTokenizer
 
+    if files == "model and added tokens" and class_name != "LlamaTokenizer":
+        pytest.skip("a class that reads tokenizer.json alone")
     made = tokenizers.Tokenizer.from_file(str(json_file))
     made.add_special_tokens(["<|im_start|>"])
-    made.save(str(tmp_path / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    special = made.token_to_id("<|im_start|>")
+    if "json" in files:
+        made.save(str(tmp_path / "tokenizer.json"))
+    else:
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": special}))
+    if "model" in files:
+        shutil.copy(model_file, tmp_path / "tokenizer.model")
+    settings = {"tokenizer_class": class_name, "eos_token": "</s>", "bos_token": "<s>"}
+    settings["unk_token"] = "<unk>"
     if template == "in the configuration":
         settings["chat_template"] = "{{ messages }}"
     if template == "in a file":
         (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     own = AutoTokenizer.from_pretrained(tmp_path)(PROMPT, add_special_tokens=False).input_ids
-    special = made.token_to_id("<|im_start|>")
-    for engine in ("auto", "reference"):
-        tokenizer = load_tokenizer(tmp_path, engine)
+    assert own[0] == special
+    copy_tokenizer(tmp_path, tmp_path / "copy")  # as it lies in a checkpoint
+    for engine, folder in (("auto", tmp_path), ("reference", tmp_path / "copy")):
+        tokenizer = load_tokenizer(folder, engine)
+        assert tokenizer.kind == ("sentencepiece" if "model" in files else "hf")
         ids = tokenizer.encode_prompt(PROMPT).tolist()
         assert (ids == own) == (template is not None)
         assert (special in ids) == (template is not None)
         assert special not in tokenizer.encode(PROMPT).tolist()
         assert tokenizer.decode(tokenizer.encode(PROMPT)) == PROMPT
+
+
+def test_a_prompt_of_a_folder_that_transformers_cannot_open(json_file, model_file, tmp_path):
+    """The JSON file says what its tokens are; without one the message names what is missing."""
+    made = tokenizers.Tokenizer.from_file(str(json_file))
+    made.add_special_tokens(["<|im_start|>"])
+    shutil.copy(model_file, tmp_path / "tokenizer.model")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": 5}')
+    (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 500}')
+    with pytest.raises(ConfigError, match="cannot open it to encode the special tokens"):
+        load_tokenizer(tmp_path).encode_prompt(PROMPT)
+    assert load_tokenizer(tmp_path).encode_prompt("no such token").size
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode_prompt(PROMPT)[0] == made.token_to_id("<|im_start|>")
+    (tmp_path / "added_tokens.json").write_text("[]")
+    with pytest.raises(DataError, match=r"added_tokens\.json"):
+        load_tokenizer(tmp_path).encode_prompt(PROMPT)
 
 
 def test_hash_tells_vocabularies_apart(model_file, tmp_path):
