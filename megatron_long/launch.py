@@ -117,7 +117,9 @@ def monitor_flags(words: Sequence[str]) -> list[str]:
 
 
 def _hand_on(number: int, frame: FrameType | None) -> None:
-    is_second = number == signal.SIGINT and _interrupts.is_second()
+    press = _interrupts.press() if number == signal.SIGINT else None
+    if is_second := press == "again":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third would end the leaving in a traceback
     # A terminal sends Ctrl-C to the ranks too where they share its session; twice would mean two of them.
     told = number if number in (signal.SIGTERM, signal.SIGUSR1) else signal.SIGTERM
     handed_on = 0
@@ -133,7 +135,7 @@ def _hand_on(number: int, frame: FrameType | None) -> None:
         sys.exit(INTERRUPTED_STATUS)
     if not handed_on:
         leave(number, "while no rank was running")
-    elif number == signal.SIGINT:
+    elif press == "first":
         print(
             "interrupted: the run saves and leaves; Ctrl-C again ends it at once", file=sys.stderr
         )

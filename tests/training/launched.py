@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import termios
@@ -17,6 +18,8 @@ from tests.training.conftest import FLAGS
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRACKER = "latest_checkpointed_iteration.txt"
 GRACE_S = 60
+OF_OTHERS = re.compile(r"^torchinductor_|wandb-(artifacts|media)$")
+"""Temporary files that may stay: torch's cache, and W&B's empty folders of a rank that was killed."""
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -122,9 +125,8 @@ class Launched:
         """It ends with this status; none of these processes is left, and no temporary file."""
         assert self.launcher.wait(GRACE_S) == status
         assert psutil.wait_procs(processes, 10)[1] == []
-        left = {path.name for path in self.temporary.iterdir()}
-        left = {name for name in left if not name.startswith("torchinductor_")}  # torch's cache
-        assert left == set()
+        names = {path.name for path in self.temporary.iterdir()}
+        assert {name for name in names if not OF_OTHERS.search(name)} == set()
 
 
 class Terminal:

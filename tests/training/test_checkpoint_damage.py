@@ -4,17 +4,20 @@ import json
 import random
 import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from megatron_long import pretrain
+from megatron_long.conversion import torch_dist
 from megatron_long.conversion.export import megatron_to_hf
 from megatron_long.conversion.megatron_folder import find_iteration
 from megatron_long.conversion.options import Options
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.inputs import find_checkpoint
 from megatron_long.training import checkpoint_choice, checkpoint_hashes
+from megatron_long.training.run_identity import check_same_optimizer
 from tests.training.conftest import FLAGS
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -212,6 +215,31 @@ def test_a_folder_without_metadata_is_no_checkpoint(leave, run, tiny_dataset, tm
         find_iteration(out, 4)
     with pytest.raises(DataError):
         checkpoint_choice.check_whole(out / NEWEST)
+
+
+def test_a_first_run_into_a_folder_that_is_not_there(run, tiny_dataset, tmp_path):
+    """The launch script's `--load OUT --save OUT`: with a start it begins, without one it is told how."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    start = load(out, tiny_dataset, "--pretrained-checkpoint", run, "--save", out)
+    assert (start.choice.folder, start.resumes) == (run / NEWEST, False)
+    told = f"--load {other} holds no checkpoint yet, and this run has no other start: give --pretr"
+    with pytest.raises(ConfigError, match=told):
+        load(other, tiny_dataset, "--save", other)
+    assert not other.exists()
+
+
+@pytest.mark.parametrize("was_distributed", [True, False])
+def test_an_optimizer_of_the_other_kind_is_refused(was_distributed, run, monkeypatch):
+    """Megatron ends in a traceback about `flattened_range`."""
+    if not was_distributed:
+        state = {"args": Namespace(use_distributed_optimizer=False)}
+        monkeypatch.setattr(torch_dist, "read_common_state", lambda _: state)
+    check_same_optimizer(run / NEWEST, Namespace(use_distributed_optimizer=was_distributed))
+    first, second = ("with", "without") if was_distributed else ("without", "with")
+    remedy = "give the flag" if was_distributed else "drop the flag"
+    told = f"saved {first} --use-distributed-optimizer, and this run is {second} it: .*; {remedy}.*, .*give "
+    with pytest.raises(ConfigError, match=told + "--no-load-optim"):
+        check_same_optimizer(run / NEWEST, Namespace(use_distributed_optimizer=not was_distributed))
 
 
 @pytest.mark.parametrize("leave", [leave_a_cut_save, leave_half_a_save, cut_metadata])
