@@ -178,6 +178,8 @@ def sleep_in_step(fault: dict) -> None:
 
     def loss_function(*args, **kwargs):
         if present_step() in fault["steps"]:
+            if "path" in fault:
+                Path(fault["path"]).touch()
             if fault["native"]:
                 ctypes.PyDLL(None).sleep(600)
             time.sleep(600)

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_long.training.checkpoint_choice import check_whole
 from tests.training.launched import (
+    GRACE_S,
     TRACKER,
     Launched,
     Terminal,
@@ -111,13 +112,20 @@ def test_nothing_of_a_killed_rank_is_left(flags, jobs, tmp_path):
         launched.check_left(1, processes)
 
 
-def test_a_signal_before_the_first_step_leaves_at_once(tiny_dataset, tmp_path):
-    command = [sys.executable, "-c", "import time; from megatron_long.training import signals; "]
-    command[-1] += "signals.leave_before_training(); print('on', flush=True); time.sleep(30)"
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_before_the_first_step_leaves_at_once(number):
+    """SIGHUP as it comes where nobody reads any more: what cannot be printed changes nothing."""
+    script = "from megatron_long.training import signals; signals.leave_before_training(); "
+    script += "import time; print('on', flush=True); time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(10) == 0
-    assert "SIGUSR1 came before the first step" in process.stderr.read()
-    assert not list(tmp_path.iterdir())
+    assert process.stderr is not None
+    assert process.stdout.readline() == "on\n"
+    if number == signal.SIGHUP:
+        process.stderr.close()
+    process.send_signal(number)
+    assert process.wait(GRACE_S) == 0
+    if number == signal.SIGUSR1:
+        assert "SIGUSR1 came before the first step" in process.stderr.read()

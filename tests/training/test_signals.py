@@ -1,5 +1,6 @@
 """Helper processes: no signal that asks a run to leave ends them, and the end of the run does."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from megatron_long.training.signals import LEAVE_SIGNALS
+from tests.training.launched import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_HELPERS = """
@@ -59,12 +63,12 @@ def start(*command: object) -> tuple[subprocess.Popen, list[psutil.Process]]:
     return process, psutil.Process(process.pid).children(recursive=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_helpers_outlive_the_signal_but_not_the_run(number):
+def test_helpers_outlive_every_signal_but_not_the_run():
     process, helpers = start("-c", START_HELPERS)
     assert len(helpers) == 3  # with the resource tracker
     for helper in helpers:
-        helper.send_signal(number)
+        for number in LEAVE_SIGNALS:
+            helper.send_signal(number)
     said, errors = process.communicate("go on\n", timeout=30)
     assert said == "still here\n", errors
     assert process.returncode == 1
@@ -79,3 +83,25 @@ def test_helpers_end_when_the_parent_is_killed(tmp_path):
     assert len(helpers) == 4  # a resource tracker, the results, a fork server and its child
     process.kill()
     assert psutil.wait_procs(helpers, 10)[1] == []
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_rank_in_a_step_that_never_ends(jobs, tmp_path):
+    """The first waits for the step; whoever presses on is heard by a thread."""
+    hangs = tmp_path / "hangs"
+    hang = {"kind": "hang", "ranks": [0], "steps": [1], "native": False, "path": str(hangs)}
+    jobs.start(1, "--train-iters", 2, faults=[hang])
+    (rank,) = jobs.pids
+    wait_until(hangs.exists)
+
+    def presses_until_it_ends() -> bool:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGINT)
+        return not psutil.pid_exists(rank)
+
+    wait_until(presses_until_it_ends)
+    job = jobs.wait()
+    assert job.statuses == [130], job.text[-2000:]
+    assert job.text.count("interrupted: saves after this step and leaves") == 1
+    assert "interrupted twice: left at once" in job.text
+    assert "Traceback" not in job.text
