@@ -36,6 +36,7 @@ OLDEST_RESILIENCY = "0.6"
 PATCHED_SYMBOLS = {
     "megatron.core.datasets.utils": ("compile_helpers",),
     "megatron.training.training": ("initialize_megatron", "set_jit_fusion_options"),
+    "megatron.training.checkpointing": ("_load_base_checkpoint",),
     "megatron.core.models.common.embeddings.rotary_pos_embedding": (
         "RotaryEmbedding._apply_scaling",
     ),
@@ -52,10 +53,10 @@ PATCHED_SYMBOLS = {
         "FP32Optimizer.load_state_dict",
     ),
 }
-"""What is replaced, by module: `compile_helpers`, `load_state_dict` and the `_fully_reshardable` methods
-always, `_apply_scaling` where RoPE is Llama-3.1's, `_grad_accum_fusion_available` where the output layer is
-not called, the other methods of `DistributedOptimizer` where Adam is torch's own, the rest on the host
-backend only."""
+"""What is replaced, by module: `compile_helpers`, `_load_base_checkpoint`, `load_state_dict` and the
+`_fully_reshardable` methods always, `_apply_scaling` where RoPE is Llama-3.1's, `_grad_accum_fusion_available`
+where the output layer is not called, the other methods of `DistributedOptimizer` where Adam is torch's own, the
+rest on the host backend only."""
 
 
 @dataclass(kw_only=True)
@@ -309,7 +310,8 @@ def _refused_pickles_named(load: str | None) -> Iterator[None]:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        yield
+        with _old_format_errors_raised():
+            yield
     except (CheckpointException, UnpicklingError) as error:
         failures = getattr(error, "failures", {0: (error, None)}).values()
         causes = [str(cause) for cause, _ in failures if isinstance(cause, UnpicklingError)]
@@ -320,6 +322,32 @@ def _refused_pickles_named(load: str | None) -> Iterator[None]:
             f"the checkpoint in --load {load} cannot be read as tensors and plain values alone ({reason}): "
             "it is damaged, or made to run a program when it is loaded; take one from a source that you trust"
         ) from error
+
+
+@contextlib.contextmanager
+def _old_format_errors_raised() -> Iterator[None]:
+    """Raise what is wrong with a file of the old format: Megatron prints it and leaves with status 0."""
+    from megatron.training import checkpointing
+
+    stock = checkpointing._load_base_checkpoint
+
+    def load(load_dir: str | None, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return stock(load_dir, *args, **kwargs)
+        except SystemExit as error:
+            cause = error.__context__
+            if isinstance(cause, UnpicklingError) or not isinstance(cause, Exception):
+                raise cause or error from None
+            raise DataError(
+                f"the checkpoint in --load {load_dir} cannot be read ({type(cause).__name__}: {cause}); it "
+                "is damaged, or made for other software: copy it again or use another iteration"
+            ) from cause
+
+    checkpointing._load_base_checkpoint = load
+    try:
+        yield
+    finally:
+        checkpointing._load_base_checkpoint = stock
 
 
 def build_model_chunks(args: Namespace) -> list:
