@@ -177,7 +177,8 @@ def _read_optimizer_classes_as_names() -> None:
     """
     from torch.serialization import add_safe_globals
 
-    add_safe_globals([(name, name) for name in OPTIMIZER_CLASSES])  # type: ignore[list-item]
+    names: list[Any] = [(name, name) for name in OPTIMIZER_CLASSES]
+    add_safe_globals(names)
 
 
 def _read_metadata(reader: Any, *args: Any, **kwargs: Any) -> Any:
