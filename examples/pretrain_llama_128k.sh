@@ -99,12 +99,14 @@ if [ "${DRY_RUN:-0}" = 1 ]; then
     printf '\n'
     exit 0
 fi
-"$PYTHON" "$REPOSITORY/tools/check_layout.py" --world-size $((NUM_NODES * NPROC_PER_NODE)) "${TRAIN_ARGS[@]}"
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     exec "${COMMAND[@]}"
 fi
+
+# One node checks what all would find wrong; on a single machine training's first process checks the same.
+"$PYTHON" "$REPOSITORY/tools/check_layout.py" --world-size $((NUM_NODES * NPROC_PER_NODE)) "${TRAIN_ARGS[@]}"
 
 # The shell alone gets SLURM's signal and hands it on as SIGUSR1, which srun sends to every node. SIGTERM would
 # make srun kill the step at once, before anything is saved.

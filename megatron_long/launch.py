@@ -24,6 +24,7 @@ import psutil  # not in the handler: a second signal would find it half imported
 
 from megatron_long.cli import run_tool
 from megatron_long.errors import ConfigError
+from megatron_long.training.side_output import keep_standard_streams
 from megatron_long.training.signals import (
     INTERRUPTED_STATUS,
     Interrupts,
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises: ConfigError: `--enable-ft-package` without nvidia-resiliency-ext.
     """
     set_handlers(_hand_on)
+    keep_standard_streams()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     words = list(sys.argv[1:] if argv is None else argv)
@@ -115,7 +117,9 @@ def monitor_flags(words: Sequence[str]) -> list[str]:
 
 
 def _hand_on(number: int, frame: FrameType | None) -> None:
-    is_second = number == signal.SIGINT and _interrupts.is_second()
+    press = _interrupts.press() if number == signal.SIGINT else None
+    if is_second := press == "again":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third would end the leaving in a traceback
     # A terminal sends Ctrl-C to the ranks too where they share its session; twice would mean two of them.
     told = number if number in (signal.SIGTERM, signal.SIGUSR1) else signal.SIGTERM
     handed_on = 0
@@ -131,7 +135,7 @@ def _hand_on(number: int, frame: FrameType | None) -> None:
         sys.exit(INTERRUPTED_STATUS)
     if not handed_on:
         leave(number, "while no rank was running")
-    elif number == signal.SIGINT:
+    elif press == "first":
         print(
             "interrupted: the run saves and leaves; Ctrl-C again ends it at once", file=sys.stderr
         )

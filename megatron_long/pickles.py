@@ -177,8 +177,10 @@ def _read_optimizer_classes_as_names() -> None:
     """
     from torch.serialization import add_safe_globals
 
-    names: list[Any] = [(name, name) for name in OPTIMIZER_CLASSES]
-    add_safe_globals(names)
+    named: list[Any] = [
+        (name, name) for name in OPTIMIZER_CLASSES
+    ]  # torch's types know classes alone
+    add_safe_globals(named)
 
 
 def _read_metadata(reader: Any, *args: Any, **kwargs: Any) -> Any:

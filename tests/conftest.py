@@ -1,5 +1,6 @@
 """Small real things that tests share: a tokenizer, a mixed dataset, a way to start jobs."""
 
+import functools
 import json
 import os
 import random
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests.warm_jobs import REPOSITORY, WarmJobs
+
 WORDS = (
     "context window model token layer head query key value stretch long short book code paper page "
     "train batch step loss depth needle source share document mixture sequence parallel shard rank"
@@ -145,29 +147,64 @@ def make_dataset(
 
 
 @pytest.fixture(scope="session")
-def run_job() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Start a Python program on this many processes and wait: `run_job(2, ["-m", "pkg", ...])`."""
+def warm_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmJobs]:
+    """A server that has imported torch, Megatron and transformers, for machines without CUDA."""
+    server = WarmJobs(tmp_path_factory.mktemp("warm"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def run_job(warm_jobs: WarmJobs) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Start a Python program on this many processes and wait: `run_job(2, ["-m", "pkg", ...])`.
+
+    Without CUDA they are forked from a process with all imports done, and with the host backend in place;
+    `fresh=True` starts interpreters of their own, through torchrun, for what this would hide.
+    """
 
     def run(
-        num_processes: int, command: Sequence[object], *, check: bool = True, timeout: int = 300
+        num_processes: int,
+        command: Sequence[object],
+        *,
+        check: bool = True,
+        timeout: int = 300,
+        fresh: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         words = [str(word) for word in command]
-        launcher = [sys.executable]
-        if num_processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone"]
-            launcher += ["--nproc-per-node", str(num_processes)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        result = subprocess.run(
-            [*launcher, *words],
-            cwd=REPOSITORY,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        if fresh or has_cuda():
+            result = run_fresh(num_processes, words, environment, timeout)
+        else:
+            result = warm_jobs.run(num_processes, words, environment, timeout)
         if check and result.returncode:
             output = (result.stdout + result.stderr)[-6000:]
             raise AssertionError(f"exit status {result.returncode} of {words}:\n{output}")
         return result
 
     return run
+
+
+@functools.cache
+def has_cuda() -> bool:
+    """Whether programs would use a GPU, which a fork of a process cannot share."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def run_fresh(
+    num_processes: int, words: Sequence[str], environment: dict[str, str], timeout: int
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in interpreters of its own, through torchrun where there are several."""
+    launcher = [sys.executable]
+    if num_processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", str(num_processes)]
+    return subprocess.run(
+        [*launcher, *words],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

@@ -33,9 +33,14 @@ NUM_BLOCKS = 4
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
-def read_bytes(path: Path, offset: int, size_bytes: int) -> Tensor:
+def read_bytes(path: Path, offset: int, size_bytes: int, *, use_cache: bool = False) -> Tensor:
     """Give a part of a file as uint8, in memory of its own.
 
+    Args:
+        path: The file.
+        offset: Where the part begins, in bytes.
+        size_bytes: Its size.
+        use_cache: Whether to read through the system's page cache, for files that were just read.
     Raises: OSError: the file cannot be read, or ends too soon.
     """
     import torch
@@ -49,6 +54,8 @@ def read_bytes(path: Path, offset: int, size_bytes: int) -> Tensor:
     view = memoryview(memory.numpy())[-memory.data_ptr() % ALIGNMENT :][:room]
     done = 0
     with _opened(path, os.O_RDONLY) as file:
+        if use_cache:
+            _use_cache(file)
         while done < wanted:
             block = view[done : done + BLOCK_BYTES]
             count = _transfer(file, os.preadv, [block], offset - skipped + done)

@@ -13,7 +13,7 @@ import pickle
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +104,10 @@ class StoredTensor:
         return flat.reshape(self.shape) if name else flat
 
 
-def _read(path: Path, offset: int, size_bytes: int, kind: dtype) -> Tensor:
-    flat = read_bytes(path, offset, size_bytes)
+def _read(
+    path: Path, offset: int, size_bytes: int, kind: dtype, *, use_cache: bool = False
+) -> Tensor:
+    flat = read_bytes(path, offset, size_bytes, use_cache=use_cache)
     if (
         offset % kind.itemsize
     ):  # memory begins like the file, and values must begin at their multiples
@@ -172,6 +174,47 @@ def read_saved_tensor(path: Path, offset: int, length: int, *, check_bytes: bool
     """
     import torch
 
+    shell, entry, begin = _find_values(path, offset, length, check_bytes=check_bytes)
+    flat = _read(path, begin, entry.file_size, shell.dtype)
+    if check_bytes and zlib.crc32(flat.view(torch.uint8).numpy()) != entry.CRC:
+        raise ValueError("its checksum is wrong")
+    return flat.as_strided(shell.size(), shell.stride(), shell.storage_offset())
+
+
+def read_saved_box(
+    path: Path, offset: int, length: int, start: Sequence[int], sizes: Sequence[int]
+) -> Tensor:
+    """Give a block of a tensor that `torch.save` wrote; and read from its first value to its last only.
+
+    Reads through the system's page cache: several processes take their blocks of the same files.
+
+    Args:
+        path: The file.
+        offset: Where the part of the file begins, in bytes.
+        length: Its size, in bytes.
+        start: First index of the block, by axis.
+        sizes: Its size, by axis; none is 0.
+    Raises: see `read_saved_tensor`; no checksum is compared.
+    """
+    shell, entry, begin = _find_values(path, offset, length, check_bytes=False)
+    strides = shell.stride()
+    first = int(shell.storage_offset()) + sum(
+        i * step for i, step in zip(start, strides, strict=True)
+    )
+    count = 1 + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
+    width = shell.dtype.itemsize
+    if (first + count) * width > entry.file_size:
+        raise ValueError(f"{entry.file_size} bytes, and value {first + count - 1} is asked for")
+    flat = _read(path, begin + first * width, count * width, shell.dtype, use_cache=True)
+    return flat.as_strided(tuple(sizes), strides)
+
+
+def _find_values(
+    path: Path, offset: int, length: int, *, check_bytes: bool
+) -> tuple[Tensor, zipfile.ZipInfo, int]:
+    """Give a saved tensor without values, the entry of its storage, and where that begins in the file."""
+    import torch
+
     with path.open("rb") as file:
         part: Any = _Part(file, offset, length)
         shell = torch.load(part, map_location="meta", weights_only=True)
@@ -188,8 +231,4 @@ def read_saved_tensor(path: Path, offset: int, length: int, *, check_bytes: bool
             part.seek(entry.header_offset + 26)
             sizes = part.read(4)
     name_and_extra = int.from_bytes(sizes[:2], "little") + int.from_bytes(sizes[2:], "little")
-    begin = offset + entry.header_offset + 30 + name_and_extra
-    flat = _read(path, begin, entry.file_size, shell.dtype)
-    if check_bytes and zlib.crc32(flat.view(torch.uint8).numpy()) != entry.CRC:
-        raise ValueError("its checksum is wrong")
-    return flat.as_strided(shell.size(), shell.stride(), shell.storage_offset())
+    return shell, entry, offset + entry.header_offset + 30 + name_and_extra

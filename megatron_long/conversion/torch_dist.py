@@ -11,6 +11,7 @@ import json
 import zipfile
 from argparse import Namespace
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_long.conversion.stored import read_saved_tensor
+from megatron_long.conversion.stored import read_saved_box, read_saved_tensor
 from megatron_long.errors import DataError
 from megatron_long.pickles import read_checkpoint_index
 
@@ -96,11 +97,55 @@ class TorchDistReader:
         try:
             found = self._assemble(items, wanted, dtype)
         except Exception as error:  # damaged bytes raise nearly anything
-            raise DataError(
-                f"{self.folder}: tensor {key} cannot be read ({type(error).__name__}: {error}); "
-                "the checkpoint is damaged: copy it again or use another iteration"
-            ) from error
+            raise self._unreadable(key, error) from error
         return found if layer is None else found[0]
+
+    def fill_box(self, key: str, offset: Sequence[int], target: Tensor) -> int:
+        """Copy a block of a tensor into memory that is there, and read no more than that.
+
+        Args:
+            key: Name of the tensor.
+            offset: First index of the block, by axis of the stored tensor.
+            target: As many axes, any type and device; what lies beyond the stored tensor, as where the
+                vocabulary is padded further, stays as it is.
+        Returns: Values copied.
+        Raises: DataError: there is no such tensor, or its bytes are damaged.
+        """
+        stored = self._metadata.state_dict_metadata.get(self.prefix + key)
+        if not isinstance(stored, TensorStorageMetadata) or len(stored.size) != target.dim():
+            raise DataError(
+                f"{self.folder}: there is no tensor {key} of {target.dim()} axes; use another iteration"
+            )
+        ends = zip(stored.size, offset, target.shape, strict=True)
+        sizes = [min(size, whole - first) for whole, first, size in ends]
+        if min(sizes, default=1) <= 0:
+            return 0
+        wanted = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(sizes))
+        filled = 0
+        for item in create_read_items_for_chunk_list(self.prefix + key, stored, [wanted]):
+            place = target
+            for axis, start in enumerate(item.dest_offsets):
+                place = place.narrow(axis, start, item.lengths[axis])
+            try:
+                place.copy_(self._box(item))
+            except Exception as error:  # damaged bytes raise nearly anything
+                raise self._unreadable(key, error) from error
+            filled += place.numel()
+        if filled != prod(sizes):
+            raise self._unreadable(key, ValueError(f"{filled} of {prod(sizes)} values are there"))
+        return filled
+
+    def _box(self, item: ReadItem) -> Tensor:
+        stored = (self._metadata.storage_data or {})[item.storage_index]
+        path = self.folder / stored.relative_path
+        place = (stored.offset, stored.length)
+        return read_saved_box(path, *place, item.storage_offsets, item.lengths)
+
+    def _unreadable(self, key: str, error: Exception) -> DataError:
+        return DataError(
+            f"{self.folder}: tensor {key} cannot be read ({type(error).__name__}: {error}); "
+            "the checkpoint is damaged: copy it again or use another iteration"
+        )
 
     def _plan(
         self, key: str, layer: int | None
@@ -164,7 +209,11 @@ def read_common_state(folder: Path) -> dict[str, Any]:
     """
     _check_format(folder)
     try:
-        stored = (_read_index(folder).storage_data or {})[MetadataIndex(COMMON_STATE)]
+        index = _read_index(folder)
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise _unreadable_index(folder, error) from error
+    try:
+        stored = (index.storage_data or {})[MetadataIndex(COMMON_STATE)]
         with (folder / stored.relative_path).open("rb") as file:
             file.seek(stored.offset)
             stream = io.BytesIO(file.read(stored.length))
@@ -183,7 +232,8 @@ def read_common_state(folder: Path) -> dict[str, Any]:
 def _unreadable_index(folder: Path, error: Exception) -> DataError:
     return DataError(
         f"{folder}/.metadata cannot be read ({type(error).__name__}: {error}); "
-        "the checkpoint is incomplete or damaged: use another iteration"
+        "the checkpoint is incomplete, damaged, or made to run a program: use another iteration, or a "
+        "source that you trust"
     )
 
 

@@ -22,7 +22,7 @@ def encode_as_model(file: Path, text: str) -> list[int] | None:
     in `tokenizer.json`, `added_tokens.json` or `added_tokens_decoder` of the configuration next to it.
 
     Args:
-        file: The tokenizer's file. A JSON file of another name than `tokenizer.json` is read alone.
+        file: The tokenizer's file. A JSON file of a name that `transformers` does not look for is read alone.
     Returns: None where the folder has no chat template, or the text none of its added tokens.
     Raises: ConfigError: `transformers` cannot open the folder, and there is no `tokenizer.json` either.
         DataError: a file that lists added tokens is damaged.

@@ -3,8 +3,8 @@
 The optimizer works on a float32 main copy of the weights. Where the model's parameters are FP8,
 Megatron-Core 0.19.2 makes that copy from the rounded parameters in each start that loads no optimizer state
 (`--pretrained-checkpoint`, `--finetune`, `--no-load-optim`): 2.65% RMS error, as large as all that the
-training moves. Here each rank reads its own range of the main copy from the checkpoint instead. Nothing is
-held twice: values go from the file into the main copy.
+training moves. Here each rank reads its own range of the main copy from the checkpoint instead, and no byte
+more. Nothing is held twice: values go from the file into the main copy.
 
 A run with FP8 parameters saves them as FP8 rounded them too. Of its checkpoint the main copy is taken, for
 the model as well (`conversion.megatron_folder.find_weights`).
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_long.conversion.straight_start import parameters_of
-from megatron_long.conversion.torch_dist import stored_keys
+from megatron_long.conversion.torch_dist import TorchDistReader, stored_keys
 from megatron_long.training.optimizer_shards import shard
 
 MODEL = "model"
@@ -63,26 +63,17 @@ def take_main_weights(
         chunks: The pipeline stages that this rank holds, without wrappers.
         iteration: Folder of the checkpoint, `torch_dist`.
         prefix: What the names to read have before those of the model: "" for the checkpoint's model.
+            Where the model's vocabulary is padded further than the checkpoint's, the padding stays.
     Returns: Values filled on this rank; 0 where the optimizer keeps no main copy of its own.
     """
-    checkpointing: Any = importlib.import_module("megatron.core.dist_checkpointing")
     plans = {entry.data: entry for chunk in chunks for entry in parameters_of(chunk)}
-    mains: list[Tensor] = []
-    boxes: dict[int, dict[int, Any]] = {}
-    for index, (parameter, start, main) in enumerate(_main_shards(optimizer)):
+    reader, filled = TorchDistReader(iteration), 0
+    for parameter, start, main in _main_shards(optimizer):
         plan = plans[parameter]
         values = main.detach().view(-1)
-        found = shard(plan, values, start, prefix + plan.key, (0, 0, 0))
-        mains.append(values)
-        boxes[index] = dict(enumerate(found))
-    if not mains:
-        return 0
-    loaded = checkpointing.load({"main": boxes}, str(iteration), validate_access_integrity=False)[
-        "main"
-    ]
-    for index, values in enumerate(mains):
-        values.copy_(torch.cat([box.reshape(-1) for _, box in sorted(loaded[index].items())]))
-    return sum(values.numel() for values in mains)
+        for box in shard(plan, values, start, prefix + plan.key, (0, 0, 0)):
+            filled += reader.fill_box(box.key, box.global_offset, box.data)
+    return filled
 
 
 def _main_shards(optimizer: Any) -> Iterator[tuple[Tensor, int, Tensor]]:

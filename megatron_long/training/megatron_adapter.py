@@ -1,6 +1,6 @@
 """How `megatron.training` is called, and the changes that it needs before it can be.
 
-Beside `megatron_hooks`, which changes the running loop, the only file that imports it. Nothing of
+Next to `megatron_hooks`, which changes the running loop, and `old_format`, the only file that imports it. Nothing of
 `megatron.training` is declared stable, so the version is checked first, each changed symbol is listed in
 `PATCHED_SYMBOLS`, and `tests/training/test_megatron_adapter.py` holds a contract for each. Import this module
 after `host_backend.install()`.
@@ -28,6 +28,7 @@ from megatron_long.model.rope import BaseRope, Llama3Rope, rope_from_arguments
 from megatron_long.pickles import UnpicklingError, guard_checkpoints
 from megatron_long.training import flag_help, host_backend, signals
 from megatron_long.training.adamw_resume import mend_torch_adamw_resume
+from megatron_long.training.old_format import old_format_errors_raised
 from megatron_long.training.optimizer_shards import save_own_shards
 from megatron_long.training.rate_change import let_rates_change, schedule_error
 
@@ -310,7 +311,7 @@ def _refused_pickles_named(load: str | None) -> Iterator[None]:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        with _old_format_errors_raised():
+        with old_format_errors_raised():
             yield
     except (CheckpointException, UnpicklingError) as error:
         failures = getattr(error, "failures", {0: (error, None)}).values()
@@ -322,32 +323,6 @@ def _refused_pickles_named(load: str | None) -> Iterator[None]:
             f"the checkpoint in --load {load} cannot be read as tensors and plain values alone ({reason}): "
             "it is damaged, or made to run a program when it is loaded; take one from a source that you trust"
         ) from error
-
-
-@contextlib.contextmanager
-def _old_format_errors_raised() -> Iterator[None]:
-    """Raise what is wrong with a file of the old format: Megatron prints it and leaves with status 0."""
-    from megatron.training import checkpointing
-
-    stock = checkpointing._load_base_checkpoint
-
-    def load(load_dir: str | None, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return stock(load_dir, *args, **kwargs)
-        except SystemExit as error:
-            cause = error.__context__
-            if isinstance(cause, UnpicklingError) or not isinstance(cause, Exception):
-                raise cause or error from None
-            raise DataError(
-                f"the checkpoint in --load {load_dir} cannot be read ({type(cause).__name__}: {cause}); it "
-                "is damaged, or made for other software: copy it again or use another iteration"
-            ) from cause
-
-    checkpointing._load_base_checkpoint = load
-    try:
-        yield
-    finally:
-        checkpointing._load_base_checkpoint = stock
 
 
 def build_model_chunks(args: Namespace) -> list:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker, util
 from types import FrameType
+from typing import Literal
 
 LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 INTERRUPTED_STATUS = 130
@@ -58,12 +59,13 @@ class Interrupts:
     def __init__(self) -> None:
         self._first: float | None = None
 
-    def is_second(self) -> bool:
-        """Note one; whether an earlier one was another press of the key."""
+    def press(self) -> Literal["first", "same", "again"]:
+        """Note one; whether it is the first, the same press of the key once more, or another one."""
         now = time.monotonic()
         if self._first is None:
             self._first = now
-        return now - self._first > SAME_KEY_S
+            return "first"
+        return "again" if now - self._first > SAME_KEY_S else "same"
 
 
 def leave_on_second_interrupt() -> None:
@@ -82,18 +84,25 @@ def leave_on_second_interrupt() -> None:
         while numbers := os.read(reading, 64):
             if signal.SIGINT not in numbers:
                 continue
-            if interrupts.is_second():
+            press = interrupts.press()
+            if press == "again":
                 _say("interrupted twice: left at once, what was not saved is lost")
                 end_at_once(INTERRUPTED_STATUS)
-            _say("interrupted: saves after this step and leaves; Ctrl-C again leaves at once")
+            if press == "first":
+                _say("interrupted: saves after this step and leaves; Ctrl-C again leaves at once")
 
     threading.Thread(target=count, name="interrupts", daemon=True).start()
 
 
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):
-            os.write(2, f"{text}\n".encode())
+        _write_line(text)
+
+
+def _write_line(text: str) -> None:
+    """To standard error, past its buffer: at the end that cannot be flushed where the terminal has gone."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 def end_at_once(status: int) -> None:
@@ -160,8 +169,7 @@ def end_with_parent() -> None:
 
 def leave(number: int, when: str) -> None:
     """End with status 0, and say that the signal came when there was nothing to save."""
-    name = signal.Signals(number).name
-    print(f"{name} came {when}: nothing to save", file=sys.stderr, flush=True)
+    _write_line(f"{signal.Signals(number).name} came {when}: nothing to save")
     sys.exit(0)
 
 

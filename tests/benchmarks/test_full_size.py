@@ -187,7 +187,6 @@ def test_status_is_reported(tmp_path):
 # Logs and report ------------------------------------------------------------------------------
 
 LOG = [
-    (20.0, "layout ok: 4 processes"),
     (50.0, "using world size: 4, data-parallel size: 1"),
     (60.0, "[after megatron is initialized] datetime: 2026"),
     (65.0, " loading distributed checkpoint from base at iteration 0"),

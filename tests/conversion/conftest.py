@@ -2,15 +2,36 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_long.conversion import verify
+from tests.conftest import has_cuda
+from tests.warm_jobs import WarmJobs
+
 VOCAB_SIZE = 1000  # no multiple of 128
 MakeLlama = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def warm_logits_check(warm_jobs: WarmJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversions within a test compare logits in a forked process; those of the tool start their own."""
+
+    def run(
+        command: list[str], *, env: dict[str, str], **_: Any
+    ) -> subprocess.CompletedProcess[str]:
+        assert command[0] == sys.executable
+        return warm_jobs.run(1, command[1:], env, 300)
+
+    if not has_cuda():
+        monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture(scope="session")

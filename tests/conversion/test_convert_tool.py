@@ -21,7 +21,7 @@ def test_both_ways(make_llama, run_job, read_weights, tmp_path):
         ["megatron-to-hf", "--input", tmp_path / "ckpt", "--output", tmp_path / "hf"],
     )
     for way in ways:
-        result = run_job(1, [TOOL, *way, "--verify"])
+        result = run_job(1, [TOOL, *way, "--verify"], fresh=True)
         assert result.stdout.startswith(f"wrote {way[-1]}: 21 tensors")
         assert "every bit equal" in result.stdout
     before, after = read_weights(source), read_weights(tmp_path / "hf")

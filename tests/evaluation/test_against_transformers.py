@@ -105,9 +105,8 @@ def test_loss_by_source_and_position(llama, checkpoint, exported, tiny_dataset, 
     """The whole curve, tensor-parallel replicas against transformers; transformers against itself."""
     tool = ["tools/evaluate_loss.py", "--dataset", tiny_dataset, "--context-length", LENGTH]
     tool += ["--buckets", "0-20,20-96"]
-    run_job(
-        1, [*tool, "--checkpoint", exported, "--backend", "hf", "--output", tmp_path / "hf.json"]
-    )
+    theirs = [*tool, "--checkpoint", exported, "--backend", "hf"]
+    run_job(1, [*theirs, "--output", tmp_path / "hf.json"], fresh=True)  # no host backend
     ours = [*tool, "--checkpoint", checkpoint, "--output", tmp_path / "ours.json"]
     layout = ["--tensor-model-parallel-size", 2, "--compare", tmp_path / "hf.json"]
     printed = run_job(4, [*ours, *layout, "--micro-batch-size", 2]).stdout

@@ -1,9 +1,6 @@
 """BookQA: the score, the cut, and the tool on a small model."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +16,6 @@ from megatron_long.evaluation.bookqa import (
 
 from .copying_model import save_copying_model
 from .fakes import WordTokenizer
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_f1_of_words():
@@ -79,7 +74,7 @@ def test_answers_that_are_none_are_refused(answer, tmp_path):
 
 
 @pytest.mark.slow
-def test_tool_on_a_copying_model(tmp_path):
+def test_tool_on_a_copying_model(run_job, tmp_path):
     """After "Answer:" it says what followed that word in the book."""
     words = "<|im_start|>Read the book below and answer a question. Question: who ? Answer:".split()
     words += [f"w{number}" for number in range(40)] + ["Jim", "Hawkins", "stop"]
@@ -91,15 +86,15 @@ def test_tool_on_a_copying_model(tmp_path):
     ]
     data = tmp_path / "longbook_qa_eng.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = [sys.executable, "tools/evaluate_bookqa.py", "--checkpoint", model, "--data", data]
+    command = ["tools/evaluate_bookqa.py", "--checkpoint", model, "--data", data]
     command += ["--context-length", 300, "--output-dir", tmp_path / "out"]
     runs = [
-        subprocess.run(list(map(str, words)), cwd=REPOSITORY, capture_output=True, text=True)
-        for words in (
-            [*command, "--stop-after-minutes", 0],
-            command,
-            [*command, "--context-length", 400],
-            command,
+        run_job(1, words, check=False, fresh=fresh)
+        for words, fresh in (
+            ([*command, "--stop-after-minutes", 0], False),
+            (command, True),  # once as users start it
+            ([*command, "--context-length", 400], False),
+            (command, False),
         )
     ]
     assert [run.returncode for run in runs] == [0, 0, 2, 0], runs[1].stderr

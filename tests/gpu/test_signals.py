@@ -14,7 +14,7 @@ import torch
 
 from megatron_long.training.checkpoint_choice import check_whole
 from tests.gpu.test_exact_resume import FLAGS
-from tests.training.test_saving import (
+from tests.training.launched import (
     count_lines,
     end_all,
     start_launcher,

@@ -2,10 +2,10 @@
 
 import sys
 
-for name in ("transformer_engine", "apex", "fused_weight_gradient_mlp_cuda"):
-    sys.modules[name] = None  # type: ignore[assignment]
+HIDDEN = ("transformer_engine", "apex", "fused_weight_gradient_mlp_cuda")
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # pytest imports this file too, in search of doctests
+    sys.modules.update(dict.fromkeys(HIDDEN))  # type: ignore[arg-type]
     from megatron_long.cli import run_tool
     from megatron_long.pretrain import main
 

@@ -15,7 +15,8 @@ from megatron_long.planning.machine import Room
 from megatron_long.training import host_backend
 from megatron_long.training.backend import GPU, HOST
 from tests.fake_checkpoints import write_fake_checkpoint
-from tests.training.test_saving import NAMESPACE, REPOSITORY, can_mount
+from tests.training.launched import REPOSITORY
+from tests.training.test_saving import NAMESPACE, can_mount
 
 host_backend.install()
 

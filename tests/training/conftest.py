@@ -104,3 +104,20 @@ def read_log() -> Callable[[Path], list[dict[str, Any]]]:
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def base(jobs: JobServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights to start from."""
+    folder = tmp_path_factory.mktemp("base") / "ckpt"
+    jobs.run(1, "--train-iters", 1, "--save", folder)
+    return folder
+
+
+@pytest.fixture
+def flags(base: Path, tmp_path: Path) -> tuple:
+    """What the launch script gives: the same words start a run and go on with it."""
+    return (
+        *("--pretrained-checkpoint", base, "--load", tmp_path / "out", "--save", tmp_path / "out"),
+        *("--loss-log", tmp_path / "log.jsonl", "--allow-repeat", "--train-iters", 300),
+    )

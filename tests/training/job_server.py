@@ -214,6 +214,39 @@ def ring_clock(fault: dict) -> None:
     SaveClock.is_due = lambda self: present_step() in fault["steps"]
 
 
+def kill_at_write(fault: dict) -> None:
+    """Kill this rank and its helpers when a file of this name would be opened for writing."""
+
+    def kill() -> None:
+        os.killpg(0, signal.SIGKILL)
+
+    before_write(fault["name"], kill)
+
+
+def fill_disk(fault: dict) -> None:
+    """Let files whose names end so find no room; the last tries of a save come without waits."""
+    import errno
+
+    from megatron_long.training import checkpoint_saving
+
+    def refuse() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before_write(fault["name"], refuse)
+    checkpoint_saving.LAST_TRIES_S = (0.0,) * 3
+
+
+def before_write(name: str, action) -> None:
+    """Act before each opening for writing of files whose names end so, here and in forked helpers."""
+
+    def hook(event: str, values: tuple) -> None:
+        writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+        if event == "open" and str(values[0]).endswith(name) and values[2] & writing:
+            action()
+
+    sys.addaudithook(hook)
+
+
 def present_step() -> int:
     """The step in work, from 1."""
     from megatron.training.global_vars import get_args
@@ -238,6 +271,8 @@ FAULTS = {
     "trace": trace_windows,
     "clock": ring_clock,
     "rounded-weights": rounded_weights,
+    "kill-at-write": kill_at_write,
+    "full-disk": fill_disk,
 }
 
 if __name__ == "__main__":

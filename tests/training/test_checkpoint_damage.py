@@ -4,17 +4,20 @@ import json
 import random
 import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from megatron_long import pretrain
+from megatron_long.conversion import torch_dist
 from megatron_long.conversion.export import megatron_to_hf
 from megatron_long.conversion.megatron_folder import find_iteration
 from megatron_long.conversion.options import Options
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.inputs import find_checkpoint
 from megatron_long.training import checkpoint_choice, checkpoint_hashes
+from megatron_long.training.run_identity import check_same_optimizer
 from tests.training.conftest import FLAGS
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -40,14 +43,6 @@ def load(folder: Path, dataset: Path, *flags: object):
     """What `pretrain` does up to the point where Megatron reads the checkpoint that is given here."""
     argv = [*FLAGS, "--dataset", dataset, "--train-iters", 6, "--load", folder, *flags]
     return pretrain.prepare([str(word) for word in argv])[2]
-
-
-def refusal(folder: Path, dataset: Path) -> str | None:
-    try:
-        load(folder, dataset)
-    except DataError as error:
-        return str(error)
-    return None
 
 
 def flip(path: Path, generator: random.Random) -> None:
@@ -81,23 +76,34 @@ def test_two_hundred_flipped_bytes_are_found(copy, tiny_dataset, capsys, caplog)
         name = names[number % len(names)]  # small files as often as large ones
         original = (copy / name).read_bytes()
         flip(copy / name, generator)
-        message = refusal(copy, tiny_dataset)
-        if message:  # beside the checkpoints: nothing to fall back on
-            assert name in message
+        start = load_or_refusal(copy, tiny_dataset)
+        if isinstance(start, DataError):  # beside the checkpoints: nothing to fall back on
+            assert name in str(start)
             assert not name.startswith("iter_")
-        elif name == "run.json":  # for people: no start needs it
-            assert f"{name} is damaged" in caplog.text or f"{name} has" in caplog.text
-            caplog.clear()
         else:
-            start = load(copy, tiny_dataset)
-            assert name in "".join(start.choice.reports), (name, number)
-            assert name.rpartition("/")[2] in capsys.readouterr().err.replace("\n", " ")
-            assert start.iteration == (2 if name.startswith(NEWEST) else 4)
+            check_report(name, start, caplog.text + capsys.readouterr().err)
+        caplog.clear()
         (copy / name).write_bytes(original)
         found[name] = found.get(name, 0) + 1
     print(f"found {sum(found.values())} of 200 in {len(found)} files")
     assert sum(found.values()) == 200
     assert load(copy, tiny_dataset).choice.reports == ()
+
+
+def load_or_refusal(folder: Path, dataset: Path):
+    try:
+        return load(folder, dataset)
+    except DataError as error:
+        return error
+
+
+def check_report(name: str, start, told: str) -> None:
+    if name == "run.json":  # for people: no start needs it
+        assert f"{name} is damaged" in told or f"{name} has" in told
+        return
+    assert name in "".join(start.choice.reports)
+    assert name.rpartition("/")[2] in told.replace("\n", " ")
+    assert start.iteration == (2 if name.startswith(NEWEST) else 4)
 
 
 @pytest.mark.slow
@@ -209,6 +215,31 @@ def test_a_folder_without_metadata_is_no_checkpoint(leave, run, tiny_dataset, tm
         find_iteration(out, 4)
     with pytest.raises(DataError):
         checkpoint_choice.check_whole(out / NEWEST)
+
+
+def test_a_first_run_into_a_folder_that_is_not_there(run, tiny_dataset, tmp_path):
+    """The launch script's `--load OUT --save OUT`: with a start it begins, without one it is told how."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    start = load(out, tiny_dataset, "--pretrained-checkpoint", run, "--save", out)
+    assert (start.choice.folder, start.resumes) == (run / NEWEST, False)
+    told = f"--load {other} holds no checkpoint yet, and this run has no other start: give --pretr"
+    with pytest.raises(ConfigError, match=told):
+        load(other, tiny_dataset, "--save", other)
+    assert not other.exists()
+
+
+@pytest.mark.parametrize("was_distributed", [True, False])
+def test_an_optimizer_of_the_other_kind_is_refused(was_distributed, run, monkeypatch):
+    """Megatron ends in a traceback about `flattened_range`."""
+    if not was_distributed:
+        state = {"args": Namespace(use_distributed_optimizer=False)}
+        monkeypatch.setattr(torch_dist, "read_common_state", lambda _: state)
+    check_same_optimizer(run / NEWEST, Namespace(use_distributed_optimizer=was_distributed))
+    first, second = ("with", "without") if was_distributed else ("without", "with")
+    remedy = "give the flag" if was_distributed else "drop the flag"
+    told = f"saved {first} --use-distributed-optimizer, and this run is {second} it: .*; {remedy}.*, .*give "
+    with pytest.raises(ConfigError, match=told + "--no-load-optim"):
+        check_same_optimizer(run / NEWEST, Namespace(use_distributed_optimizer=not was_distributed))
 
 
 @pytest.mark.parametrize("leave", [leave_a_cut_save, leave_half_a_save, cut_metadata])

@@ -96,6 +96,12 @@ def plant(folder: Path, where: str, content: bytes) -> None:
         hostile.plant_object(folder / NEWEST, where, content)
 
 
+def refusal(where: str) -> str:
+    if where == ".metadata":
+        return f"{NEWEST}/.metadata cannot be read (UnpicklingError: it names posix.system, which is not"
+    return "cannot be read as tensors and plain values alone"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("where", "form"), PLANTED)
 def test_training_runs_nothing(where, form, copy, jobs, tmp_path):
@@ -105,7 +111,7 @@ def test_training_runs_nothing(where, form, copy, jobs, tmp_path):
     job = jobs.wait()
     assert not marker.exists()
     assert job.statuses == [2], job.text[-2000:]
-    assert "cannot be read as tensors and plain values alone" in " ".join(job.text.split())
+    assert refusal(where) in " ".join(job.text.split())
 
 
 @pytest.mark.slow
@@ -116,7 +122,7 @@ def test_the_checkpoint_itself_is_read(copy, jobs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("where", "form"), [PLANTED[0], PLANTED[3], PLANTED[7]])
+@pytest.mark.parametrize(("where", "form"), [PLANTED[0], PLANTED[3]])
 def test_evaluation_runs_nothing(where, form, copy, tiny_dataset, run_job, tmp_path):
     marker = tmp_path / "marker"
     plant(copy, where, form(marker))
@@ -124,8 +130,9 @@ def test_evaluation_runs_nothing(where, form, copy, tiny_dataset, run_job, tmp_p
     command += ["--context-length", 128, "--max-documents-per-source", 1]
     result = run_job(1, [*command, "--output", tmp_path / "loss.json"], check=False)
     assert not marker.exists()
-    assert result.returncode in (1, 2)
-    assert "cannot be read" in " ".join(result.stderr.split())
+    assert result.returncode == 2
+    assert refusal(where) in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "loss.json").exists()
 
 

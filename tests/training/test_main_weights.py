@@ -19,9 +19,12 @@ host_backend.install()
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
+from megatron_long.conversion import stored
+from megatron_long.conversion.direct_io import read_bytes
 from megatron_long.conversion.megatron_folder import MAIN_PREFIXES
 from megatron_long.conversion.torch_dist import COMMON_STATE, TorchDistReader
 from megatron_long.conversion.torch_dist_writer import LazyPiece, write_torch_dist
+from megatron_long.errors import DataError
 from megatron_long.training.main_weights import rename_on_load, take_main_weights
 
 PREFIX = MAIN_PREFIXES[0]
@@ -125,6 +128,31 @@ def test_a_rank_takes_its_range_of_the_main_copy(prefix, checkpoint):
     for name, expected in chunk.expected(prefix).items():
         assert torch.equal(optimizer.mains[name], expected.reshape(-1)[7:-1]), name
     assert not any(parameter.any() for parameter in chunk.parameters())
+
+
+def test_a_further_padded_vocabulary_keeps_its_padding(checkpoint):
+    target = torch.full((1, 3, 5), 9.0)
+    filled = TorchDistReader(checkpoint).fill_box(PROJECTION, (1, 4, 0), target)
+    assert filled == 2 * 5
+    assert torch.equal(target[0, :2], stored_tensors("")[PROJECTION][1, 4:])
+    assert (target[0, 2] == 9).all()
+
+
+def test_no_more_is_read_than_the_range(checkpoint, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        stored,
+        "read_bytes",
+        lambda path, at, size, **kw: read.append(size) or read_bytes(path, at, size, **kw),
+    )
+    optimizer = Optimizer(Chunk())
+    number = take_main_weights(optimizer, [optimizer.chunk], checkpoint, "")
+    assert sum(read) == 4 * number
+
+
+def test_a_tensor_that_is_not_there_is_named(checkpoint):
+    with pytest.raises(DataError, match=r"there is no tensor decoder\.other of 3"):
+        TorchDistReader(checkpoint).fill_box("decoder.other", (0, 0, 0), torch.empty(1, 2, 2))
 
 
 def test_what_holds_no_main_copy_is_left_alone(checkpoint):

@@ -18,7 +18,7 @@ from megatron_long import launch
 from megatron_long.errors import ConfigError
 from megatron_long.training import arguments, megatron_adapter
 from megatron_long.training.checkpoint_choice import check_whole, saved_iterations
-from tests.training.test_saving import GRACE_S, count_lines, start_launcher, tracked, wait_until
+from tests.training.launched import GRACE_S, count_lines, start_launcher, tracked, wait_until
 
 IS_INSTALLED = importlib.util.find_spec("nvidia_resiliency_ext") is not None
 installed = pytest.mark.skipif(not IS_INSTALLED, reason="nvidia-resiliency-ext is not installed")

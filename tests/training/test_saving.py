@@ -1,6 +1,5 @@
 """Saves that fail, signals that are really sent, processes that are really killed."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -8,20 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_long.training.checkpoint_choice import check_whole, saved_iterations
 from tests.training.conftest import FLAGS
+from tests.training.launched import REPOSITORY, count_lines, tracked, wait_until
 from tests.training.test_exact_resume import differing, read_state
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-TRACKER = "latest_checkpointed_iteration.txt"
 NAMESPACE = ("unshare", "--map-root-user", "--user", "--mount")
-GRACE_S = 60
 
 
 def can_mount() -> bool:
@@ -29,38 +24,6 @@ def can_mount() -> bool:
         return False
     command = [*NAMESPACE, "mount", "-t", "tmpfs", "none", "/mnt"]
     return subprocess.run(command, capture_output=True).returncode == 0
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
-def count_lines(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def tracked(folder: Path) -> int:
-    return int((folder / TRACKER).read_text())
-
-
-@pytest.fixture(scope="module")
-def base(jobs, tmp_path_factory) -> Path:
-    """Weights to start from."""
-    folder = tmp_path_factory.mktemp("base") / "ckpt"
-    jobs.run(1, "--train-iters", 1, "--save", folder)
-    return folder
-
-
-@pytest.fixture
-def flags(base, tmp_path) -> tuple:
-    """What the launch script gives: the same words start a run and go on with it."""
-    return (
-        *("--pretrained-checkpoint", base, "--load", tmp_path / "out", "--save", tmp_path / "out"),
-        *("--loss-log", tmp_path / "log.jsonl", "--allow-repeat", "--train-iters", 300),
-    )
 
 
 FULL_DISK = """
@@ -173,89 +136,6 @@ def test_a_signal_is_heard_without_a_recipe(jobs, flags, tmp_path):
     assert tracked(tmp_path / "out") == count_lines(tmp_path / "log.jsonl")
 
 
-def start_launcher(
-    dataset: Path, *flags: object, options: tuple[str, ...] = ()
-) -> subprocess.Popen:
-    command = [sys.executable, "-m", "megatron_long.launch", "--standalone", "--nproc-per-node=2"]
-    command += options
-    command += ["-m", "megatron_long.pretrain", *FLAGS, "--dataset", dataset, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.Popen(
-        [str(word) for word in command],
-        cwd=REPOSITORY,
-        env=environment,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_launcher_lets_training_save_and_leave(number, flags, tiny_dataset, tmp_path):
-    """The signal goes to the launcher alone, as from `scancel` or a terminal."""
-    launcher = start_launcher(tiny_dataset, *flags)
-    try:
-        wait_until(lambda: count_lines(tmp_path / "log.jsonl") >= 3)
-        launcher.send_signal(number)
-        assert launcher.wait(GRACE_S) == 0
-    finally:
-        if launcher.poll() is None:
-            os.killpg(launcher.pid, signal.SIGKILL)
-    assert tracked(tmp_path / "out") == count_lines(tmp_path / "log.jsonl") < 300
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--async-save",)], ids=["at once", "in the background"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_every_process_of_the_run(number, more, flags, tiny_dataset, tmp_path):
-    """As SLURM sends it, also to the helpers that an earlier save has started."""
-    out, log = tmp_path / "out", tmp_path / "log.jsonl"
-    launcher = start_launcher(
-        tiny_dataset, *flags, "--save-interval", 10, "--num-workers", 1, *more
-    )
-    try:
-        processes = wait_for_helpers(launcher, out)
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):  # a writer that is done
-                process.send_signal(number)
-        assert launcher.wait(GRACE_S) == 0
-        assert tracked(out) == count_lines(log) < 300
-        assert check_whole(out / f"iter_{tracked(out):07d}")
-        assert psutil.wait_procs(processes, 10)[1] == []
-    finally:
-        end_all(launcher)
-
-
-@pytest.mark.slow
-def test_helpers_of_a_killed_rank_end(flags, tiny_dataset, tmp_path):
-    launcher = start_launcher(tiny_dataset, *flags, "--save-interval", 10)
-    try:
-        processes = wait_for_helpers(launcher, tmp_path / "out")
-        processes[1].kill()
-        assert launcher.wait(GRACE_S) == 1
-        assert psutil.wait_procs(processes, 10)[1] == []
-    finally:
-        end_all(launcher)
-
-
-def wait_for_helpers(launcher: subprocess.Popen, out: Path) -> list[psutil.Process]:
-    """Wait for the first save; give the launcher, its two ranks, and what they have started."""
-    wait_until(lambda: (out / TRACKER).exists())
-    launching = psutil.Process(launcher.pid)
-    ranks = launching.children()
-    helpers = [helper for rank in ranks for helper in rank.children(recursive=True)]
-    assert len(ranks) == 2
-    assert len(helpers) >= 4  # a resource tracker and a spawned process each
-    return [launching, *ranks, *helpers]
-
-
-def end_all(launcher: subprocess.Popen) -> None:
-    if launcher.poll() is None:
-        for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
-            process.kill()
-
-
 @pytest.mark.slow
 def test_signals_and_kills_in_a_row(jobs, flags, read_log, tmp_path):
     """Each start is the same command. USR1 to all ranks, TERM to one; then SIGKILL at bad moments."""
@@ -293,15 +173,3 @@ def test_signals_and_kills_in_a_row(jobs, flags, read_log, tmp_path):
         by_step.setdefault(step["iteration"], set()).add(step["lm loss"])
     assert sorted(by_step) == list(range(1, again + 1))
     assert all(len(losses) == 1 for losses in by_step.values())  # what was repeated was the same
-
-
-def test_a_signal_before_the_first_step_leaves_at_once(tiny_dataset, tmp_path):
-    command = [sys.executable, "-c", "import time; from megatron_long.training import signals; "]
-    command[-1] += "signals.leave_before_training(); print('on', flush=True); time.sleep(30)"
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(10) == 0
-    assert "SIGUSR1 came before the first step" in process.stderr.read()
-    assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_long.training.checkpoint_choice import check_whole
 from tests.evaluation.fakes import make_story
-from tests.training.test_saving import (
+from tests.training.launched import (
     GRACE_S,
     count_lines,
     end_all,
