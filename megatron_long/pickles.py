@@ -177,7 +177,8 @@ def _read_optimizer_classes_as_names() -> None:
     """
     from torch.serialization import add_safe_globals
 
-    named: list[Any] = [(name, name) for name in OPTIMIZER_CLASSES]  # torch's types know classes alone
+    # torch's types know classes alone
+    named: list[Any] = [(name, name) for name in OPTIMIZER_CLASSES]
     add_safe_globals(named)
 
 

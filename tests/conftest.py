@@ -44,6 +44,19 @@ def write_corpus(path: Path, num_documents: int = 120, seed: int = 0) -> Path:
     return path
 
 
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`guard_checkpoints`, undone afterwards."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    from megatron_long.pickles import guard_checkpoints
+
+    monkeypatch.setattr(FileSystemReader, "read_metadata", FileSystemReader.read_metadata)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    guard_checkpoints()
+
+
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
     """What a test, or a job of one that ran within it, sets in the environment reaches no other test."""

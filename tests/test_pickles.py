@@ -35,7 +35,6 @@ from megatron_long.pickles import (
     CHECKPOINT_INDEX,
     OPTIMIZER_CLASSES,
     UnpicklingError,
-    guard_checkpoints,
     read_checkpoint_index,
     read_pickle,
 )
@@ -47,15 +46,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def read(content: bytes) -> Any:
     return read_pickle(io.BytesIO(content), CHECKPOINT_INDEX)
-
-
-@pytest.fixture
-def guarded(monkeypatch):
-    """`guard_checkpoints`, undone afterwards."""
-    monkeypatch.setattr(FileSystemReader, "read_metadata", FileSystemReader.read_metadata)
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
-    guard_checkpoints()
 
 
 def test_what_a_checkpoint_is_made_of_is_read():

@@ -198,7 +198,9 @@ def read_saved_box(
     """
     shell, entry, begin = _find_values(path, offset, length, check_bytes=False)
     strides = shell.stride()
-    first = int(shell.storage_offset()) + sum(i * step for i, step in zip(start, strides, strict=True))
+    first = int(shell.storage_offset()) + sum(
+        i * step for i, step in zip(start, strides, strict=True)
+    )
     count = 1 + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
     width = shell.dtype.itemsize
     if (first + count) * width > entry.file_size:

@@ -150,7 +150,7 @@ def _run_on_cluster(stage: Stage, pending: list[int], options: ExecutorOptions) 
             + (" ray" if options.executor == "ray" else "")
         ) from None
     # A folder for each attempt: datatrove marks tasks by number, and the items of a number change.
-    logs = stage.work / "logs" / f"{stage.name}.{time.time_ns()}"
+    logs = _private_folder(stage.work / "logs") / f"{stage.name}.{time.time_ns()}"
     errors = logs / "errors"
     errors.mkdir(parents=True)
     step = ClusterStep(stage, pending, errors)
@@ -166,6 +166,22 @@ def _run_on_cluster(stage: Stage, pending: list[int], options: ExecutorOptions) 
             f"--executor {options.executor}: {len(missing)} of {len(pending)} items of stage {stage.name} "
             f"were not done; look into {logs}, and give the same command again to go on"
         )
+
+
+def _private_folder(folder: Path) -> Path:
+    """Give a folder where nobody else can write: datatrove's tasks unpickle the job file that lies there.
+
+    Raises: ConfigError: it belongs to somebody else.
+    """
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)
+    except PermissionError as error:
+        raise ConfigError(
+            f"{folder} cannot be closed to other users ({error.strerror}), who could run programs through "
+            "the job file in it; remove it, or give an --output whose folder is yours alone"
+        ) from error
+    return folder
 
 
 def _run_slurm(step: ClusterStep, logs: Path, tasks: int, options: ExecutorOptions) -> None:

@@ -1,9 +1,9 @@
 """How `megatron.training` is called, and the changes that it needs before it can be.
 
-Beside `megatron_hooks`, which changes the running loop, the only file that imports it. Nothing of
-`megatron.training` is declared stable, so the version is checked first, each changed symbol is listed in
-`PATCHED_SYMBOLS`, and `tests/training/test_megatron_adapter.py` holds a contract for each. Import this module
-after `host_backend.install()`.
+Next to `megatron_hooks`, which changes the running loop, and `old_format`, the only file that imports it.
+Nothing of `megatron.training` is declared stable, so the version is checked first, each changed symbol is
+listed in `PATCHED_SYMBOLS`, and `tests/training/test_megatron_adapter.py` holds a contract for each. Import
+this module after `host_backend.install()`.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from megatron_long.model.rope import BaseRope, Llama3Rope, rope_from_arguments
 from megatron_long.pickles import UnpicklingError, guard_checkpoints
 from megatron_long.training import flag_help, host_backend, signals
 from megatron_long.training.adamw_resume import mend_torch_adamw_resume
+from megatron_long.training.old_format import old_format_errors_raised
 from megatron_long.training.optimizer_shards import save_own_shards
 from megatron_long.training.rate_change import let_rates_change, schedule_error
 
@@ -36,6 +37,7 @@ OLDEST_RESILIENCY = "0.6"
 PATCHED_SYMBOLS = {
     "megatron.core.datasets.utils": ("compile_helpers",),
     "megatron.training.training": ("initialize_megatron", "set_jit_fusion_options"),
+    "megatron.training.checkpointing": ("_load_base_checkpoint",),
     "megatron.core.models.common.embeddings.rotary_pos_embedding": (
         "RotaryEmbedding._apply_scaling",
     ),
@@ -52,10 +54,10 @@ PATCHED_SYMBOLS = {
         "FP32Optimizer.load_state_dict",
     ),
 }
-"""What is replaced, by module: `compile_helpers`, `load_state_dict` and the `_fully_reshardable` methods
-always, `_apply_scaling` where RoPE is Llama-3.1's, `_grad_accum_fusion_available` where the output layer is
-not called, the other methods of `DistributedOptimizer` where Adam is torch's own, the rest on the host
-backend only."""
+"""What is replaced, by module: `compile_helpers`, `load_state_dict`, `_load_base_checkpoint` and the
+`_fully_reshardable` methods always, `_apply_scaling` where RoPE is Llama-3.1's,
+`_grad_accum_fusion_available` where the output layer is not called, the other methods of
+`DistributedOptimizer` where Adam is torch's own, the rest on the host backend only."""
 
 
 @dataclass(kw_only=True)
@@ -309,7 +311,8 @@ def _refused_pickles_named(load: str | None) -> Iterator[None]:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        yield
+        with old_format_errors_raised():
+            yield
     except (CheckpointException, UnpicklingError) as error:
         failures = getattr(error, "failures", {0: (error, None)}).values()
         causes = [str(cause) for cause, _ in failures if isinstance(cause, UnpicklingError)]

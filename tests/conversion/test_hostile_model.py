@@ -70,6 +70,9 @@ def checkpoint(make_llama, tmp_path) -> Path:
     for path in (tmp_path / "ckpt").rglob("hashes.json"):
         path.unlink()
     (tmp_path / "ckpt/release/common.pt").touch()  # where older versions of Megatron put objects
+    old_format = tmp_path / "ckpt/release/mp_rank_00/model_optim_rng.pt"
+    old_format.parent.mkdir()
+    old_format.touch()
     return tmp_path / "ckpt"
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
 import stat
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long.data.executors import ExecutorOptions
+from megatron_long.data.executors import ExecutorOptions, _private_folder
 from megatron_long.data.mixture import Mixture
 from megatron_long.data.preprocess import preprocess
 from megatron_long.data.preprocess_config import PreprocessConfig
@@ -74,6 +75,20 @@ def fake_slurm(tmp_path, monkeypatch, importable):
         (tools / name).chmod(0o755 | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setattr("megatron_long.data.executors.POLL_SECONDS", 0.1)
+
+
+def test_nobody_else_writes_where_job_files_lie(tmp_path, monkeypatch):
+    folder = tmp_path / "logs"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    assert stat.S_IMODE(_private_folder(folder).stat().st_mode) == 0o700
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "chmod", refuse)  # as of a folder of another user
+    with pytest.raises(ConfigError, match="cannot be closed to other users"):
+        _private_folder(folder)
 
 
 @pytest.mark.parametrize("tasks", [1, 2])

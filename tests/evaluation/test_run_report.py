@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from megatron_long.evaluation.loss_report import LossReport, write_loss_report
 from megatron_long.evaluation.needle_report import NeedleReport, write_needle_report
 from megatron_long.evaluation.run_files import collect
 from megatron_long.evaluation.run_report import run_report_page, write_run_report
+from tests import hostile
 
 from .test_loss_report import make_report as make_loss
 from .test_needle_report import make_report as make_needle
@@ -73,6 +75,14 @@ def test_what_is_found(run_dir, tiny_dataset):
     assert [item.iteration for item in found.needles] == [9, 10, 100]
     assert [item.label for item in found.losses] == ["9M tokens", "10M tokens", "100M tokens"]
     assert found.left_out == []
+
+
+def test_nothing_of_the_folder_is_run(run_dir, tiny_dataset):
+    """Reports, events, logs, `cells.jsonl`, `run.json`, and the dataset that lies there."""
+    shutil.copytree(tiny_dataset, run_dir / "data")
+    (run_dir / "needle").mkdir()
+    (run_dir / "needle" / "cells.jsonl").write_text("{}\n")
+    assert hostile.plant_everywhere(run_dir, [lambda: collect(run_dir)]) >= 100
 
 
 def test_the_page_holds_everything(run_dir):

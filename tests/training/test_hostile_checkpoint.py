@@ -1,10 +1,15 @@
 """Training and evaluation run nothing that lies in a checkpoint: by Megatron's own loader, in whole jobs."""
 
 import shutil
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from megatron_long.errors import DataError
+from megatron_long.training import megatron_adapter
 from tests import hostile
 from tests.training.conftest import FLAGS
 
@@ -29,6 +34,44 @@ def run(jobs, tmp_path_factory) -> Path:
 def copy(run, tmp_path) -> Path:
     """A copy to be made hostile."""
     return Path(shutil.copytree(run, tmp_path / "ckpt"))
+
+
+@pytest.fixture
+def old_format(tmp_path) -> Path:
+    """The file of a checkpoint in Megatron's old format, of another program."""
+    file = tmp_path / "old" / "iter_0000004" / "mp_rank_00" / "model_optim_rng.pt"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "old" / "latest_checkpointed_iteration.txt").write_text("4")
+    return file
+
+
+def load_old_format(folder: Path) -> Any:
+    """As training and evaluation do, by Megatron's own loader."""
+    from megatron.training import checkpointing
+
+    flags = {"non_persistent_global_ckpt_dir": None, "non_persistent_ckpt_type": None}
+    with megatron_adapter._refused_pickles_named(str(folder)):
+        return checkpointing._load_base_checkpoint(str(folder), Namespace(**flags), rank0=True)
+
+
+@pytest.mark.parametrize("form", hostile.FORMS)
+def test_the_old_format_runs_nothing(form, old_format, guarded, tmp_path):
+    """Nor does the job end with status 0, as Megatron's would."""
+    old_format.write_bytes(form(tmp_path / "marker"))
+    with pytest.raises(DataError, match=r"cannot be read .*--load|--load .* cannot be read"):
+        load_old_format(tmp_path / "old")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_the_old_format_is_read(old_format, guarded, tmp_path):
+    torch.save({"iteration": 4, "args": Namespace(a=1)}, old_format)
+    assert load_old_format(tmp_path / "old")[0]["iteration"] == 4
+    old_format.write_bytes(old_format.read_bytes()[:300])
+    with pytest.raises(DataError, match="damaged"):
+        load_old_format(tmp_path / "old")
+    old_format.unlink()
+    with pytest.raises(DataError, match="damaged"):
+        load_old_format(tmp_path / "old")
 
 
 PLANTED = [
