@@ -4,8 +4,10 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Callable
@@ -17,12 +19,12 @@ from tests.training.conftest import FLAGS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRACKER = "latest_checkpointed_iteration.txt"
-GRACE_S = 60
+GRACE_S = 300
 OF_OTHERS = re.compile(r"^torchinductor_|wandb-(artifacts|media)$")
 """Temporary files that may stay: torch's cache, and W&B's empty folders of a rank that was killed."""
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = GRACE_S) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -100,17 +102,14 @@ def end_all(launcher: subprocess.Popen) -> None:
 class Launched:
     """A launcher that leaves nothing; `with` ends it."""
 
-    def __init__(
-        self, dataset: Path, folder: Path, *flags: object, terminal: int | None = None
-    ) -> None:
+    def __init__(self, dataset: Path, *flags: object, terminal: int | None = None) -> None:
         """Start it.
 
         Args:
-            folder: For its temporary files.
             terminal: See `start_launcher`; it is closed here.
         """
-        self.temporary = folder / "temporary"
-        self.temporary.mkdir()
+        # Short, for multiprocessing's sockets lie there, and their paths may have 107 characters.
+        self.temporary = Path(tempfile.mkdtemp(prefix="t-"))
         self.launcher = start_launcher(dataset, *flags, temporary=self.temporary, terminal=terminal)
         if terminal is not None:
             os.close(terminal)
@@ -120,11 +119,12 @@ class Launched:
 
     def __exit__(self, *_: object) -> None:
         end_all(self.launcher)
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def check_left(self, status: int, processes: list[psutil.Process]) -> None:
         """It ends with this status; none of these processes is left, and no temporary file."""
         assert self.launcher.wait(GRACE_S) == status
-        assert psutil.wait_procs(processes, 10)[1] == []
+        assert psutil.wait_procs(processes, GRACE_S)[1] == []
         names = {path.name for path in self.temporary.iterdir()}
         assert {name for name in names if not OF_OTHERS.search(name)} == set()
 

@@ -29,7 +29,7 @@ def test_launcher_lets_training_save_and_leave(flags, jobs, tmp_path):
     """SIGTERM to the launcher alone, as from `scancel`; before it, another job is kept from the folder."""
     log = tmp_path / "log.jsonl"
     more = (*flags, "--train-iters", 100_000)
-    with Launched(jobs.dataset, tmp_path, *more) as launched:
+    with Launched(jobs.dataset, *more) as launched:
         wait_until(lambda: count_lines(log) >= 3)
         rank = all_processes(launched.launcher)[1]
         told = " ".join(jobs.run(2, *flags, status=2).text.split())
@@ -47,9 +47,7 @@ def test_a_terminal_lets_training_save_and_leave(happens, flags, jobs, tmp_path)
     """Ctrl-C reaches every process, the helpers of a save too; a closed terminal takes no more text."""
     out, log, terminal = tmp_path / "out", tmp_path / "log.jsonl", Terminal()
     more = (*flags, "--save-interval", 10, "--num-workers", 1, "--train-iters", 100_000)
-    with Launched(
-        jobs.dataset, tmp_path, *more, "--train-iters", 100_000, terminal=terminal.program
-    ) as launched:
+    with Launched(jobs.dataset, *more, terminal=terminal.program) as launched:
         wait_until(lambda: terminal.reads() and (out / TRACKER).exists())
         processes = wait_for_helpers(launched.launcher, out)
         if happens == "Ctrl-C":
@@ -69,7 +67,7 @@ def test_ctrl_c_again_ends_a_run_that_cannot_leave(flags, jobs, tmp_path):
     """One rank has been stopped by the kernel: the step never ends."""
     log, terminal = tmp_path / "log.jsonl", Terminal()
     more = (*flags, "--train-iters", 100_000)
-    with Launched(jobs.dataset, tmp_path, *more, terminal=terminal.program) as launched:
+    with Launched(jobs.dataset, *more, terminal=terminal.program) as launched:
         wait_until(lambda: terminal.reads() and count_lines(log) >= 3)
         processes = all_processes(launched.launcher)
         processes[2].suspend()
@@ -93,7 +91,7 @@ def test_a_signal_to_every_process_of_the_run(flags, jobs, tmp_path):
     """As SLURM sends it, also to the helpers that an earlier save has started and to the writer."""
     out, log = tmp_path / "out", tmp_path / "log.jsonl"
     more = (*flags, "--save-interval", 10, "--async-save")
-    with Launched(jobs.dataset, tmp_path, *more, "--train-iters", 100_000) as launched:
+    with Launched(jobs.dataset, *more, "--train-iters", 100_000) as launched:
         processes = wait_for_helpers(launched.launcher, out)
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):  # a writer that is done
@@ -106,7 +104,7 @@ def test_a_signal_to_every_process_of_the_run(flags, jobs, tmp_path):
 @pytest.mark.slow
 def test_nothing_of_a_killed_rank_is_left(flags, jobs, tmp_path):
     more = (*flags, "--save-interval", 10, "--train-iters", 100_000)
-    with Launched(jobs.dataset, tmp_path, *more) as launched:
+    with Launched(jobs.dataset, *more) as launched:
         processes = wait_for_helpers(launched.launcher, tmp_path / "out")
         processes[1].kill()
         launched.check_left(1, processes)
