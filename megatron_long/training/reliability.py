@@ -4,7 +4,9 @@ Promises and the tests that prove them: docs/reliability.md.
 """
 
 import logging
+import os
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_long.data.manifest import Manifest, read_manifest
-from megatron_long.errors import DataError
+from megatron_long.errors import ConfigError, DataError
 from megatron_long.files import atomic_path
 from megatron_long.training import rendezvous
 from megatron_long.training.arguments import LongContextArguments
@@ -43,6 +45,9 @@ from megatron_long.training.save_lock import hold
 from megatron_long.training.step_guard import StepGuard, batch_windows, describe_windows
 
 logger = logging.getLogger(__name__)
+
+MAX_SOCKET_PATH_BYTES = 107
+"""Of Linux: `sun_path` of unix(7), without its final zero."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,29 @@ def find_start(arguments: LongContextArguments, args: Namespace) -> Start:
     return Start(choice, resumes, data, times, facts.get("guard", {}), weights)
 
 
+def check_temporary_folder() -> None:
+    """Refuse a TMPDIR in which a save could not open its sockets.
+
+    Raises: ConfigError: its path is too long for Linux's 107 bytes of a socket's path.
+    """
+    folder = tempfile.gettempdir()
+    longest = MAX_SOCKET_PATH_BYTES - len("/pymp-12345678/listener-12345678")
+    if (length := len(os.fsencode(folder))) > longest:
+        raise ConfigError(
+            f"TMPDIR {folder} has {length} bytes, and at most {longest} leave room for the sockets that "
+            "Python's multiprocessing opens there at each save; set TMPDIR to a shorter path"
+        )
+
+
 def hold_save(save: str | None) -> None:
     """Let no other job write in `--save`; where the folder is not there yet, there is nothing to hold.
 
     Every process of the job calls it.
 
-    Raises: ConfigError: another job works there.
+    Raises: ConfigError: another job works there, or no process could save (`check_temporary_folder`).
     """
+    if save:
+        check_temporary_folder()
 
     def claim() -> list[str]:
         if save and Path(save).is_dir():
