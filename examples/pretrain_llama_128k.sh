@@ -57,6 +57,10 @@ gpus_per_node() {
         echo $((listed > 0 ? listed : 1))
     fi
 }
+if [[ ${NPROC_PER_NODE:-} ]] && ! [[ $NPROC_PER_NODE =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: NPROC_PER_NODE is $NPROC_PER_NODE: give the number of processes on a node, one for each GPU" >&2
+    exit 2
+fi
 NPROC_PER_NODE=${NPROC_PER_NODE:-$(gpus_per_node)}
 if ! [[ $NPROC_PER_NODE =~ ^[1-9][0-9]*$ ]]; then
     echo "error: job ${SLURM_JOB_ID:-} has $NPROC_PER_NODE GPUs on a node, and one process is started for each: ask" \

@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals.leave_on_second_interrupt()
     keep_standard_streams()
     user_argv = list(sys.argv[1:] if argv is None else argv)
-    with StartLog(verbose="--verbose" in user_argv) as start_log:
+    shows_all = not {"--verbose", "--help", "-h"}.isdisjoint(user_argv)
+    with StartLog(verbose=shows_all) as start_log:
         return _run(user_argv, start_log)
 
 

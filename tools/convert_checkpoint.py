@@ -66,8 +66,13 @@ def make_parser() -> argparse.ArgumentParser:
             default=MAX_SHARD_BYTES / 1e9,
             help="largest safetensors file, in 10^9 bytes (default: %(default)g)",
         )
-    for command in (importer, exporter, unpacker):
-        _add_common(command)
+    read = {
+        importer: "model folder or GGUF file",
+        exporter: "folder of checkpoints",
+        unpacker: "GGUF file",
+    }
+    for command, what in read.items():
+        _add_common(command, what)
     return parser
 
 
@@ -84,8 +89,8 @@ def _add_stretch(parser: argparse.ArgumentParser, purpose: str) -> None:
     )
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=Path, required=True, help="folder or GGUF file to read")
+def _add_common(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--input", type=Path, required=True, help=f"{what} to read")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--dtype", choices=DTYPES, default=KEEP, help="type to store (default: the input's)"

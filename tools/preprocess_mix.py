@@ -168,13 +168,18 @@ def _add_corpus(add) -> None:  # type: ignore[no-untyped-def]
 
 
 def _add_mixture(add) -> None:  # type: ignore[no-untyped-def]
-    add("--train-tokens", required=True, metavar="N", help="training tokens: 5B, 64M, 200K")
+    add(
+        "--train-tokens",
+        required=True,
+        metavar="N",
+        help="training tokens: 5B, 64M, 200K (K is 1,000)",
+    )
     strategy = f"{', '.join(STRATEGIES)} NAME=SHARE ...; default: per-source"
     add("--strategy", nargs="+", default=["per-source"], metavar="NAME", help=strategy)
     add("--short-keep-ratio", type=float, default=0.1, metavar="P", help="default: %(default)s")
     solved = "instead: thin the short documents of each source until long ones have this share"
     add("--long-token-share", type=float, metavar="SHARE", help=solved)
-    long = "long from here: %(default)s"
+    long = "long from here (K is 1,024): %(default)s"
     add("--long-threshold", type=length_tokens, default="4K", metavar="TOKENS", help=long)
     cut = "length of pieces under --strategy cut; default: %(default)s"
     add("--cut-length", type=length_tokens, default="4K", metavar="TOKENS", help=cut)

@@ -117,6 +117,9 @@ def hash_tokenizer(path: Path) -> str:
 def _check_command(work: Path, command: Mapping[str, Any]) -> None:
     before = orjson.loads((work / COMMAND_FILE).read_bytes())
     different = sorted(key for key in {*before, *command} if before.get(key) != command.get(key))
+    if different == ["on_bad_document"] and command["on_bad_document"] == "skip":
+        write_json(work / COMMAND_FILE, command)  # what is done so far held no bad document
+        return
     if different:
         listed = "; ".join(
             f"{key}: {before.get(key)} before, {command.get(key)} now" for key in different

@@ -22,6 +22,8 @@ from megatron_long.model.rope import PLAIN_ROPE, BaseRope, rope_from_arguments
 from megatron_long.model.rope_hf import read_rope
 
 CONFIG_NAME = "config.json"
+HF_CONFIG_NAME = "hf_config.json"
+"""The same, in a folder of Megatron checkpoints."""
 VOCABULARY_MULTIPLE = 128
 """Megatron's default padding, taken without tensor parallelism: one shape for every layout."""
 
@@ -232,13 +234,22 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     Raises: ConfigError: it is missing or holds no JSON object.
     """
     if not path.is_file():
-        raise ConfigError(
-            f"{path} does not exist; give a Hugging Face model folder ({CONFIG_NAME})"
-        )
+        own = path.with_name(HF_CONFIG_NAME)
+        remedy = f"give a Hugging Face model folder ({CONFIG_NAME})"
+        if own.is_file():
+            remedy = (
+                f"{path.parent} holds Megatron checkpoints: {own} describes their model, and "
+                "tools/convert_checkpoint.py megatron-to-hf makes a Hugging Face folder of them"
+            )
+        raise ConfigError(f"{path} does not exist; {remedy}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}; download it again") from None
+        reason = f"{path} is not JSON: {error}; "
+        remedy = (
+            "download it again" if path.suffix == ".json" else "give the folder that it lies in"
+        )
+        raise ConfigError(reason + remedy) from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds a {type(config).__name__}; it must be a JSON object")
     return config

@@ -24,6 +24,8 @@ from megatron_long.training.recipe import build_recipe
 
 State = Literal["ok", "note", "problem"]
 DEFAULT_RECIPE = "llama3_8b_128k"
+KEPT = 3
+"""Checkpoints that `examples/pretrain_llama_128k.sh` keeps."""
 VERSIONS = {
     "torch": "pip install -c constraints.txt -e .",
     "megatron-core": "pip install -c constraints.txt -e .",
@@ -228,16 +230,18 @@ def _environment() -> Iterator[Finding]:
 
 
 def _disk(output: Path, run: RunShape, *, is_asked: bool) -> Iterator[Finding]:
-    """Room for three checkpoints: two that are kept, and one that is written."""
+    """Room for the checkpoints that the launch script keeps, and the one that is written."""
     room, size = free_disk(output), checkpoint_bytes(run.parameters)
     if room is None:
         yield Finding("free disk", "note", f"unknown at {output}", "look at it with df")
         return
-    state: State = "ok" if room.free_bytes >= 3 * size else "note"
+    state: State = "ok" if room.free_bytes >= (KEPT + 1) * size else "note"
     if is_asked and room.free_bytes < size:
         state = "problem"
     words = f"{run.parameters / 1e9:.1f}B parameters with optimizer: {gigabytes(size)} a checkpoint"
-    remedy = f"{words}, three of them lie there at once with --keep-last 2"
+    remedy = (
+        f"{words}, {KEPT + 1} of them lie there at once with the launch script's --keep-last {KEPT}"
+    )
     value = f"{gigabytes(room.free_bytes)} at {room.where}"
     yield Finding("free disk", state, value, remedy)
 

@@ -17,10 +17,9 @@ from typing import Any
 
 from megatron_long.errors import ConfigError
 from megatron_long.files import atomic_path
-from megatron_long.model.geometry import LlamaGeometry
+from megatron_long.model.geometry import HF_CONFIG_NAME, LlamaGeometry
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
-HF_CONFIG_NAME = "hf_config.json"
 GENERATION_CONFIG_NAME = "hf_generation_config.json"
 TOKENIZER_DIR_NAME = "tokenizer"
 RUN_NAME = "run.json"

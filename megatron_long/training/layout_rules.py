@@ -26,6 +26,7 @@ def check_layout(args: Namespace, world_size: int) -> None:
     pp = args.pipeline_model_parallel_size
     cp = args.context_parallel_size
     _check_world_size(world_size, tp, pp, cp)
+    _check_parts(args, tp, pp)
     _check_sequence(args.seq_length, tp if args.sequence_parallel else 1, cp)
     data_parallel = world_size // (tp * pp * cp)
     if args.global_batch_size and args.micro_batch_size:
@@ -36,6 +37,16 @@ def check_layout(args: Namespace, world_size: int) -> None:
                 f"--micro-batch-size {args.micro_batch_size} * data parallel size {data_parallel} "
                 f"({step}); {_neighbours(args.global_batch_size, step)}"
             )
+    if cp > 1 and "a2a" in args.cp_comm_type:
+        _check_dealt_heads(args, "a2a", f"--context-parallel-size {cp}", cp)
+    if cp > 1 and "a2a+p2p" in args.cp_comm_type:
+        sizes = _two_levels(args.hierarchical_context_parallel_sizes, cp)
+        named = f"the first of --hierarchical-context-parallel-sizes {sizes[0]} {sizes[1]}"
+        _check_dealt_heads(args, "a2a+p2p", named, sizes[0])
+
+
+def _check_parts(args: Namespace, tp: int, pp: int) -> None:
+    """What tensor and pipeline parallelism cut must have as many parts."""
     for flag, size, parts, by in (
         ("--num-attention-heads", args.num_attention_heads, tp, "--tensor-model-parallel-size"),
         ("--num-query-groups", args.num_query_groups, tp, "--tensor-model-parallel-size"),
@@ -55,12 +66,6 @@ def check_layout(args: Namespace, world_size: int) -> None:
                 f"{flag} {size} is not a multiple of {by} {parts}; "
                 f"choose a {by} that divides {size}"
             )
-    if cp > 1 and "a2a" in args.cp_comm_type:
-        _check_dealt_heads(args, "a2a", f"--context-parallel-size {cp}", cp)
-    if cp > 1 and "a2a+p2p" in args.cp_comm_type:
-        sizes = _two_levels(args.hierarchical_context_parallel_sizes, cp)
-        named = f"the first of --hierarchical-context-parallel-sizes {sizes[0]} {sizes[1]}"
-        _check_dealt_heads(args, "a2a+p2p", named, sizes[0])
 
 
 def _two_levels(sizes: list[int] | None, cp: int) -> list[int]:

@@ -38,6 +38,7 @@ PATCHED_SYMBOLS = {
     "megatron.core.datasets.utils": ("compile_helpers",),
     "megatron.training.training": ("initialize_megatron", "set_jit_fusion_options"),
     "megatron.training.checkpointing": ("_load_base_checkpoint",),
+    "megatron.training.arguments": ("parse_args",),
     "megatron.core.models.common.embeddings.rotary_pos_embedding": (
         "RotaryEmbedding._apply_scaling",
     ),
@@ -54,8 +55,8 @@ PATCHED_SYMBOLS = {
         "FP32Optimizer.load_state_dict",
     ),
 }
-"""What is replaced, by module: `compile_helpers`, `load_state_dict`, `_load_base_checkpoint` and the
-`_fully_reshardable` methods always, `_apply_scaling` where RoPE is Llama-3.1's,
+"""What is replaced, by module: `compile_helpers`, `load_state_dict`, `_load_base_checkpoint`,
+`parse_args` (while it trains) and the `_fully_reshardable` methods always, `_apply_scaling` where RoPE is Llama-3.1's,
 `_grad_accum_fusion_available` where the output layer is not called, the other methods of
 `DistributedOptimizer` where Adam is torch's own, the rest on the host backend only."""
 
@@ -288,7 +289,7 @@ def run_pretrain(
     container = pretrain_cfg_container_from_args(args, config)
     let_rates_change(keep_saved=args.use_checkpoint_opt_param_scheduler)
     try:
-        with _refused_pickles_named(args.load):
+        with _refused_pickles_named(args.load), _flags_parsed_once(args):
             pretrain(container, dataset_provider, ModelType.encoder_or_decoder, forward_step)
     except AssertionError as error:
         refusal = schedule_error(args.load, str(error))
@@ -303,6 +304,21 @@ def run_pretrain(
             "go on at its step with a new optimizer, or --finetune to start at step 0 from its weights"
         ) from error
     leave_process_group()
+
+
+@contextlib.contextmanager
+def _flags_parsed_once(args: Namespace) -> Iterator[None]:
+    """Have Megatron take these flags where it would parse `sys.argv` again, without ours and without recipes.
+
+    Its fault tolerance does (`ft_integration.setup`), and ends at a length such as 64K.
+    """
+    module: Any = importlib.import_module("megatron.training.arguments")
+    stock = module.parse_args
+    module.parse_args = lambda *_args, **_kwargs: args
+    try:
+        yield
+    finally:
+        module.parse_args = stock
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from megatron_long.training.checkpoint_choice import (
     newest_iteration,
     no_metadata,
     remove_leftovers,
+    saved_iterations,
     set_aside,
 )
 from megatron_long.training.checkpoint_folder import TRACKER_NAME
@@ -78,11 +79,13 @@ def find_start(arguments: LongContextArguments, args: Namespace) -> Start:
     Every process of the job calls it: each reads a share of the files.
 
     Raises: DataError: no checkpoint is whole, or the dataset is not what its manifest says.
-        ConfigError: the run was trained on other data.
+        ConfigError: the run was trained on other data, or `--save` holds another run.
     """
     choice = _choose(args)
     own = choice is not None and args.load and choice.folder.parent == Path(args.load)
     resumes = bool(own and not args.finetune and choice and choice.iteration is not None)
+    if args.save and not (resumes and _same_folder(args.load, args.save)):
+        rendezvous.from_first(lambda: _refuse_used_save(args))
     facts = read_facts(choice.folder) if choice and resumes else {}
     folder = Path(arguments.dataset) if arguments.dataset else None
     manifest = read_manifest(folder) if folder else None
@@ -96,6 +99,27 @@ def find_start(arguments: LongContextArguments, args: Namespace) -> Start:
     alone = choice is not None and (not resumes or args.no_load_optim)
     weights = find_weights_to_start_from(choice.folder) if choice and alone else None
     return Start(choice, resumes, data, times, facts.get("guard", {}), weights)
+
+
+def _refuse_used_save(args: Namespace) -> list[str]:
+    """Refuse to write among another run's checkpoints: later steps would stay, equal ones be overwritten."""
+    saved = saved_iterations(Path(args.save))
+    if not saved:
+        return []
+    start = "this start is no resume of it"
+    if args.finetune:
+        start = "--finetune starts another run at step 0"
+    elif args.load:
+        start = f"this run starts from --load {args.load}"
+    raise ConfigError(
+        f"--save {args.save} holds checkpoints of a run up to step {saved[0]}, and {start}, which would "
+        f"write among them; to resume that run give --load {args.save} without --finetune, for another one "
+        "a new --save"
+    )
+
+
+def _same_folder(one: str | None, other: str) -> bool:
+    return one is not None and Path(one).resolve() == Path(other).resolve()
 
 
 def check_temporary_folder() -> None:

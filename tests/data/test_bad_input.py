@@ -52,13 +52,13 @@ def test_bad_lines_stop_or_are_listed(line, reason, config, tmp_path, records):
     path.write_bytes(lines_of(records[:100]) + line + b"\n" + lines_of(records[100:]))
     with pytest.raises(DataError, match=rf"a\.jsonl:101 {reason}.*--on-bad-document skip"):
         preprocess(config, tmp_path / "out")
-    manifest = preprocess(skipping(config), tmp_path / "skipped")
+    manifest = preprocess(skipping(config), tmp_path / "out")  # what the message says
     assert manifest.documents_bad == manifest.inputs[0].num_bad == 1
     assert manifest.bad_documents[0]["file"] == "a.jsonl"
     assert manifest.bad_documents[0]["line"] == 101
     assert manifest.bad_documents[0]["reason"].startswith(reason)
     assert sum(info.documents_in for info in manifest.sources.values()) == len(records)
-    assert read_manifest(tmp_path / "skipped") == manifest
+    assert read_manifest(tmp_path / "out") == manifest
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

@@ -146,6 +146,13 @@ def test_a_job_without_gpus_is_refused(slurm_login, paths):
     assert "set NPROC_PER_NODE" in result.stderr
 
 
+def test_a_wrong_number_of_processes_is_named(paths):
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        dry_run(NPROC_PER_NODE="two", **paths)
+    assert failed.value.returncode == 2
+    assert "error: NPROC_PER_NODE is two: give the number of processes" in failed.value.stderr
+
+
 def test_missing_variable_is_named(paths):
     del paths["DATASET"]
     with pytest.raises(subprocess.CalledProcessError) as refused:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.model.geometry import geometry_from_config, geometry_from_hf
+from megatron_long.model.geometry import HF_CONFIG_NAME, geometry_from_config, geometry_from_hf
 from megatron_long.model.rope import Llama3Rope
 
 CONFIG: dict[str, Any] = {
@@ -180,3 +180,17 @@ def test_a_window_that_would_hide_tokens_is_refused(config: dict[str, Any], bind
         return
     with pytest.raises(ConfigError, match=r"sliding_window is \d+ of max_position_.*null"):
         geometry_from_config(config)
+
+
+def test_a_folder_of_checkpoints_is_named(tmp_path: Path) -> None:
+    (tmp_path / HF_CONFIG_NAME).write_text("{}")
+    with pytest.raises(
+        ConfigError, match=r"holds Megatron checkpoints: .*hf_config\.json describes"
+    ):
+        geometry_from_hf(tmp_path)
+
+
+def test_a_file_of_weights_is_no_config(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"is not JSON: .*; give the folder that it lies in"):
+        geometry_from_hf(tmp_path / "model.safetensors")

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_long.errors import ConfigError
 from megatron_long.planning import doctor, machine
-from megatron_long.planning.doctor import compare_cudnn, examine
+from megatron_long.planning.doctor import KEPT, compare_cudnn, examine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WHEEL = "9.19.0.56"
@@ -64,8 +64,8 @@ def test_missing_package_and_settings_are_problems(monkeypatch):
 @pytest.mark.parametrize(
     ("free", "recipe", "state"),
     [
-        (340e9, None, "ok"),
-        (330e9, None, "note"),
+        (452e9, None, "ok"),
+        (446e9, None, "note"),
         (3e9, None, "note"),
         (120e9, "llama3_8b_128k", "note"),
         (112e9, "llama3_8b_128k", "problem"),
@@ -73,7 +73,7 @@ def test_missing_package_and_settings_are_problems(monkeypatch):
     ],
 )
 def test_disk_is_compared_with_checkpoints(free, recipe, state, monkeypatch, tmp_path):
-    """112.4 GB each for Llama-3-8B; three lie there at once."""
+    """112.4 GB each for Llama-3-8B; four lie there at once."""
     usage = namedtuple("usage", "total used free")
 
     def disk_usage(path):
@@ -87,6 +87,12 @@ def test_disk_is_compared_with_checkpoints(free, recipe, state, monkeypatch, tmp
     assert found.value == f"{free / 1e9:.0f} GB at {tmp_path}" if free > 9e9 else True
     if recipe != "llama2_7b_80k":
         assert "8.0B parameters with optimizer: 112 GB a checkpoint" in found.remedy
+        assert "4 of them lie there at once with the launch script's --keep-last 3" in found.remedy
+
+
+def test_the_launch_script_keeps_as_many_as_the_doctor_counts():
+    script = REPOSITORY / "examples" / "pretrain_llama_128k.sh"
+    assert f"KEEP_LAST:-{KEPT}" in script.read_text()
 
 
 @pytest.mark.parametrize(("free", "state"), [(112.5e9, "ok"), (112e9, "note")])

@@ -13,6 +13,7 @@ from megatron_long.data.manifest import read_manifest, verify_files, write_manif
 from megatron_long.data.mixture import Mixture
 from megatron_long.data.preprocess import PreprocessConfig, preprocess
 from megatron_long.errors import ConfigError, DataError
+from tests.fake_checkpoints import write_fake_checkpoint
 from tests.training.conftest import FLAGS
 
 
@@ -68,6 +69,18 @@ def test_another_dataset_is_refused_with_what_differs(run, other_dataset):
     assert "tokens by source: " in message
     assert "corpus" not in message  # which is the same
     assert start(run, other_dataset, "--allow-dataset-change").iteration == 2
+
+
+@pytest.mark.parametrize("flags", [("--finetune",), ("--load", "base")], ids=["finetune", "load"])
+def test_a_start_that_would_write_among_checkpoints_is_refused(flags, run, dataset, base, tmp_path):
+    flags = [base if word == "base" else word for word in flags]
+    message = rf"--save {run} holds checkpoints of a run up to step 2, .*give --load {run} without --finetune"
+    with pytest.raises(ConfigError, match=message):
+        start(run, dataset, *flags, "--save", run)
+    assert not start(run, dataset, *flags, "--save", tmp_path / "new").resumes
+    assert start(run, dataset, "--save", f"{run}/.").resumes
+    write_fake_checkpoint(tmp_path / "converted", None)  # weights alone are no run
+    assert not start(run, dataset, "--finetune", "--save", tmp_path / "converted").resumes
 
 
 def test_another_sequence_length_is_refused(run, dataset):

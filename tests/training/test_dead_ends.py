@@ -130,6 +130,15 @@ def test_training_takes_lengths_as_128k():
     assert (ours.rope_original_length, args.needle_min_length) == (4096, 2048)
 
 
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--recipe", "tiny_debug", "-h"]], ids=["long", "short"]
+)
+def test_help_is_printed(words, run_job):
+    shown = run_job(1, ["-m", "megatron_long.pretrain", *words]).stdout
+    assert "usage: python -m megatron_long.pretrain" in shown
+    assert "--tensor-model-parallel-size" in shown
+
+
 def test_help_shows_ours_first_with_units_and_defaults(capsys):
     with pytest.raises(SystemExit):
         command_line.parse(["--help"], HOST, 1)

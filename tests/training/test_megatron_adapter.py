@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import inspect
+from argparse import Namespace
 
 import pytest
 
@@ -45,6 +46,19 @@ def test_output_layer_refuses_fusion_by_that_symbol_alone():
 
 def test_installed_version_is_supported():
     megatron_adapter.check_version()
+
+
+def test_flags_are_parsed_once(monkeypatch):
+    """Megatron's fault tolerance parses `sys.argv` by itself, where 64K is no length and a recipe unknown."""
+    from megatron.training import ft_integration
+
+    monkeypatch.setattr("sys.argv", ["pretrain", "--seq-length", "64K"])
+    with pytest.raises(SystemExit):
+        ft_integration.setup()
+    with megatron_adapter._flags_parsed_once(Namespace(enable_ft_package=False)):
+        ft_integration.setup()
+    with pytest.raises(SystemExit):
+        ft_integration.setup()
 
 
 def test_other_version_is_refused(monkeypatch):

@@ -110,7 +110,7 @@ def test_model_comes_from_the_checkpoint_folder(tiny_dataset, tmp_path):
         ),
         (["--train-iters", "100000"], 1, "800,000 windows of --seq-length 2048, and one pass over"),
         (
-            ["--tensor-model-parallel-size", "3", "--seq-length", "1536"],
+            ["--tensor-model-parallel-size", "3", "--seq-length", "256"],
             3,
             "--num-attention-heads 4 is not a multiple",
         ),

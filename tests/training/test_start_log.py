@@ -89,11 +89,14 @@ def start_lines(text: str) -> list[str]:
 
 @pytest.mark.slow
 def test_few_lines_come_before_the_first_step(tiny_dataset, tmp_path):
-    """All that two processes write to the terminal, warnings of imports included, with the demo's model."""
+    """All that two processes write to the terminal, warnings of imports included, with the demo's model.
+
+    The length is written as the README says; Megatron would parse the command line once more.
+    """
     flags = ["-m", "megatron_long.pretrain", "--recipe", "tiny_debug", "--dataset", tiny_dataset]
     flags += [
         "--seq-length",
-        128,
+        "1K",
         "--global-batch-size",
         2,
         "--train-iters",
@@ -121,7 +124,7 @@ def test_few_lines_come_before_the_first_step(tiny_dataset, tmp_path):
     shown = start_lines(result.stdout)
     print(f"{len(shown)} lines", *shown, sep="\n")
     assert len(shown) <= MOST_LINES
-    assert any(line.startswith("steps: 1 of 2 windows (256 tokens)") for line in shown)
+    assert any(line.startswith("steps: 1 of 2 windows (2,048 tokens)") for line in shown)
     kept = (tmp_path / "out" / "logs" / "start.log").read_text()
     assert "  tensor_model_parallel_size " in kept
     assert FIRST_STEP not in kept
