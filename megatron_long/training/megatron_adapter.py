@@ -55,8 +55,8 @@ PATCHED_SYMBOLS = {
         "FP32Optimizer.load_state_dict",
     ),
 }
-"""What is replaced, by module: `compile_helpers`, `load_state_dict`, `_load_base_checkpoint`,
-`parse_args` (while it trains) and the `_fully_reshardable` methods always, `_apply_scaling` where RoPE is Llama-3.1's,
+"""What is replaced, by module: `compile_helpers`, `load_state_dict`, `_load_base_checkpoint`, `parse_args`
+(while it trains) and the `_fully_reshardable` methods always, `_apply_scaling` where RoPE is Llama-3.1's,
 `_grad_accum_fusion_available` where the output layer is not called, the other methods of
 `DistributedOptimizer` where Adam is torch's own, the rest on the host backend only."""
 

@@ -77,7 +77,7 @@ def test_a_start_that_would_write_among_checkpoints_is_refused(flags, run, datas
     message = rf"--save {run} holds checkpoints of a run up to step 2, .*give --load {run} without --finetune"
     with pytest.raises(ConfigError, match=message):
         start(run, dataset, *flags, "--save", run)
-    assert not start(run, dataset, *flags, "--save", tmp_path / "new").resumes
+    assert start(run, dataset, *flags, "--save", tmp_path / "new").choice
     assert start(run, dataset, "--save", f"{run}/.").resumes
     write_fake_checkpoint(tmp_path / "converted", None)  # weights alone are no run
     assert not start(run, dataset, "--finetune", "--save", tmp_path / "converted").resumes
