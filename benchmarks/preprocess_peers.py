@@ -78,7 +78,7 @@ def engine_batch(input_file: Path, tokenizer: Path, output: Path) -> None:
     import numpy as np
 
     from megatron_long.data import engines
-    from megatron_long.data.tokenizers import TokensAndLengths
+    from megatron_long.data.tokenizer_types import TokensAndLengths
 
     class BatchEngine(engines.GigatokenEngine):
         def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
@@ -112,7 +112,8 @@ def _time_engine(name: str, input_file: Path, tokenizer: Path, output: Path) -> 
     import orjson
 
     from megatron_long.data.indexed import IndexedDatasetWriter, token_dtype
-    from megatron_long.data.tokenizers import load_tokenizer, split_flat
+    from megatron_long.data.tokenizer_types import split_flat
+    from megatron_long.data.tokenizers import load_tokenizer
 
     opened = load_tokenizer(tokenizer, name)
     with open(input_file, "rb") as lines:
@@ -165,7 +166,8 @@ def write_hf_folder(tokenizer: Path, folder: Path) -> None:
 def _plain_json(tokenizer: Path) -> tuple[str, str]:
     """Give a tokenizer.json, and its EOD token; special tokens remain only where they are no pieces."""
     from megatron_long.data.engines import plain_json
-    from megatron_long.data.tokenizers import open_reference, tokenizer_file
+    from megatron_long.data.tokenizer_files import tokenizer_file
+    from megatron_long.data.tokenizers import open_reference
 
     opened = open_reference(tokenizer_file(tokenizer))
     text, added = plain_json(opened), json.loads(opened.to_json()).get("added_tokens") or []

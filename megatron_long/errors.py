@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: each says what is wrong, the value seen, the rule, the remedy."""
+"""Errors that are the user's to fix: each says what is wrong, the value seen, the rule, the remedy."""
 
 
 class UserError(Exception):

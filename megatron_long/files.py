@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write beside the target, fsync, rename."""
+"""Files that are whole or absent: write next to the target, fsync, rename."""
 
 import contextlib
 import os
@@ -81,9 +81,7 @@ def _replace(temporary: Path, path: Path) -> None:
             os.rename(path, old)
             os.rename(temporary, path)
             shutil.rmtree(old)
-        except (
-            BaseException
-        ):  # a signal: either folder keeps the name, whole, and neither lies beside it
+        except BaseException:  # a signal: one of the two folders keeps the name, whole
             if not path.exists():
                 os.rename(old, path)
             shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A signal at any moment: its own exit status, and nothing left beside the output."""
+"""A signal at any moment: its own exit status, and nothing left next to the output."""
 
 import os
 import shutil

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Say what this machine offers for training, which fast paths are active, and what to mend.
+"""Say what this machine offers for training, which fast paths are active, and what to fix.
 
 Needs no GPU. Exits with 1 where something is a problem.
 """

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_long.cli import length_tokens, run_tool, tool_parser
-from megatron_long.data.tokenizers import Tokenizer
+from megatron_long.data.tokenizer_types import Tokenizer
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.bookqa import (
     MAX_NEW_TOKENS,
@@ -71,7 +71,7 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.context_length <= 2 * MAX_NEW_TOKENS:
         raise ConfigError(
-            f"--context-length {args.context_length} leaves no room for a book beside an answer of "
+            f"--context-length {args.context_length} leaves no room for a book next to an answer of "
             f"{MAX_NEW_TOKENS} tokens; give more than {2 * MAX_NEW_TOKENS}"
         )
     choice = ModelChoice(find_hf_folder(args.checkpoint), HF, False, None)

@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         help="JSON of earlier runs, the baseline first: differences to it as the paper's table 5, "
-        "printed and beside --output as -table.csv and -table.png",
+        "printed and next to --output as -table.csv and -table.png",
     )
     add("--name", default="this model", help="its name in the table (default: %(default)s)")
     add(

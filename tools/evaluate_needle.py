@@ -22,7 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from megatron_long.cli import length_tokens, run_tool, tool_parser
-from megatron_long.data.tokenizers import Tokenizer
+from megatron_long.data.tokenizer_types import Tokenizer
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.batches import TokenScorer, plan_batches
 from megatron_long.evaluation.haystack import read_haystack

@@ -190,16 +190,16 @@ class Phase:
 
 PHASES: dict[str, Phase] = {
     "data": Phase(data, (), Cost(other=300)),
-    "write-hf": Phase(write_hf, (), Cost(other=40), models=1),
-    "convert": Phase(convert, ("write-hf",), Cost(other=80), models=1),
-    "disk": Phase(disk, (), Cost(other=40), checkpoints=0.15),
+    "write-hf": Phase(write_hf, (), Cost(other=20), models=1),
+    "convert": Phase(convert, ("write-hf",), Cost(other=115), models=1),
+    "disk": Phase(disk, (), Cost(other=30), checkpoints=0.15),
     "train": Phase(train, ("convert",), Cost(trainings=1, steps=1, saves=1), checkpoints=1),
     "resume": Phase(resume, ("train",), Cost(trainings=1, steps=1, loads=1)),
     "uninterrupted": Phase(uninterrupted, ("convert",), Cost(trainings=1, steps=3)),
-    "export": Phase(export, ("train",), Cost(other=60), models=1),
-    "loss": Phase(loss, ("train",), Cost(evaluations=1, other=30)),
-    "needle": Phase(needle, ("train",), Cost(evaluations=1, other=30)),
-    "transformers": Phase(transformers, ("export",), Cost(evaluations=1, other=50)),
+    "export": Phase(export, ("train",), Cost(other=45), models=1),
+    "loss": Phase(loss, ("train",), Cost(evaluations=1, other=45)),
+    "needle": Phase(needle, ("train",), Cost(evaluations=1, other=45)),
+    "transformers": Phase(transformers, ("export",), Cost(evaluations=1, other=60)),
     "reshard": Phase(reshard, ("train",), Cost(trainings=1, steps=1, loads=1)),
     "async": Phase(
         async_save, ("convert",), Cost(trainings=1, steps=3, saves=1, other=30), checkpoints=1

@@ -3,7 +3,7 @@
     python -m examples.smollm2_128k.check_export results/export
 
 Both compute in FP32; status 1 if a needle is found by the one alone, or a figure is farther off than FP32
-explains. Cells that transformers scored as the run was measured, in BF16 on GPUs, are shown beside the run's
+explains. Cells that transformers scored as the run was measured, in BF16 on GPUs, are shown next to the run's
 own and not judged: there each has kernels of its own, whose rounding grows with the length.
 """
 

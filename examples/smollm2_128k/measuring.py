@@ -48,7 +48,7 @@ def export(work: Work) -> list[list[Job]]:
     """The stretched model for transformers, and what it reproduces there.
 
     In FP32, in which two implementations agree closely, up to the training length; and a few needle cells as
-    the run was measured, to be seen beside its own.
+    the run was measured, to be seen next to its own.
     """
     hf, settings = work.folder / "hf", work.settings
     out = work.results / "export"

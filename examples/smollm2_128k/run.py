@@ -57,7 +57,7 @@ def main() -> int:
     unfinished = [phase for phase in args.phases if not _run_phase(phase, args, settings, machine)]
     if unfinished:
         print(
-            f"not done: {', '.join(unfinished)}; once what is said above is mended, the same command goes on "
+            f"not done: {', '.join(unfinished)}; once what is said above is fixed, the same command resumes "
             "with them",
             file=sys.stderr,
         )

@@ -162,7 +162,7 @@ def check_unchanged(settings: Settings, path: Path) -> None:
 
     Args:
         settings: Those that would be kept.
-        path: Those that were; the markers of what is done lie beside it, in `done/`.
+        path: Those that were; the markers of what is done lie next to it, in `done/`.
     Raises: ConfigError: they differ.
     """
     if not path.is_file() or not any((path.parent / "done").glob("*")):

@@ -1,7 +1,7 @@
 """Put the results of all phases on a few tables and figures: `summarize.py RESULTS`.
 
 Writes summary.md, history.png (retrieval against tokens trained), books.png, sources.png (loss by position
-before and after) and mixtures.png beside them. What is not there yet is left out.
+before and after) and mixtures.png next to them. What is not there yet is left out.
 """
 
 import json
@@ -36,7 +36,7 @@ MIXTURES = ("original", "cut", "upsample-book", "per-source", "per-source-seed1"
 
 @dataclass(frozen=True)
 class Results:
-    """The folder of results, and the settings of the run beside it."""
+    """The folder of results, and the settings of the run next to it."""
 
     folder: Path
     settings: dict

@@ -173,7 +173,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--cache", type=Path, help="folder of the downloads (default: .cache beside --output)"
+        "--cache", type=Path, help="folder of the downloads (default: .cache next to --output)"
     )
     parser.add_argument("--force", action="store_true", help="replace an existing --output")
     args = parser.parse_args(argv)

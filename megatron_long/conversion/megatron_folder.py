@@ -176,7 +176,7 @@ def make_arguments(geometry: LlamaGeometry, stored: dtype) -> Namespace:
 
 
 def common_state(geometry: LlamaGeometry, stored: dtype) -> dict[str, Any]:
-    """Give what a converted checkpoint holds beside tensors."""
+    """Give what a converted checkpoint holds besides tensors."""
     return {
         "args": make_arguments(geometry, stored),
         "checkpoint_version": CHECKPOINT_VERSION,

@@ -200,7 +200,7 @@ def stored_keys(folder: Path) -> set[str]:
 
 
 def read_common_state(folder: Path) -> dict[str, Any]:
-    """Read what a checkpoint holds beside tensors: `args`, `iteration` and so on.
+    """Read what a checkpoint holds besides tensors: `args`, `iteration` and so on.
 
     No class of Megatron is imported, which would take ten seconds: an object that is none of the few that
     are needed comes as a `_Stub`, and nothing of it is run. torch's restricted unpickler reads it.

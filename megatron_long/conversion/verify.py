@@ -182,7 +182,7 @@ _JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_POR
 
 
 def write_verification(folder: Path, hashes: dict[str, str], logits: float | None) -> None:
-    """Write what was verified beside the output."""
+    """Write what was verified next to the output."""
     record = {"sha256": hashes, "logits_relative_difference": logits}
     text = json.dumps(record, indent=2, sort_keys=True) + "\n"
     (folder / VERIFICATION_NAME).write_text(text, encoding="utf-8")

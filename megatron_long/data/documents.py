@@ -150,7 +150,7 @@ def parse_line(line: bytes, item: InputFile, number: int, keys: RecordKeys) -> D
     except orjson.JSONDecodeError as error:
         raise ValueError(
             f"is not JSON ({error}): every line must be one JSON object with a text and a source",
-            "mend or delete the line",
+            "fix or delete the line",
         ) from None
     label = canonical_source(item.folder) if not keys.source_paths else None
     return _document(record, number, keys, label)
@@ -191,7 +191,7 @@ def _lacks(record: Any, what: str, flag: str, key: str) -> tuple[str, str]:
     found = f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is no object"
     return (
         f"has no {what} string at {key!r} ({found})",
-        f"mend the line, or name the key with {flag} (dots go into nested objects)",
+        f"fix the line, or name the key with {flag} (dots go into nested objects)",
     )
 
 
@@ -258,7 +258,7 @@ def _read_parquet(
                         try:
                             if isinstance(record, UnicodeDecodeError):
                                 raise ValueError(
-                                    f"is not UTF-8 ({record})", "mend or delete the row"
+                                    f"is not UTF-8 ({record})", "fix or delete the row"
                                 )
                             batch.append(_document(record, number, keys, label))
                         except ValueError as error:

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_long.data.gigatoken_engine import GigatokenEngine
-from megatron_long.data.tokenizers import (
+from megatron_long.data.tokenizer_types import (
     AUTO,
     REFERENCE,
     ReferenceTokenizer,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_long.data.memory import give_memory_back, resident_bytes
-from megatron_long.data.tokenizers import TokensAndLengths
+from megatron_long.data.tokenizer_types import TokensAndLengths
 
 CACHE_CHECK_BYTES = 4 << 20
 """Text after which an engine's memory is looked at."""

@@ -16,7 +16,8 @@ from megatron_long.data.manifest import (
     documents_path,
     read_manifest,
 )
-from megatron_long.data.tokenizers import REFERENCE, load_tokenizer
+from megatron_long.data.tokenizer_types import REFERENCE
+from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.errors import ConfigError
 
 SNIPPET_CHARS = 60

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_long.data.tiktoken_model import is_tiktoken
-from megatron_long.data.tokenizers import tokenizer_file
+from megatron_long.data.tokenizer_files import tokenizer_file
 
 SPACE = "▁"
 

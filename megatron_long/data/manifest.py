@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_long.data.tokenizers import Tokenizer
+from megatron_long.data.tokenizer_types import Tokenizer
 from megatron_long.errors import DataError
 
 FORMAT_VERSION = 1
@@ -43,7 +43,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One pair of .bin and .idx, and what lies beside it."""
+    """One pair of .bin and .idx, and what lies next to it."""
 
     prefix: str
     """Path of the pair relative to the dataset folder, without suffix."""

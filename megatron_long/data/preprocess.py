@@ -1,6 +1,6 @@
 """From a corpus to a dataset folder: tokenize each file, plan the mixture, write the parts, join them.
 
-Each step leaves its result in a work folder beside the dataset, whole or not at all, so a run that is killed
+Each step leaves its result in a work folder next to the dataset, whole or not at all, so a run that is killed
 goes on where it was. What is taken and in which order follows from keys made of (seed, file name, line): the
 bytes are the same for any number of workers and any executor.
 """
@@ -61,7 +61,9 @@ from megatron_long.data.survey import (
     survey_corpus,
 )
 from megatron_long.data.tokenize_file import TokenizeOptions
-from megatron_long.data.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
+from megatron_long.data.tokenizer_files import copy_tokenizer
+from megatron_long.data.tokenizer_types import Tokenizer
+from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.data.workdir import (
     check_unchanged,
     only_run,

@@ -16,7 +16,7 @@ from megatron_long.data.inputs import is_url
 from megatron_long.data.length_bound import extra_tokens_bound
 from megatron_long.data.mixture import Mixture, named_sources
 from megatron_long.data.tokenize_file import TokenizeOptions
-from megatron_long.data.tokenizers import Tokenizer
+from megatron_long.data.tokenizer_types import Tokenizer
 from megatron_long.data.workdir import hash_tokenizer
 from megatron_long.errors import ConfigError
 

@@ -5,14 +5,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_long.data.tokenizers import (
+import numpy as np
+
+from megatron_long.data.tokenizer_files import (
     HF_FILE,
     SENTENCEPIECE_FILE,
     has_chat_template,
     read_config,
     token_text,
 )
+from megatron_long.data.tokenizer_types import Tokenizer, Tokens
 from megatron_long.errors import ConfigError, DataError
+
+
+def encode_prompt(tokenizer: Tokenizer, file: Path, text: str) -> Tokens:
+    """Give the ids of a prompt; see `Tokenizer.encode_prompt`.
+
+    Raises: ConfigError: special tokens are asked for, and nothing can encode them.
+    """
+    ids = encode_as_model(file, text)
+    return tokenizer.encode(text) if ids is None else np.array(ids, np.int32)
 
 
 def encode_as_model(file: Path, text: str) -> list[int] | None:

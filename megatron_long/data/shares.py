@@ -113,7 +113,7 @@ def resolve_shares(
     if unknown and missing_sources == "error":
         raise ConfigError(
             f"--source-shares names {', '.join(unknown)}, which the corpus lacks (it has "
-            f"{', '.join(tokens_in)}); mend the names, add those sources, or give "
+            f"{', '.join(tokens_in)}); fix the names, add those sources, or give "
             "--missing-sources drop, which scales the other shares up"
         )
     unnamed = [name for name in tokens_in if name not in asked]

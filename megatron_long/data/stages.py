@@ -21,7 +21,8 @@ from megatron_long.data.tokenize_file import (
     TokenizeOptions,
     tokenize_file,
 )
-from megatron_long.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_long.data.tokenizer_types import Tokenizer
+from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.errors import DataError
 from megatron_long.files import atomic_path
 from megatron_long.pickles import AllowList, read_pickle

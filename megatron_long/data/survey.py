@@ -14,7 +14,7 @@ from megatron_long.data.corpus_stats import CorpusStats, SourceStats, gather_sta
 from megatron_long.data.inputs import InputFile
 from megatron_long.data.mixture import Mixture, source_budgets, source_shares
 from megatron_long.data.tokenize_file import TokenizeOptions, tokenize_file
-from megatron_long.data.tokenizers import Tokenizer
+from megatron_long.data.tokenizer_types import Tokenizer
 from megatron_long.errors import ConfigError
 
 SURVEY_FILES = 32

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_long.data.tokenizers import (
+from megatron_long.data.prompt_tokens import encode_prompt
+from megatron_long.data.tokenizer_types import (
     Tokens,
     TokensAndLengths,
-    encode_prompt,
     hash_vocabulary,
     join_ids,
     split_flat,

@@ -27,7 +27,7 @@ from megatron_long.data.documents import (
 from megatron_long.data.indexed import MAX_LENGTH
 from megatron_long.data.inputs import InputFile, hash_input
 from megatron_long.data.keys import batch_keys, below
-from megatron_long.data.tokenizers import Tokenizer, Tokens
+from megatron_long.data.tokenizer_types import Tokenizer, Tokens
 from megatron_long.errors import DataError
 from megatron_long.files import atomic_path
 

@@ -4,117 +4,31 @@ They give no special tokens of their own, and a literal `<s>` inside a text stay
 BOS and EOD. `vocabulary_sha256` lets tools check that a dataset and a model speak the same vocabulary.
 """
 
-import hashlib
-import json
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_long.errors import ConfigError, DataError
-
-Tokens = NDArray[np.int32]
-Lengths = NDArray[np.int64]
-TokensAndLengths = tuple[Tokens, Lengths]
-
-AUTO, REFERENCE = "auto", "reference"
-
-SENTENCEPIECE_FILE = "tokenizer.model"
-HF_FILE = "tokenizer.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-CONFIG_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    CHAT_TEMPLATE_FILE,
+from megatron_long.data.engines import open_engine
+from megatron_long.data.prompt_tokens import encode_prompt
+from megatron_long.data.tiktoken_model import TiktokenTokenizer, is_tiktoken
+from megatron_long.data.tokenizer_files import HF_FILE, read_config, token_text, tokenizer_file
+from megatron_long.data.tokenizer_types import (
+    REFERENCE,
+    ReferenceTokenizer,
+    Tokenizer,
+    Tokens,
+    TokensAndLengths,
+    hash_vocabulary,
+    join_ids,
+    split_flat,
 )
+from megatron_long.errors import DataError
+
 KNOWN_EOD = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
-ADD_EOS_REMEDY = 'put a tokenizer_config.json with "eos_token" beside it'
-
-
-class Tokenizer(Protocol):
-    """What the data path and the evaluations need of a tokenizer."""
-
-    kind: str
-    vocab_size: int
-    bos_id: int | None
-    """Id put before every document, or None when the model's tokenizer puts none."""
-    eod_id: int
-    vocabulary_sha256: str
-    engine_name: str
-    """The package that makes the ids; every engine gives the same ids."""
-    engine_version: str
-    engine_notes: tuple[str, ...]
-    """Why faster engines were passed over, one sentence each."""
-
-    def encode(self, text: str) -> Tokens:
-        """Give the ids of `text`, without special tokens."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        """Give the ids of each text, without special tokens."""
-
-    def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
-        """Give the ids of all texts one after another, and how many each text has."""
-
-    def encode_prompt(self, text: str) -> Tokens:
-        """Give the ids of a prompt: special tokens are what `transformers` makes of them.
-
-        Where the folder has no chat template, they are text as everywhere else.
-        """
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Give the text of `ids`."""
-
-
-class ReferenceTokenizer(Tokenizer, Protocol):
-    """A tokenizer whose ids are right by definition, and what a fast engine needs to copy it."""
-
-    def to_json(self) -> str:
-        """Give the vocabulary as the text of a `tokenizer.json`.
-
-        Raises: NotConvertible: it cannot be said so.
-        """
-
-    def special_texts(self) -> list[str]:
-        """Give the special tokens and user-defined pieces as they are written in text."""
-
-
-def join_ids(batch: Sequence[Sequence[int]]) -> TokensAndLengths:
-    """Lay lists of ids one after another.
-
-    >>> tokens, lengths = join_ids([[5, 6], [], [7]])
-    >>> tokens.tolist(), lengths.tolist()
-    ([5, 6, 7], [2, 0, 1])
-    """
-    lengths = np.fromiter(map(len, batch), np.int64, len(batch))
-    tokens = np.fromiter(chain.from_iterable(batch), np.int32, int(lengths.sum()))
-    return tokens, lengths
-
-
-def split_flat(tokens: Tokens, lengths: Lengths) -> list[Tokens]:
-    """Cut ids laid one after another into one array a text, each a view.
-
-    >>> [part.tolist() for part in split_flat(np.array([5, 6, 7], np.int32), np.array([2, 0, 1]))]
-    [[5, 6], [], [7]]
-    """
-    ends = np.cumsum(lengths).tolist()
-    return [tokens[end - size : end] for end, size in zip(ends, lengths.tolist(), strict=True)]
-
-
-def encode_prompt(tokenizer: Tokenizer, file: Path, text: str) -> Tokens:
-    """Give the ids of a prompt; see `Tokenizer.encode_prompt`.
-
-    Raises: ConfigError: special tokens are asked for, and nothing can encode them.
-    """
-    from megatron_long.data.prompt_tokens import encode_as_model
-
-    ids = encode_as_model(file, text)
-    return tokenizer.encode(text) if ids is None else np.array(ids, np.int32)
+ADD_EOS_REMEDY = 'put a tokenizer_config.json with "eos_token" next to it'
 
 
 class SentencePieceTokenizer:
@@ -263,80 +177,13 @@ def load_tokenizer(path: Path, engine: str = "auto") -> Tokenizer:
     reference = open_reference(file)
     if engine == REFERENCE:
         return reference
-    from megatron_long.data.engines import open_engine
-
     return open_engine(reference, engine)
 
 
 def open_reference(file: Path) -> ReferenceTokenizer:
     """Open a tokenizer file with the package that it belongs to."""
-    from megatron_long.data.tiktoken_model import TiktokenTokenizer, is_tiktoken
-
     if file.suffix == ".json":
         return HFTokenizer(file)
     if is_tiktoken(file.read_bytes()):
         return TiktokenTokenizer(file)
     return SentencePieceTokenizer(file)
-
-
-def tokenizer_file(path: Path) -> Path:
-    """Find the tokenizer file that `path` (a file or a folder) stands for.
-
-    Raises: ConfigError: there is none.
-    """
-    candidates = [path / SENTENCEPIECE_FILE, path / HF_FILE] if path.is_dir() else [path]
-    for file in candidates:
-        # Mistral's are called tokenizer.model.v1, tokenizer.model.v3.
-        if file.is_file() and (file.suffix == ".json" or ".model" in file.suffixes):
-            return file
-    raise ConfigError(
-        f"--tokenizer {path}: no tokenizer there; give a *.model file, a {HF_FILE}, or a "
-        f"folder with {SENTENCEPIECE_FILE} or {HF_FILE}"
-    )
-
-
-def copy_tokenizer(path: Path, folder: Path) -> None:
-    """Copy the tokenizer that `path` stands for into `folder`, so that `load_tokenizer(folder)` works."""
-    file = tokenizer_file(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, folder / (HF_FILE if file.suffix == ".json" else SENTENCEPIECE_FILE))
-    # Of a folder both forms travel: transformers reads in the JSON what a SentencePiece model does not say.
-    both = (SENTENCEPIECE_FILE, HF_FILE) if path.is_dir() else ()
-    for name in (*CONFIG_FILES, *both):
-        if (file.parent / name).is_file():
-            shutil.copyfile(file.parent / name, folder / name)
-
-
-def hash_vocabulary(pieces: Iterable[str]) -> str:
-    """Hash the pieces of a vocabulary in the order of their ids.
-
-    >>> hash_vocabulary(["a", "b"]) == hash_vocabulary(["ab", ""])
-    False
-    """
-    digest = hashlib.sha256()
-    for piece in pieces:
-        encoded = piece.encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(4, "little") + encoded)
-    return digest.hexdigest()
-
-
-def has_chat_template(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer's folder has a chat template, in a file of its own or in its configuration."""
-    return (folder / CHAT_TEMPLATE_FILE).is_file() or bool(config.get("chat_template"))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Give the settings in a tokenizer's folder, of all files that hold some."""
-    merged: dict[str, Any] = {}
-    for name in reversed(CONFIG_FILES):
-        if name != CHAT_TEMPLATE_FILE and (folder / name).is_file():
-            try:
-                merged.update(json.loads((folder / name).read_text("utf-8")))
-            except ValueError as error:
-                raise DataError(f"{folder / name} is not JSON: {error}") from None
-    return merged
-
-
-def token_text(token: Any) -> str | None:
-    """Give the text of a token as configurations write it: a string, or an object with `content`."""
-    return token.get("content") if isinstance(token, dict) else token

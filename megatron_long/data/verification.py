@@ -16,7 +16,8 @@ from megatron_long.data.manifest import (
     read_manifest,
     verify_files,
 )
-from megatron_long.data.tokenizers import REFERENCE, load_tokenizer
+from megatron_long.data.tokenizer_types import REFERENCE
+from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.errors import DataError
 
 CHUNK_TOKENS = 1 << 24

@@ -21,7 +21,7 @@ import orjson
 from megatron_long.data.corpus_stats import read_info
 from megatron_long.data.inputs import InputFile, hash_input
 from megatron_long.data.pieces import known_hashes
-from megatron_long.data.tokenizers import CONFIG_FILES, tokenizer_file
+from megatron_long.data.tokenizer_files import CONFIG_FILES, tokenizer_file
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.files import atomic_path, remove_folder, remove_path
 

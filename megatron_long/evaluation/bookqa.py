@@ -24,7 +24,7 @@ from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.needle_scores import Generator
 
 if TYPE_CHECKING:
-    from megatron_long.data.tokenizers import Tokenizer
+    from megatron_long.data.tokenizer_types import Tokenizer
 
 PROMPT = (
     "<|im_start|>Read the book below and answer a question.\n\n{context}\n\n"

@@ -20,7 +20,7 @@ import numpy as np
 from megatron_long.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_long.data.tokenizers import Tokenizer
+    from megatron_long.data.tokenizer_types import Tokenizer
 
 FIRST_CHARACTERS_PER_TOKEN = 8
 """First guess of the text that is needed; doubled until there are enough tokens."""

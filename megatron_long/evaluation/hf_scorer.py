@@ -1,6 +1,6 @@
 """A Hugging Face folder as a scorer: the same scores by `transformers`, and true generation.
 
-It stands beside `megatron_long.evaluation.scoring` to check it, and to generate with a key-value cache. One
+It stands next to `megatron_long.evaluation.scoring` to check it, and to generate with a key-value cache. One
 process holds the whole model; under torchrun every process has a copy and they share the rows.
 
 Legend: b batch, s sequence, h hidden, v vocabulary.

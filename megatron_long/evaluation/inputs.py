@@ -30,7 +30,7 @@ from megatron_long.training.checkpoint_folder import (
 from megatron_long.training.checkpoint_hashes import check_sidecars
 
 if TYPE_CHECKING:
-    from megatron_long.data.tokenizers import Tokenizer
+    from megatron_long.data.tokenizer_types import Tokenizer
 
 HF_FOLDER_CONFIG = "config.json"
 
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """A checkpoint and what lies beside it."""
+    """A checkpoint and what lies next to it."""
 
     path: Path
     iteration: str
@@ -74,8 +74,8 @@ def find_checkpoint(
 
     Args:
         megatron_argv: Flags for Megatron, among which may be `--ckpt-step`.
-        check_hashes: Whether the files beside the checkpoints are compared with their hashes.
-    Raises: ConfigError: no Megatron checkpoint there. DataError: a file beside it is damaged.
+        check_hashes: Whether the files next to the checkpoints are compared with their hashes.
+    Raises: ConfigError: no Megatron checkpoint there. DataError: a file next to it is damaged.
     """
     if not has_checkpoint(path):
         raise no_checkpoint(path, "--checkpoint", "give --backend hf too")
@@ -140,7 +140,7 @@ def _read_sizes(config: Path) -> tuple[int | None, int | None]:
 
 
 def open_tokenizer(tokenizer: Path | None, checkpoint: CheckpointFolder) -> Tokenizer:
-    """Open `--tokenizer`, or the one beside the checkpoint, and see that the model has its ids.
+    """Open `--tokenizer`, or the one next to the checkpoint, and see that the model has its ids.
 
     Raises: ConfigError: neither is there, they differ, or the vocabulary is larger than the
         model's.
@@ -174,7 +174,7 @@ def check_dataset_vocabulary(
 
     Args:
         vocab_size, sha256: The manifest's.
-        tokenizer: `--tokenizer`, or None for the one beside the checkpoint, if any.
+        tokenizer: `--tokenizer`, or None for the one next to the checkpoint, if any.
     Raises: ConfigError: it was not.
     """
     check_vocab_size(vocab_size, f"--dataset {dataset}", ckpt)

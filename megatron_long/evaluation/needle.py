@@ -34,7 +34,7 @@ from megatron_long.evaluation.haystack import Haystack, encode_continuations, to
 from megatron_long.evaluation.needle_tasks import SENTENCE, NeedleTask, Probe, Task
 
 if TYPE_CHECKING:
-    from megatron_long.data.tokenizers import Tokenizer
+    from megatron_long.data.tokenizer_types import Tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ class _Draft:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Tokens of what a case holds beside the haystack."""
+    """Tokens of what a case holds besides the haystack."""
 
     opening: np.ndarray
     inserts: tuple[np.ndarray, ...]

@@ -14,7 +14,7 @@ from megatron_long.evaluation.batches import RowScores, TokenScorer, score_rows
 from megatron_long.evaluation.needle import NeedleCase
 
 if TYPE_CHECKING:
-    from megatron_long.data.tokenizers import Tokenizer
+    from megatron_long.data.tokenizer_types import Tokenizer
 
 MAX_NEW_TOKENS = 50
 """Tokens generated for an answer, as in the authors' code."""

@@ -18,7 +18,7 @@ from megatron_long.evaluation.haystack import read_haystack
 from megatron_long.evaluation.held_out import HeldOutDocument
 
 if TYPE_CHECKING:
-    from megatron_long.data.tokenizers import Tokenizer
+    from megatron_long.data.tokenizer_types import Tokenizer
 
 FIRST_CHARACTERS_PER_TOKEN = 8
 """First guess of the text that a number of rows needs; doubled until there is enough."""

@@ -184,7 +184,7 @@ def _measured[Report](
 
 
 def _read_tokens(found: RunFiles, progress: Path) -> int | None:
-    """Tokens trained, from the file that lies beside an evaluation while training."""
+    """Tokens trained, from the file that lies next to an evaluation while training."""
     if not progress.is_file():
         return None
     try:

@@ -270,7 +270,7 @@ def _name(item: Measured[LossReport]) -> str:
 
 
 def _table_rows(table: LossTable) -> list[list[str]]:
-    """The losses themselves; the figure beside shows the differences."""
+    """The losses themselves; the figure next to shows the differences."""
     rows = [["positions (tokens)", "model", *table.sources]]
     for bucket, (start, stop) in enumerate(table.buckets):
         for report, name in enumerate(table.names):

@@ -1,8 +1,8 @@
-"""FlashAttention 3 and 4 under Transformer Engine: which is there, and one mend.
+"""FlashAttention 3 and 4 under Transformer Engine: which is there, and one fix.
 
 Transformer Engine passes a window of (-1, 0) for "causal, unlimited". From flash-attn-4 4.0.0b36 (and in
-b24 not yet) a left bound of -1 beside a right bound of 0 is taken as a real bound: nothing is attended,
-silently and fast. `mend_windows` makes a negative bound mean "unlimited" again.
+b24 not yet) a left bound of -1 next to a right bound of 0 is taken as a real bound: nothing is attended,
+silently and fast. `fix_windows` makes a negative bound mean "unlimited" again.
 """
 
 import functools
@@ -28,10 +28,10 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def mend_windows() -> None:
+def fix_windows() -> None:
     """Make flash-attn-4 read a negative window bound as unlimited; nothing to do without flash-attn-4.
 
-    Raises: ConfigError: a release of flash-attn-4 without the function that is mended.
+    Raises: ConfigError: a release of flash-attn-4 without the function that is fixed.
     """
     version = installed_versions().get("flash-attn-4")
     if version is None:

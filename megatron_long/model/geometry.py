@@ -65,7 +65,7 @@ class LlamaGeometry:
     tie_embeddings: bool
     """Whether the output layer is the embedding."""
     rope: BaseRope = PLAIN_ROPE
-    """How RoPE is scaled beside its base."""
+    """How RoPE is scaled besides its base."""
     model_type: str = "llama"
     """Hugging Face's name of the family, see `families`."""
     init_method_std: float = 0.02

@@ -1,6 +1,6 @@
 """RoPE methods: each computes its frequencies and says itself to Megatron and to Hugging Face.
 
-A method is a frozen dataclass beside the base, which is the model's: `LlamaGeometry.rotary_base`. Its
+A method is a frozen dataclass next to the base, which is the model's: `LlamaGeometry.rotary_base`. Its
 frequencies are those of `transformers` for the configuration it exports (same formula, same float32
 operations), and those that Megatron-Core computes from the flags it emits. Imports torch only to compute.
 """
@@ -242,7 +242,7 @@ LLAMA3_ARGUMENTS = {
     "rope_scaling_high_freq_factor": "high_freq_factor",
     "rope_scaling_original_length": "original_max_position_embeddings",
 }
-"""Our arguments beside Megatron's `--rope-scaling-factor`, by the field that each carries; Megatron-Core has
+"""Our arguments besides Megatron's `--rope-scaling-factor`, by the field that each carries; Megatron-Core has
 these three fixed at the defaults of `Llama3Rope` (see `training.megatron_adapter`)."""
 
 

@@ -86,7 +86,7 @@ def _read_base(config: Mapping[str, Any], taken: str, name: str) -> float:
         listed = " and ".join(f"{key} is {value:,.12g}" for key, value in given.items())
         ends = "keep the right one"
         if len(given) == 1:
-            ends = f"beside {OLD} transformers does not see it, and takes {base:,.12g}: put it into {OLD}"
+            ends = f"next to {OLD} transformers does not see it, and takes {base:,.12g}: put it into {OLD}"
         raise ConfigError(f"{name}: {listed}; {ends}")
     return base
 

@@ -10,7 +10,7 @@ import importlib
 import torch
 
 
-def mend_torch_adamw_resume() -> None:
+def fix_torch_adamw_resume() -> None:
     """Replace the three methods; does nothing where Transformer Engine or Apex is."""
     module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     if module.HAVE_APEX_OR_TE:

@@ -22,14 +22,14 @@ MONITOR_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 
 @dataclass(kw_only=True)
 class LongContextArguments:
-    """Flags of megatron_long beside Megatron's own."""
+    """Flags of megatron_long next to Megatron's own."""
 
     recipe: str | None = None
     """Recipe whose flags come before those on the command line; tools/show_recipe.py prints them."""
 
     hf_config: str | None = None
     """Hugging Face model folder or config.json that gives the model's shape; by default the
-    hf_config.json beside the checkpoint of --load."""
+    hf_config.json next to the checkpoint of --load."""
 
     hf_checkpoint: str | None = None
     """Start from this Hugging Face model folder (or GGUF file): each rank reads its slices of the weights.
@@ -96,7 +96,7 @@ class LongContextArguments:
 
     verbose: bool = False
     """Print all that Megatron says before the first step, values of all flags included. Without it that goes
-    to logs/start.log in --save, or beside --loss-log."""
+    to logs/start.log in --save, or next to --loss-log."""
 
 
 def check_reliability(arguments: LongContextArguments, args: Namespace) -> None:
@@ -172,7 +172,7 @@ def check_monitor(args: Namespace) -> None:
     if importlib.util.find_spec(MONITOR_PACKAGE) is None:
         raise ConfigError(f"{MONITOR_FLAG} needs nvidia-resiliency-ext: {MONITOR_REMEDY}")
     if not args.save:
-        raise ConfigError(f"{MONITOR_FLAG} keeps its timeouts beside the checkpoints; give --save")
+        raise ConfigError(f"{MONITOR_FLAG} keeps its timeouts next to the checkpoints; give --save")
 
 
 def check_wandb(args: Namespace) -> None:
@@ -192,18 +192,18 @@ def check_wandb(args: Namespace) -> None:
         )
     if not args.wandb_save_dir and not args.save:
         raise ConfigError(
-            "--wandb-project keeps its files beside the checkpoints; give --save or --wandb-save-dir"
+            "--wandb-project keeps its files next to the checkpoints; give --save or --wandb-save-dir"
         )
 
 
 def check_monitor_is_there(args: Namespace) -> None:
-    """Refuse to train beside a monitor that was not started.
+    """Refuse to train next to a monitor that was not started.
 
     Raises: ConfigError: this process has none.
     """
     if args.enable_ft_package and MONITOR_SOCKET not in os.environ:
         raise ConfigError(
-            f"{MONITOR_FLAG} needs a monitor beside each rank: start with python -m megatron_long.launch (or "
+            f"{MONITOR_FLAG} needs a monitor for each rank: start with python -m megatron_long.launch (or "
             "ft_launcher) in the place of torchrun"
         )
 

@@ -41,7 +41,7 @@ class StepSettings:
     document_masking: AttentionFormat | None = None
     """Attention that is given masks between documents; None for none, see `training.documents`."""
     sequence_parallel_size: int = 1
-    """Tensor-parallel ranks that a sequence is cut over, beside the context-parallel ones."""
+    """Tensor-parallel ranks that a sequence is cut over, besides the context-parallel ones."""
     on_micro_batch: Callable[[], None] | None = None
     """Called before each micro-batch, in training and evaluation."""
     on_loss: Callable[[Tensor], None] | None = None

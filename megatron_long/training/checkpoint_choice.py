@@ -249,7 +249,7 @@ def check_whole(path: Path, *, share: tuple[int, int] = (0, 1), agree: Agree = l
         path: Its own folder, `iter_0000100` or `release`.
         share, agree: See `choose_checkpoint`.
     Returns: False where there is nothing to compare, as for checkpoints of other programs.
-    Raises: DataError: names each file that is damaged, and the other checkpoints beside it.
+    Raises: DataError: names each file that is damaged, and the other checkpoints next to it.
     """
     others = [iteration_folder(path.parent, number) for number in saved_iterations(path.parent)]
     others = [other for other in others if other != path]

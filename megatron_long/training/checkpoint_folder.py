@@ -1,4 +1,4 @@
-"""What lies beside Megatron's checkpoints in their folder: HF config, tokenizer, command line.
+"""What lies next to Megatron's checkpoints in their folder: HF config, tokenizer, command line.
 
 DIR/latest_checkpointed_iteration.txt, DIR/iter_0000100/ or DIR/release/   Megatron's own
 DIR/hf_config.json    the model as Hugging Face's config.json describes it, with the RoPE trained
@@ -25,7 +25,7 @@ TOKENIZER_DIR_NAME = "tokenizer"
 RUN_NAME = "run.json"
 HF_MODEL_CONFIG = "config.json"
 METADATA_NAME = "metadata.json"
-"""In each of Megatron's checkpoints, beside their tensors."""
+"""In each of Megatron's checkpoints, next to their tensors."""
 RELEASE_NAME = "release"
 
 
@@ -85,7 +85,7 @@ def write_hf_config(
 
 
 def copy_tokenizer(folder: Path, source: Path) -> None:
-    """Put the tokenizer's files beside the checkpoints, unless some are there."""
+    """Put the tokenizer's files next to the checkpoints, unless some are there."""
     target = folder / TOKENIZER_DIR_NAME
     if target.exists():
         return
@@ -94,7 +94,7 @@ def copy_tokenizer(folder: Path, source: Path) -> None:
 
 
 def copy_generation_config(folder: Path, source: Path) -> None:
-    """Put another checkpoint folder's generation config beside the checkpoints, if it has one."""
+    """Put another checkpoint folder's generation config next to the checkpoints, if it has one."""
     content = source / GENERATION_CONFIG_NAME
     if content.is_file() and not (folder / GENERATION_CONFIG_NAME).exists():
         with atomic_path(folder / GENERATION_CONFIG_NAME) as temporary:

@@ -51,7 +51,7 @@ def files_within(folder: Path) -> list[str]:
 
 
 def sidecar_files(folder: Path) -> list[str]:
-    """Give the names of the files beside the checkpoints that a later start relies on."""
+    """Give the names of the files next to the checkpoints that a later start relies on."""
     kept = (HF_CONFIG_NAME, GENERATION_CONFIG_NAME, RUN_NAME)
     names = [name for name in kept if (folder / name).is_file()]
     tokenizer = folder / TOKENIZER_DIR_NAME
@@ -73,7 +73,7 @@ def write_hashes(
 
 
 def write_sidecar_hashes(folder: Path, latest: int | str | None) -> None:
-    """Record the files beside the checkpoints, and which checkpoint is the newest.
+    """Record the files next to the checkpoints, and which checkpoint is the newest.
 
     Args:
         latest: Its iteration, `release` for converted weights, None where there is none yet.

@@ -115,7 +115,7 @@ class CheckpointKeeper:
         self._errors.append(f"{type(error).__name__}: {error}")
 
     def write(self, final: Path, save: Callable[[Path], Any]) -> Any:
-        """Let `save` fill a folder beside `final`, and put it in place when it is whole.
+        """Let `save` fill a folder next to `final`, and put it in place when it is whole.
 
         Args:
             save: Megatron's; gives a request with `finalize_fns` where it saves in the background.

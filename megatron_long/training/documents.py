@@ -3,7 +3,7 @@
 A window is cut where documents begin, and no token attends, or is asked to predict, across a cut. Two
 attentions take such masks, each in its own layout:
 
-- The portable one keeps the window as it is: zigzag over the whole of it, offsets beside it (`sbhd`).
+- The portable one keeps the window as it is: zigzag over the whole of it, offsets next to it (`sbhd`).
 - Transformer Engine's packed kernels (`thd`) deal out every document over the context-parallel ranks, and so
   want its length a multiple of 2*cp. Padding stands at a document's end, where causal attention lets no real
   token see it, and the loss does not count it. The real tokens are those of the window, in every layout: the

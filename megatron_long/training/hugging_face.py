@@ -63,7 +63,7 @@ def vocabulary_of(model: Path) -> str | None:
 
 
 def write_start_sidecars(folder: Path, model: Path) -> None:
-    """Put the model's tokenizer and generation settings beside the checkpoints, unless some are there."""
+    """Put the model's tokenizer and generation settings next to the checkpoints, unless some are there."""
     tokenizer, generation = folder / TOKENIZER_DIR_NAME, folder / GENERATION_CONFIG_NAME
     if not tokenizer.exists():
         with atomic_path(tokenizer, directory=True) as temporary:

@@ -248,7 +248,7 @@ def _plan_needle(
         raise ConfigError("--needle-interval needs a long text: give --needle-haystack FILE")
     if tokenizer_path is None:
         raise ConfigError(
-            "--needle-interval needs the model's tokenizer, and none lies beside --load, "
+            "--needle-interval needs the model's tokenizer, and none lies next to --load, "
             "--pretrained-checkpoint or --dataset; put its files into a folder tokenizer/ there"
         )
     text = read_haystack(Path(own.needle_haystack))

@@ -23,11 +23,11 @@ import torch
 from packaging.version import Version
 
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.model.flash_attention import mend_windows
+from megatron_long.model.flash_attention import fix_windows
 from megatron_long.model.rope import BaseRope, Llama3Rope, rope_from_arguments
 from megatron_long.pickles import UnpicklingError, guard_checkpoints
 from megatron_long.training import flag_help, host_backend, signals
-from megatron_long.training.adamw_resume import mend_torch_adamw_resume
+from megatron_long.training.adamw_resume import fix_torch_adamw_resume
 from megatron_long.training.old_format import old_format_errors_raised
 from megatron_long.training.optimizer_shards import save_own_shards
 from megatron_long.training.rate_change import let_rates_change, schedule_error
@@ -63,7 +63,7 @@ PATCHED_SYMBOLS = {
 
 @dataclass(kw_only=True)
 class Llama3RopeArguments:
-    """What Megatron has no flags for beside `--use-rope-scaling` and `--rope-scaling-factor`."""
+    """What Megatron has no flags for besides `--use-rope-scaling` and `--rope-scaling-factor`."""
 
     rope_scaling_low_freq_factor: float = 1.0
     """low_freq_factor of --use-rope-scaling."""
@@ -94,7 +94,7 @@ def check_version() -> None:
     if Version(resiliency) < Version(OLDEST_RESILIENCY):
         raise ConfigError(
             f"nvidia-resiliency-ext {resiliency} is installed, and megatron-core {version} cannot be "
-            f"imported beside one before {OLDEST_RESILIENCY}; upgrade it, or pip uninstall "
+            f"imported next to one before {OLDEST_RESILIENCY}; upgrade it, or pip uninstall "
             "nvidia-resiliency-ext"
         )
 
@@ -121,7 +121,7 @@ def parse_flags(
             "values as flags"
         )
 
-    def add_and_mend(parser: ArgumentParser) -> ArgumentParser:
+    def add_and_fix(parser: ArgumentParser) -> ArgumentParser:
         parser = add_arguments(parser) if add_arguments else parser
         parser = add_dataclass_flags(parser, Llama3RopeArguments, "megatron_long RoPE")
         flag_help.take_lengths(parser)
@@ -136,7 +136,7 @@ def parse_flags(
     program = sys.argv[0]
     kept, sys.argv = sys.argv, [program, *argv]
     try:
-        return parse_args(add_and_mend)
+        return parse_args(add_and_fix)
     finally:
         sys.argv = kept
 
@@ -240,12 +240,12 @@ def install_patches(*, output_layer_is_called: bool = True) -> None:
     """
     check_version()
     guard_checkpoints()
-    mend_windows()
+    fix_windows()
     # The wheel ships the compiled helpers but no Makefile: compile_helpers() would end the process.
     helpers: Any = importlib.import_module("megatron.core.datasets.utils")
     helpers.compile_helpers = lambda: None
     save_own_shards()
-    mend_torch_adamw_resume()
+    fix_torch_adamw_resume()
     training: Any = importlib.import_module("megatron.training.training")
     if not output_layer_is_called:
         # Its constructor refuses in-place weight gradients without Apex's kernel, which it will not run.

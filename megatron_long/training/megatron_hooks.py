@@ -1,7 +1,7 @@
 """What is changed inside Megatron's running loop: where it loads from, how it saves, what follows a step.
 
 The loop calls its own functions by their names in its modules; each `install_*` puts one of ours in the place
-of some of them. Beside `megatron_adapter`, the only file that knows `megatron.training`; a contract for each
+of some of them. Next to `megatron_adapter`, the only file that knows `megatron.training`; a contract for each
 symbol is in `tests/training/test_megatron_adapter.py`.
 """
 

@@ -254,7 +254,7 @@ def _check_content(folder: Path, manifest: Manifest, times_before: Any) -> None:
 
 
 def record_sidecars(folder: Path, start: Start) -> None:
-    """Hash the files beside the checkpoints, once they are written for this run."""
+    """Hash the files next to the checkpoints, once they are written for this run."""
     latest: int | str | None = None
     if start.choice is not None and start.choice.folder.parent == folder:
         latest = start.choice.iteration or RELEASE

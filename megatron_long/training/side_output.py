@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: loss log, TensorBoard, W&B, results, standard output.
+"""What a run writes next to its checkpoints: loss log, TensorBoard, W&B, results, standard output.
 
 None of it may end training. A full disk, a W&B service that SLURM's signal has ended, or a `| tee` that is
 gone costs figures; each is reported once, and once more when it works again.

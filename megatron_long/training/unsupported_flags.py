@@ -1,6 +1,6 @@
 """Megatron's flags that a run here would drop without a word, or that no run can keep: refused by name.
 
-The model is written beside its checkpoints as a Hugging Face Llama, Mistral or Qwen2 (`hf_config.json`), and
+The model is written next to its checkpoints as a Hugging Face Llama, Mistral or Qwen2 (`hf_config.json`), and
 evaluation and export believe that file: what it cannot say must not be trained.
 """
 

@@ -243,7 +243,9 @@ def test_which_iteration(checkpoint_copy, caplog):
     assert find_iteration(checkpoint_copy, 10).name == "iter_0000010"
     assert find_iteration(checkpoint_copy).name == "release"
     tracker = checkpoint_copy / "latest_checkpointed_iteration.txt"
-    tracker.write_text("10\n")  # by hand, or by a flipped bit: the record beside it is not followed
+    tracker.write_text(
+        "10\n"
+    )  # by hand, or by a flipped bit: the record next to it is not followed
     assert find_iteration(checkpoint_copy).name == "release"
     assert "names 10, and the newest checkpoint of this run is release" in caplog.text
     (checkpoint_copy / "hashes.json").unlink()

@@ -41,7 +41,7 @@ def test_a_model_folder(make_llama, read_weights, tmp_path):
 
 
 def test_code_of_a_model_folder_is_not_run(make_llama, tmp_path):
-    """`auto_map` names Python files beside the weights, which transformers can run."""
+    """`auto_map` names Python files next to the weights, which transformers can run."""
     folder = Path(shutil.copytree(make_llama(), tmp_path / "hf"))
     text = (folder / "config.json").read_text()
     named = '{"auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"},'

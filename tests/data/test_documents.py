@@ -203,5 +203,5 @@ def test_a_parquet_row_that_is_not_utf8_is_left_out_alone(tmp_path):
     found = [(document.line, document.text) for batch in batches for document in batch]
     assert found == [(1, "one"), (3, "three")]
     assert [(row["line"], row["reason"][:12]) for row in bad.listed] == [(2, "is not UTF-8")]
-    with pytest.raises(DataError, match=r"a\.parquet:2 is not UTF-8 .* mend or delete the row"):
+    with pytest.raises(DataError, match=r"a\.parquet:2 is not UTF-8 .* fix or delete the row"):
         list(read_documents(item, RecordKeys(), BadDocuments(), FileState()))

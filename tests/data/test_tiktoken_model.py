@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from megatron_long.data import tiktoken_model
 from megatron_long.data.engines import ENGINES, HARD_STRINGS, find_difference
 from megatron_long.data.length_bound import extra_tokens_bound
-from megatron_long.data.tokenizers import copy_tokenizer, load_tokenizer
+from megatron_long.data.tokenizer_files import copy_tokenizer
+from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.errors import DataError
 
 tiktoken = pytest.importorskip("tiktoken")

@@ -7,7 +7,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
-from megatron_long.data.tokenizers import copy_tokenizer, load_tokenizer
+from megatron_long.data.tokenizer_files import copy_tokenizer
+from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.errors import ConfigError, DataError
 
 TEXTS = ["nana bocu", "  two  spaces", "<s>literal</s> é \U0001f600\n", "", "tab\tand 12345"]

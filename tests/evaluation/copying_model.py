@@ -1,7 +1,7 @@
 """A Llama that copies, its weights set by hand: an induction head of two layers.
 
 Layer 1: a head attends to the position before (its query and key are constants, and RoPE turns them so
-that their product peaks at distance 1) and writes that token's code beside the present one's. Layer 2: a
+that their product peaks at distance 1) and writes that token's code next to the present one's. Layer 2: a
 head asks with the present token's code for positions whose code of the token before is the same, and
 writes what stands there. So after "... A B ... A" the model says B, whatever lies between.
 

@@ -1,4 +1,4 @@
-"""The mend of flash-attn-4's window bounds, against a stand-in with the real one's reading."""
+"""The fix of flash-attn-4's window bounds, against a stand-in with the real one's reading."""
 
 import importlib.metadata
 import sys
@@ -33,8 +33,8 @@ def interface(monkeypatch) -> types.ModuleType:
 def test_unlimited_left_bound_stays_causal(interface):
     interface._resolve_causal_local_window = resolve_as_4_0_0b36
     assert interface._resolve_causal_local_window(True, -1, 0) == (False, True, -1, 0)  # the defect
-    for _ in range(2):  # scoring after training mends again
-        flash_attention.mend_windows()
+    for _ in range(2):  # scoring after training fixes again
+        flash_attention.fix_windows()
     resolve = interface._resolve_causal_local_window
     assert resolve(True, -1, 0) == (True, False, None, None)
     assert resolve(False, -1, -1) == (False, False, None, None)
@@ -44,7 +44,7 @@ def test_unlimited_left_bound_stays_causal(interface):
 
 def test_unknown_release_is_refused(interface):
     with pytest.raises(ConfigError, match=r"flash-attn-4 9 .*4\.0\.0b36"):
-        flash_attention.mend_windows()
+        flash_attention.fix_windows()
 
 
 def test_versions_are_those_of_installed_distributions(monkeypatch):
@@ -55,4 +55,4 @@ def test_versions_are_those_of_installed_distributions(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert flash_attention.installed_versions() == {"flash-attn-3": "3.0.0"}
-    flash_attention.mend_windows()  # nothing to mend without flash-attn-4
+    flash_attention.fix_windows()  # nothing to fix without flash-attn-4

@@ -1,7 +1,7 @@
 """Every spelling of RoPE in `config.json`: what `transformers` makes of it, or an error that names the keys.
 
 The matrix is generated from the values that each key may have, in both spellings, with each of the families.
-transformers 5 itself is asked. Of transformers 4, which cannot be installed beside it, `read_by_4` states the
+transformers 5 itself is asked. Of transformers 4, which cannot be installed along, `read_by_4` states the
 rules as they stand in its 4.57 (`LlamaConfig.__init__`, `modeling_rope_utils.py`).
 """
 
@@ -206,7 +206,7 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
     [
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN},
-            "rope_parameters.rope_theta is 1,000,000; beside rope_scaling transformers does not see it, and "
+            "rope_parameters.rope_theta is 1,000,000; next to rope_scaling transformers does not see it, and "
             "takes 10,000: put it into rope_scaling",
         ),
         (

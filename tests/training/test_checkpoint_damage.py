@@ -52,7 +52,7 @@ def flip(path: Path, generator: random.Random) -> None:
 
 
 def covered(folder: Path) -> list[str]:
-    """Files of the newest checkpoint, and those beside the checkpoints."""
+    """Files of the newest checkpoint, and those next to the checkpoints."""
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     uncovered = ("iter_0000002/", "logs/", ".save_lock")
     return sorted(name for name in names if not name.startswith(uncovered))
@@ -77,7 +77,7 @@ def test_two_hundred_flipped_bytes_are_found(copy, tiny_dataset, capsys, caplog)
         original = (copy / name).read_bytes()
         flip(copy / name, generator)
         start = load_or_refusal(copy, tiny_dataset)
-        if isinstance(start, DataError):  # beside the checkpoints: nothing to fall back on
+        if isinstance(start, DataError):  # next to the checkpoints: nothing to fall back on
             assert name in str(start)
             assert not name.startswith("iter_")
         else:

@@ -113,7 +113,7 @@ def test_masks_between_documents_are_part_of_it(run, dataset, tmp_path):
 
 
 def test_another_tokenizer_is_refused(run, dataset, tmp_path):
-    """By the tokenizer beside the checkpoint; where that is gone, by what the checkpoint says."""
+    """By the tokenizer next to the checkpoint; where that is gone, by what the checkpoint says."""
     manifest = read_manifest(dataset)
     tokenizer = replace(manifest.tokenizer, vocabulary_sha256="0" * 64)
     write_manifest(dataset, replace(manifest, tokenizer=tokenizer))

@@ -174,15 +174,15 @@ def test_saves_in_the_background_are_finished_through_that_symbol_alone():
 
 def test_torch_adamw_resumes_on_gpus_too(monkeypatch):
     """Without Transformer Engine and Apex it is the optimizer there as well."""
-    mended = []
-    for name in ("guard_checkpoints", "mend_windows", "save_own_shards"):
+    fixed = []
+    for name in ("guard_checkpoints", "fix_windows", "save_own_shards"):
         monkeypatch.setattr(megatron_adapter, name, lambda: None)
-    monkeypatch.setattr(megatron_adapter, "mend_torch_adamw_resume", lambda: mended.append(1))
+    monkeypatch.setattr(megatron_adapter, "fix_torch_adamw_resume", lambda: fixed.append(1))
     monkeypatch.setattr(megatron_adapter.host_backend, "is_installed", lambda: False)
     helpers = importlib.import_module("megatron.core.datasets.utils")
     monkeypatch.setattr(helpers, "compile_helpers", helpers.compile_helpers)
     megatron_adapter.install_patches()
-    assert mended == [1]
+    assert fixed == [1]
 
 
 def test_loading_takes_the_model_and_the_optimizer_first():

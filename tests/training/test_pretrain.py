@@ -1,4 +1,4 @@
-"""The entry: flags in their order, bad input refused in one paragraph, files beside the checkpoint."""
+"""The entry: flags in their order, bad input refused in one paragraph, files next to the checkpoint."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What is written beside the checkpoints fails, for real where that can be had; training would go on."""
+"""What is written next to the checkpoints fails, for real where that can be had; training would go on."""
 
 import json
 import resource

@@ -34,8 +34,8 @@ def prepare(run: Path, dataset: Path, *flags: object):
     return pretrain.prepare([str(word) for word in argv])[1]
 
 
-def beside(folder: Path) -> dict[str, bytes]:
-    """The files beside the checkpoints."""
+def sidecars(folder: Path) -> dict[str, bytes]:
+    """The files next to the checkpoints."""
     paths = [path for path in folder.iterdir() if path.is_file() and path.name != ".save_lock"]
     return {path.name: path.read_bytes() for path in paths}
 
@@ -97,12 +97,12 @@ def test_going_on_trains_and_keeps_that_base(copy, jobs):
 
 
 def test_a_start_that_megatron_refuses_leaves_the_files_as_they_are(copy, jobs):
-    before = beside(copy)
+    before = sidecars(copy)
     assert {"hf_config.json", "run.json", "hashes.json"} <= before.keys()
     flags = ("--train-iters", 9, "--load", copy, "--save", copy)
     job = jobs.run(1, *flags, status=2)
     assert "was trained on another schedule" in " ".join(job.text.split())
-    assert beside(copy) == before
+    assert sidecars(copy) == before
 
 
 def test_a_checkpoint_without_an_optimizer_needs_the_flag(jobs, tmp_path):

@@ -1,4 +1,4 @@
-"""W&B beside training, without a network: its real package and service, writing to files."""
+"""W&B next to training, without a network: its real package and service, writing to files."""
 
 import contextlib
 import signal

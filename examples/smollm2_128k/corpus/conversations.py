@@ -1,4 +1,4 @@
-"""Questions and answers (StackExchange), and prose beside them that C4's rules read: pods and news."""
+"""Questions and answers (StackExchange), and prose next to them that C4's rules read: pods and news."""
 
 import csv
 import html

@@ -1,0 +1,69 @@
+"""The files of a tokenizer's folder: which one is the tokenizer, and what those next to it say."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_long.errors import ConfigError, DataError
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+HF_FILE = "tokenizer.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+CONFIG_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    CHAT_TEMPLATE_FILE,
+)
+
+
+def tokenizer_file(path: Path) -> Path:
+    """Find the tokenizer file that `path` (a file or a folder) stands for.
+
+    Raises: ConfigError: there is none.
+    """
+    candidates = [path / SENTENCEPIECE_FILE, path / HF_FILE] if path.is_dir() else [path]
+    for file in candidates:
+        # Mistral's are called tokenizer.model.v1, tokenizer.model.v3.
+        if file.is_file() and (file.suffix == ".json" or ".model" in file.suffixes):
+            return file
+    raise ConfigError(
+        f"--tokenizer {path}: no tokenizer there; give a *.model file, a {HF_FILE}, or a "
+        f"folder with {SENTENCEPIECE_FILE} or {HF_FILE}"
+    )
+
+
+def copy_tokenizer(path: Path, folder: Path) -> None:
+    """Copy the tokenizer that `path` stands for into `folder`, so that `load_tokenizer(folder)` works."""
+    file = tokenizer_file(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, folder / (HF_FILE if file.suffix == ".json" else SENTENCEPIECE_FILE))
+    # Of a folder both forms travel: transformers reads in the JSON what a SentencePiece model does not say.
+    both = (SENTENCEPIECE_FILE, HF_FILE) if path.is_dir() else ()
+    for name in (*CONFIG_FILES, *both):
+        if (file.parent / name).is_file():
+            shutil.copyfile(file.parent / name, folder / name)
+
+
+def has_chat_template(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer's folder has a chat template, in a file of its own or in its configuration."""
+    return (folder / CHAT_TEMPLATE_FILE).is_file() or bool(config.get("chat_template"))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Give the settings in a tokenizer's folder, of all files that hold some."""
+    merged: dict[str, Any] = {}
+    for name in reversed(CONFIG_FILES):
+        if name != CHAT_TEMPLATE_FILE and (folder / name).is_file():
+            try:
+                merged.update(json.loads((folder / name).read_text("utf-8")))
+            except ValueError as error:
+                raise DataError(f"{folder / name} is not JSON: {error}") from None
+    return merged
+
+
+def token_text(token: Any) -> str | None:
+    """Give the text of a token as configurations write it: a string, or an object with `content`."""
+    return token.get("content") if isinstance(token, dict) else token
