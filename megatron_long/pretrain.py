@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(user_argv: list[str], start_log: StartLog) -> int:
     arguments, args, start = prepare(user_argv)
-    from megatron_long.training import megatron_adapter, megatron_hooks, step_hooks
+    from megatron_long.training import loading_hooks, megatron_adapter, megatron_hooks, step_hooks
 
     start_log.take_logging()
     if args.train_iters and start.iteration >= args.train_iters:  # as after a late requeue
@@ -102,7 +102,7 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
     step_hooks.install_first_log(start_log.end)
     megatron_hooks.install_surviving_logs()
     if start.choice is not None:
-        megatron_hooks.load_from(start.choice, args)
+        loading_hooks.load_from(start.choice, args)
     megatron_adapter.validate_flags(args)
     check_optimizer(start, args)
     if args.save:
@@ -275,12 +275,12 @@ def _train(
 
 def _take_weights(iteration: Path, prefix: str, args: argparse.Namespace) -> None:
     """Let a start that loads no optimizer state have the weights as they were before FP8 rounded them."""
-    from megatron_long.training import megatron_hooks
+    from megatron_long.training import loading_hooks
 
     if prefix:
-        megatron_hooks.load_main_copy(iteration, prefix)
+        loading_hooks.load_main_copy(iteration, prefix)
     if prefix or args.fp8_param_gather:
-        megatron_hooks.install_exact_start(iteration, prefix)
+        loading_hooks.install_exact_start(iteration, prefix)
 
 
 def _export(arguments: LongContextArguments, args: argparse.Namespace) -> None:

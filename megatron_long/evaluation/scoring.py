@@ -291,6 +291,7 @@ def open_scorer(
     Raises: ConfigError: no checkpoint there, or a layout that cannot be cut. DataError: it is damaged.
     """
     host_backend.install()
+    from megatron_long.evaluation.pinning import pin_checkpoint, pin_weights
     from megatron_long.training import megatron_adapter
     from megatron_long.training.arguments import check_checkpoint
     from megatron_long.training.backend import join_or_start_job
@@ -304,8 +305,8 @@ def open_scorer(
     args = _parse(checkpoint, geometry, context_length, megatron_argv, precision, tool_flags)
     check_layout(args, world_size)
     if checkpoint is not None:
-        path = _pin_checkpoint(checkpoint, args, check_hashes, iteration)
-        _pin_weights(path, weights)
+        path = pin_checkpoint(checkpoint, args, check_hashes, iteration)
+        pin_weights(path, weights)
     with contextlib.redirect_stdout(
         sys.stderr
     ):  # Megatron's own lines; the result alone is the output
@@ -367,44 +368,6 @@ def _parse(
     argv += _scoring_argv(checkpoint, geometry, context_length)
     argv += [*megatron_argv, "--seq-length", str(context_length)]
     return megatron_adapter.parse_flags(argv, tool_flags=tool_flags)
-
-
-def _pin_checkpoint(
-    folder: Path, args: Namespace, check_hashes: bool, iteration: str | None
-) -> Path:
-    """Let Megatron load one checkpoint, the same on every rank, checked; gives its own folder."""
-    from megatron_long.training import checkpoint_choice, megatron_hooks, rendezvous
-
-    # A run that saves here meanwhile gives the ranks different newest ones.
-    (agreed,) = rendezvous.from_first(
-        lambda: [iteration or _iteration_to_load(folder, args.ckpt_step)]
-    )
-    number = None if agreed == checkpoint_choice.RELEASE else int(agreed)
-    path = checkpoint_choice.iteration_folder(folder, number)
-    if check_hashes:
-        checkpoint_choice.check_whole(path, share=rendezvous.share(), agree=rendezvous.agree)
-    megatron_hooks.load_from(checkpoint_choice.Choice(number, path), args)
-    return path
-
-
-def _pin_weights(iteration: Path, wanted: str) -> None:
-    """Let Megatron load the weights that are wanted, the same on every rank, and say which they are."""
-    from megatron_long.conversion.megatron_folder import choose_weights
-    from megatron_long.training import megatron_hooks, rendezvous
-
-    prefix, said = rendezvous.from_first(lambda: list(choose_weights(iteration, wanted)))
-    if prefix:
-        megatron_hooks.load_main_copy(iteration, prefix)
-    if said and rendezvous.share()[0] == 0:
-        print(f"{iteration}: scoring {said}", file=sys.stderr)
-
-
-def _iteration_to_load(folder: Path, step: int | None) -> str:
-    """What `--ckpt-step` names, or what the run recorded as its newest."""
-    from megatron_long.training import checkpoint_choice
-
-    number = checkpoint_choice.newest_iteration(folder)[0] if step is None else step
-    return checkpoint_choice.RELEASE if number is None else str(number)
 
 
 def _scoring_argv(

@@ -1,7 +1,7 @@
-"""What is changed inside Megatron's running loop: where it loads from, how it saves, what follows a step.
+"""What is changed inside Megatron's running loop: how it saves, and what follows a step.
 
-The loop calls its own functions by their names in its modules; each `install_*` puts one of ours in the place
-of some of them. Next to `megatron_adapter`, the only file that knows `megatron.training`; a contract for each
+The loop calls its own functions by their names in its modules; each `install_*` replaces some of them by one
+of ours. `megatron_adapter` and `loading_hooks` change the rest of `megatron.training`; a contract for each
 symbol is in `tests/training/test_megatron_adapter.py`.
 """
 
@@ -19,7 +19,6 @@ import torch
 
 from megatron_long.cli import USER_ERROR_STATUS
 from megatron_long.training import signals
-from megatron_long.training.checkpoint_choice import Choice
 from megatron_long.training.checkpoint_saving import CheckpointKeeper, ErrorKeepingStream
 from megatron_long.training.side_output import SurvivingWriter
 from megatron_long.training.step_guard import FAULT_STATUS, StepGuard
@@ -35,14 +34,9 @@ CHANGED_SYMBOLS = {
         "checkpoint_and_decide_exit",
         "maybe_finalize_async_save",
         "post_training_step_callbacks",
-        "load_checkpoint",
     ),
-    "megatron.training.checkpointing": (
-        "ensure_directory_exists",
-        "read_metadata",
-        "checkpoint_exists",
-    ),
-    "megatron.core.dist_checkpointing": ("save", "load"),
+    "megatron.training.checkpointing": ("ensure_directory_exists",),
+    "megatron.core.dist_checkpointing": ("save",),
     "megatron.core.dist_checkpointing.serialization": ("save_config",),
     "megatron.core.dist_checkpointing.strategies.filesystem_async": (
         "FileSystemWriterAsync.finish",
@@ -122,60 +116,6 @@ def _open_board(kind: type, args: Namespace) -> Any:
     board = kind(log_dir=args.tensorboard_dir, max_queue=args.tensorboard_queue_size)
     board.flush()
     return board
-
-
-def load_from(choice: Choice, args: Namespace) -> None:
-    """Let Megatron load this checkpoint, whatever the tracker file says."""
-    checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
-    folder = choice.folder.parent
-    read, exists = checkpointing.read_metadata, checkpointing.checkpoint_exists
-    pinned = (choice.iteration or 0, choice.iteration is None)
-
-    def read_metadata(tracker):
-        return pinned if Path(tracker).parent == folder else read(tracker)
-
-    def checkpoint_exists(path):
-        return (path is not None and Path(path) == folder) or exists(path)
-
-    checkpointing.read_metadata = read_metadata
-    checkpointing.checkpoint_exists = checkpoint_exists
-    args.ckpt_step = choice.iteration
-
-
-def load_main_copy(iteration: Path, prefix: str) -> None:
-    """Let Megatron fill the model with the optimizer's main copy where it loads this checkpoint.
-
-    Args:
-        iteration: Folder of the checkpoint.
-        prefix: What the main copy's names have before the model's.
-    """
-    from megatron_long.training.main_weights import rename_on_load
-
-    checkpointing: Any = importlib.import_module("megatron.core.dist_checkpointing")
-    checkpointing.load = rename_on_load(checkpointing.load, iteration, prefix)
-
-
-def install_exact_start(iteration: Path, prefix: str) -> None:
-    """Let the optimizer's main copy be the checkpoint's weights, once Megatron has loaded the model alone.
-
-    Args:
-        iteration: Folder of the checkpoint.
-        prefix: See `main_weights.take_main_weights`.
-    """
-    from megatron.core.utils import unwrap_model
-
-    from megatron_long.training.main_weights import take_main_weights
-
-    training: Any = importlib.import_module("megatron.training.training")
-    stock = training.load_checkpoint
-
-    @functools.wraps(stock)
-    def load_checkpoint(model, optimizer, *args, **kwargs):
-        found = stock(model, optimizer, *args, **kwargs)
-        take_main_weights(optimizer, unwrap_model(model), iteration, prefix)
-        return found
-
-    training.load_checkpoint = load_checkpoint
 
 
 def install_before_training(action: Callable[[], None]) -> None:

@@ -105,14 +105,12 @@ def test_layouts_score_alike(checkpoint, run_job, tmp_path):
 
 def test_the_checkpoint_that_was_chosen_is_the_one_loaded(tmp_path, monkeypatch):
     """A training run saved another one since; without a choice it is that of `--ckpt-step` or the newest."""
-    from megatron_long.evaluation import scoring
-    from megatron_long.training import megatron_hooks
 
     for number in (None, 10, 20):
         write_fake_checkpoint(tmp_path, number)
     loaded = []
-    monkeypatch.setattr(megatron_hooks, "load_from", lambda choice, args: loaded.append(choice))
+    monkeypatch.setattr(loading_hooks, "load_from", lambda choice, args: loaded.append(choice))
     for iteration, step in (("10", None), ("release", None), (None, 10), (None, None)):
-        scoring._pin_checkpoint(tmp_path, Namespace(ckpt_step=step), True, iteration)
+        pinning.pin_checkpoint(tmp_path, Namespace(ckpt_step=step), True, iteration)
     assert [choice.iteration for choice in loaded] == [10, None, 10, 20]
     assert loaded[0].folder == tmp_path / "iter_0000010"

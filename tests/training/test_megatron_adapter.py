@@ -13,7 +13,7 @@ from megatron_long.training import host_backend
 host_backend.install()
 
 # ruff: noqa: E402
-from megatron_long.training import megatron_adapter, megatron_hooks
+from megatron_long.training import loading_hooks, megatron_adapter, megatron_hooks
 
 
 def resolve(module: str, symbol: str):
@@ -27,7 +27,11 @@ def resolve(module: str, symbol: str):
     ("module", "symbol"),
     [
         (module, symbol)
-        for table in (megatron_adapter.PATCHED_SYMBOLS, megatron_hooks.CHANGED_SYMBOLS)
+        for table in (
+            megatron_adapter.PATCHED_SYMBOLS,
+            megatron_hooks.CHANGED_SYMBOLS,
+            loading_hooks.CHANGED_SYMBOLS,
+        )
         for module, symbols in table.items()
         for symbol in symbols
     ],

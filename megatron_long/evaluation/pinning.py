@@ -1,0 +1,39 @@
+"""The checkpoint and the weights that Megatron loads to be scored: the same on every rank, and checked."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_long.conversion.megatron_folder import choose_weights
+from megatron_long.training import checkpoint_choice, loading_hooks, rendezvous
+
+
+def pin_checkpoint(
+    folder: Path, args: Namespace, check_hashes: bool, iteration: str | None
+) -> Path:
+    """Let Megatron load one checkpoint, the same on every rank, checked; gives its own folder."""
+    # A run that saves here meanwhile gives the ranks different newest ones.
+    (agreed,) = rendezvous.from_first(
+        lambda: [iteration or _iteration_to_load(folder, args.ckpt_step)]
+    )
+    number = None if agreed == checkpoint_choice.RELEASE else int(agreed)
+    path = checkpoint_choice.iteration_folder(folder, number)
+    if check_hashes:
+        checkpoint_choice.check_whole(path, share=rendezvous.share(), agree=rendezvous.agree)
+    loading_hooks.load_from(checkpoint_choice.Choice(number, path), args)
+    return path
+
+
+def pin_weights(iteration: Path, wanted: str) -> None:
+    """Let Megatron load the weights that are wanted, the same on every rank, and say which they are."""
+    prefix, said = rendezvous.from_first(lambda: list(choose_weights(iteration, wanted)))
+    if prefix:
+        loading_hooks.load_main_copy(iteration, prefix)
+    if said and rendezvous.share()[0] == 0:
+        print(f"{iteration}: scoring {said}", file=sys.stderr)
+
+
+def _iteration_to_load(folder: Path, step: int | None) -> str:
+    """What `--ckpt-step` names, or what the run recorded as its newest."""
+    number = checkpoint_choice.newest_iteration(folder)[0] if step is None else step
+    return checkpoint_choice.RELEASE if number is None else str(number)
