@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.evaluation.scoring import (
-    combine_statistics,
-    shard_statistics,
-)
+from megatron_long.evaluation import pinning
+from megatron_long.evaluation.scoring import combine_statistics, shard_statistics
 from megatron_long.model import linear_cross_entropy
 from megatron_long.model.linear_cross_entropy import UNSCORED, VocabularyShard
+from megatron_long.training import loading_hooks
 from tests.fake_checkpoints import write_fake_checkpoint
 
 WORKER = Path(__file__).with_name("scoring_worker.py")
@@ -105,7 +104,6 @@ def test_layouts_score_alike(checkpoint, run_job, tmp_path):
 
 def test_the_checkpoint_that_was_chosen_is_the_one_loaded(tmp_path, monkeypatch):
     """A training run saved another one since; without a choice it is that of `--ckpt-step` or the newest."""
-
     for number in (None, 10, 20):
         write_fake_checkpoint(tmp_path, number)
     loaded = []
