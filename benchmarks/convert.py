@@ -24,12 +24,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_long.conversion.hf_folder import PlannedTensor, plan_shards, write_weights
-from megatron_long.conversion.mapping import units_of
+from megatron_long.conversion.formats.hf_folder import PlannedTensor, plan_shards, write_weights
 from megatron_long.conversion.options import MAX_SHARD_BYTES
 from megatron_long.files import refuse_overwrite
+from megatron_long.flags.recipe import LLAMA3_8B
 from megatron_long.model.geometry import LlamaGeometry
-from megatron_long.training.recipe import LLAMA3_8B
+from megatron_long.model.mapping import units_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE_SECONDS = 0.01

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_long.data.indexed import IndexedDatasetReader
+from megatron_long.dataset.indexed import IndexedDatasetReader
 
 STEP_TIME = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 

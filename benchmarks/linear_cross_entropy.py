@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from megatron_long.flags.backend import join_or_start_job
 from megatron_long.model.linear_cross_entropy import VocabularyShard, linear_cross_entropy
-from megatron_long.training.backend import join_or_start_job
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_long.evaluation.batches import plan_batches
 from megatron_long.evaluation.work import count_work
+from megatron_long.flags.recipe import LLAMA3_8B
 from megatron_long.model.geometry import geometry_from_hf
-from megatron_long.training.recipe import LLAMA3_8B
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_SENTENCES = 40_000

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_long.data.indexed import HEADER, MAGIC, VERSION, bin_path, idx_path
+from megatron_long.dataset.indexed import HEADER, MAGIC, VERSION, bin_path, idx_path
 
 MEAN_LENGTH_TOKENS = 1500
 """Shorter than in a real mixture, so that the index is longer."""
@@ -44,7 +44,7 @@ def write_sparse(prefix: Path, num_tokens: int) -> int:
 
 def time_opening(prefix: Path) -> list[float]:
     """Open the dataset again and again; give the milliseconds of each time."""
-    from megatron_long.training.packed_dataset import PackedDataset
+    from megatron_long.dataset.packed_dataset import PackedDataset
 
     times = []
     for _ in range(REPEATS):

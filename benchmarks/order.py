@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout, as the tools are
 
 from megatron_long.cli import run_tool  # noqa: E402
-from megatron_long.data.manifest import DOCUMENTS_FILE, read_manifest  # noqa: E402
-from megatron_long.data.ordering import measure_evenness  # noqa: E402
-from megatron_long.data.shares import parse_token_count  # noqa: E402
+from megatron_long.dataset.manifest import DOCUMENTS_FILE, read_manifest  # noqa: E402
+from megatron_long.mixture.ordering import measure_evenness  # noqa: E402
+from megatron_long.mixture.shares import parse_token_count  # noqa: E402
 
 
 def main() -> None:

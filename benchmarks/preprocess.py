@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))  # run from a checkout, as the tools are
 from benchmarks.preprocess_peers import write_hf_folder  # noqa: E402
 from benchmarks.process_cost import Cost, python, remove_folder, run_on_core  # noqa: E402
 from megatron_long.cli import run_tool  # noqa: E402
-from megatron_long.data.indexed import IndexedDatasetReader  # noqa: E402
+from megatron_long.dataset.indexed import IndexedDatasetReader  # noqa: E402
 from megatron_long.errors import ConfigError, DataError  # noqa: E402
 from megatron_long.files import atomic_path, refuse_overwrite  # noqa: E402
 
@@ -418,7 +418,7 @@ def _contenders(text: str) -> list[str]:
 
 
 def _tokens(text: str) -> int:
-    from megatron_long.data.shares import parse_token_count
+    from megatron_long.mixture.shares import parse_token_count
 
     return parse_token_count(text, "--open-tokens")
 

@@ -77,8 +77,8 @@ def engine_batch(input_file: Path, tokenizer: Path, output: Path) -> None:
     """Time gigatoken through its `encode_batch`, which starts each batch with an empty cache."""
     import numpy as np
 
-    from megatron_long.data import engines
-    from megatron_long.data.tokenizer_types import TokensAndLengths
+    from megatron_long.tokenizer import engines
+    from megatron_long.tokenizer.tokenizer_types import TokensAndLengths
 
     class BatchEngine(engines.GigatokenEngine):
         def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
@@ -111,9 +111,9 @@ def _time_engine(name: str, input_file: Path, tokenizer: Path, output: Path) -> 
     import numpy as np
     import orjson
 
-    from megatron_long.data.indexed import IndexedDatasetWriter, token_dtype
-    from megatron_long.data.tokenizer_types import split_flat
-    from megatron_long.data.tokenizers import load_tokenizer
+    from megatron_long.dataset.indexed import IndexedDatasetWriter, token_dtype
+    from megatron_long.tokenizer.loading import load_tokenizer
+    from megatron_long.tokenizer.tokenizer_types import split_flat
 
     opened = load_tokenizer(tokenizer, name)
     with open(input_file, "rb") as lines:
@@ -165,9 +165,9 @@ def write_hf_folder(tokenizer: Path, folder: Path) -> None:
 
 def _plain_json(tokenizer: Path) -> tuple[str, str]:
     """Give a tokenizer.json, and its EOD token; special tokens remain only where they are no pieces."""
-    from megatron_long.data.engines import plain_json
-    from megatron_long.data.tokenizer_files import tokenizer_file
-    from megatron_long.data.tokenizers import open_reference
+    from megatron_long.tokenizer.engines import plain_json
+    from megatron_long.tokenizer.loading import open_reference
+    from megatron_long.tokenizer.tokenizer_files import tokenizer_file
 
     opened = open_reference(tokenizer_file(tokenizer))
     text, added = plain_json(opened), json.loads(opened.to_json()).get("added_tokens") or []

@@ -24,13 +24,8 @@ import psutil  # not in the handler: a second signal would find it half imported
 
 from megatron_long.cli import run_tool
 from megatron_long.errors import ConfigError
-from megatron_long.training.side_output import keep_standard_streams
-from megatron_long.training.signals import (
-    INTERRUPTED_STATUS,
-    Interrupts,
-    leave,
-    set_handlers,
-)
+from megatron_long.job.side_output import keep_standard_streams
+from megatron_long.job.signals import INTERRUPTED_STATUS, Interrupts, leave, set_handlers
 
 OTHER_SIGNALS = "SIGQUIT"
 """What torchrun goes on handling in its own way."""

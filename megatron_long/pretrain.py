@@ -17,39 +17,35 @@ from typing import Any, Literal
 PROGRAM_START = time.time()
 
 # ruff: noqa: E402
-from megatron_long.training import signals
+from megatron_long.job import signals
 
 if __name__ == "__main__":
     signals.leave_before_training()  # the imports below take a while
 
-from megatron_long.cli import run_tool
-from megatron_long.conversion.sources import read_config, read_source_geometry
-from megatron_long.data.manifest import read_manifest
-from megatron_long.errors import ConfigError
-from megatron_long.model.geometry import geometry_from_args
-from megatron_long.planning.preflight import check_before_training
-from megatron_long.training import hugging_face, rendezvous, signals
-from megatron_long.training.arguments import (
-    LongContextArguments,
-    check_export,
-    check_monitor_is_there,
-)
-from megatron_long.training.backend import detect_backend, join_or_start_job
-from megatron_long.training.checkpoint_folder import (
+from megatron_long.checkpoint.saving import CheckpointKeeper, Job
+from megatron_long.checkpoint.sidecars import (
     copy_generation_config,
     copy_tokenizer,
     write_hf_config,
     write_run,
 )
-from megatron_long.training.checkpoint_saving import CheckpointKeeper, Job
-from megatron_long.training.command_line import (
-    model_source,
-    parse,
-    real_vocab_size,
-    tokenizer_dir,
-)
-from megatron_long.training.live_evaluation import LiveEvaluation, Logs, plan_live_evaluation
-from megatron_long.training.reliability import (
+from megatron_long.cli import run_tool
+from megatron_long.command_line import model_source, parse, real_vocab_size, tokenizer_dir
+from megatron_long.conversion import run_ends
+from megatron_long.conversion.formats.sources import read_config, read_source_geometry
+from megatron_long.dataset.manifest import read_manifest
+from megatron_long.engine.save_clock import SaveClock
+from megatron_long.errors import ConfigError
+from megatron_long.evaluation.live_evaluation import LiveEvaluation, Logs, plan_live_evaluation
+from megatron_long.flags.arguments import LongContextArguments, check_export, check_monitor_is_there
+from megatron_long.flags.backend import detect_backend, join_or_start_job
+from megatron_long.job import rendezvous, signals
+from megatron_long.job.side_output import LossLog, keep_standard_streams
+from megatron_long.job.start_log import StartLog, describe_start, start_log_path
+from megatron_long.job.watchdog import Watchdog
+from megatron_long.model.geometry import geometry_from_args
+from megatron_long.planning.preflight import check_before_training
+from megatron_long.training.start import (
     Start,
     check_optimizer,
     find_start,
@@ -58,10 +54,6 @@ from megatron_long.training.reliability import (
     make_snapshot,
     record_sidecars,
 )
-from megatron_long.training.save_clock import SaveClock
-from megatron_long.training.side_output import LossLog, keep_standard_streams
-from megatron_long.training.start_log import StartLog, describe_start, start_log_path
-from megatron_long.training.watchdog import Watchdog
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(user_argv: list[str], start_log: StartLog) -> int:
     arguments, args, start = prepare(user_argv)
-    from megatron_long.training import loading_hooks, megatron_adapter, megatron_hooks, step_hooks
+    from megatron_long.engine import loading_hooks, megatron_adapter, megatron_hooks, step_hooks
 
     start_log.take_logging()
     if args.train_iters and start.iteration >= args.train_iters:  # as after a late requeue
@@ -135,10 +127,10 @@ def prepare(
 
     Returns: Our flags, all flags, and the checkpoint that the run starts from.
     """
-    from megatron_long.training import host_backend
+    from megatron_long.engine import host_backend
 
     host_backend.install()
-    from megatron_long.training import megatron_adapter
+    from megatron_long.engine import megatron_adapter
 
     megatron_adapter.check_version()
     arguments, args = parse(user_argv, detect_backend(), join_or_start_job())
@@ -157,7 +149,7 @@ def write_sidecars(
     trained = geometry_from_args(args, real_vocab_size(arguments, args), model_type)
     write_hf_config(folder, trained, read_config(source) if source else None)
     if arguments.hf_checkpoint:
-        hugging_face.write_start_sidecars(folder, Path(arguments.hf_checkpoint))
+        run_ends.write_start_sidecars(folder, Path(arguments.hf_checkpoint))
     for start in (args.load, args.pretrained_checkpoint):
         if start:
             copy_generation_config(folder, Path(start))
@@ -206,10 +198,10 @@ def _train(
     argv: list[str],
     live: LiveEvaluation | None,
 ) -> None:
-    from megatron_long.training import megatron_adapter, megatron_hooks, step_hooks
+    from megatron_long.engine import megatron_adapter, megatron_hooks, step_hooks
+    from megatron_long.engine.guarded_step import LossRecorder, TorchJob
     from megatron_long.training.batch import StepSettings, forward_step
     from megatron_long.training.datasets import dataset_provider
-    from megatron_long.training.guarded_step import LossRecorder, TorchJob
     from megatron_long.training.loss import chunked_loss
 
     masking = attention_format(args) if arguments.document_masking else None
@@ -259,9 +251,9 @@ def _train(
     )
     provider = dataset_provider(arguments, args)
     fill = None
-    if arguments.hf_checkpoint and hugging_face.starts_from_hf(arguments.hf_checkpoint, args.load):
+    if arguments.hf_checkpoint and run_ends.starts_from_hf(arguments.hf_checkpoint, args.load):
         model = Path(arguments.hf_checkpoint)
-        fill = hugging_face.filler(model, lambda: args.padded_vocab_size)
+        fill = run_ends.filler(model, lambda: args.padded_vocab_size)
     step = functools.partial(forward_step, settings)
     # Padded documents make micro-batches of different lengths, and pipeline stages must tell each other.
     varies = masking == "thd"
@@ -275,7 +267,7 @@ def _train(
 
 def _take_weights(iteration: Path, prefix: str, args: argparse.Namespace) -> None:
     """Let a start that loads no optimizer state have the weights as they were before FP8 rounded them."""
-    from megatron_long.training import loading_hooks
+    from megatron_long.engine import loading_hooks
 
     if prefix:
         loading_hooks.load_main_copy(iteration, prefix)
@@ -286,7 +278,7 @@ def _take_weights(iteration: Path, prefix: str, args: argparse.Namespace) -> Non
 def _export(arguments: LongContextArguments, args: argparse.Namespace) -> None:
     """Leave the trained model behind as a Hugging Face folder; one rank writes, none waits."""
     if arguments.export_hf and args.rank == 0:
-        report = hugging_face.export(Path(args.save), Path(arguments.export_hf))
+        report = run_ends.export(Path(args.save), Path(arguments.export_hf))
         print(f"wrote {report.output}: {report.num_tensors} tensors of {report.dtype}")
 
 

@@ -99,9 +99,9 @@ def tiny_dataset(
     tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path
 ) -> Path:
     """A mixed dataset folder, as tools/preprocess_mix.py makes it."""
-    from megatron_long.data.mixture import Mixture
-    from megatron_long.data.preprocess import preprocess
-    from megatron_long.data.preprocess_config import PreprocessConfig
+    from megatron_long.mixture.mixture import Mixture
+    from megatron_long.preprocess.preprocess import preprocess
+    from megatron_long.preprocess.preprocess_config import PreprocessConfig
 
     output = tmp_path_factory.mktemp("dataset") / "data"
     mixture = Mixture(
@@ -123,8 +123,8 @@ def make_dataset(
     """Write a dataset of random documents with these lengths, each ending in EOD: `make_dataset([5, 1])`."""
     import numpy as np
 
-    from megatron_long.data.indexed import IndexedDatasetWriter
-    from megatron_long.data.manifest import hash_file, read_manifest, write_manifest
+    from megatron_long.dataset.indexed import IndexedDatasetWriter
+    from megatron_long.dataset.manifest import hash_file, read_manifest, write_manifest
 
     def make(lengths: Sequence[int]) -> Path:
         folder = tmp_path_factory.mktemp("documents") / "data"

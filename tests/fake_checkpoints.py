@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from megatron_long.training.checkpoint_choice import INDEX_NAME, METADATA_NAME, iteration_folder
-from megatron_long.training.checkpoint_folder import TRACKER_NAME
+from megatron_long.checkpoint.choosing import INDEX_NAME, METADATA_NAME, iteration_folder
+from megatron_long.checkpoint.sidecars import TRACKER_NAME
 
 
 def write_fake_checkpoint(folder: Path, iteration: int | None) -> Path:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 
-from megatron_long.conversion.torch_dist import COMMON_STATE, FORMAT, read_common_state
+from megatron_long.checkpoint.torch_dist import COMMON_STATE, FORMAT, read_common_state
 from megatron_long.errors import DataError
 from megatron_long.pickles import (
     CHECKPOINT_INDEX,

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from megatron_long.files import atomic_path
-from megatron_long.unwinding import ENDING, unwound_by_signals
+from megatron_long.job.unwinding import ENDING, unwound_by_signals
 
 
 @pytest.mark.parametrize("number", ENDING)

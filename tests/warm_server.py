@@ -47,7 +47,7 @@ def main() -> None:
 
 def import_all() -> None:
     """Import what programs need; what is missing on this machine they tell themselves."""
-    from megatron_long.training import host_backend
+    from megatron_long.engine import host_backend
 
     host_backend.install()
     from megatron.core.dist_checkpointing.strategies import filesystem_async

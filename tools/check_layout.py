@@ -47,13 +47,13 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, help="keep what --compare writes here")
     arguments, argv = parser.parse_known_args()
 
-    from megatron_long.training import host_backend
+    from megatron_long.engine import host_backend
 
     host_backend.install()
+    from megatron_long.command_line import parse
+    from megatron_long.engine.megatron_adapter import check_version
+    from megatron_long.flags.backend import GPU, detect_backend
     from megatron_long.planning.preflight import check_machine, needs_of, visible_gpu
-    from megatron_long.training.backend import GPU, detect_backend
-    from megatron_long.training.command_line import parse
-    from megatron_long.training.megatron_adapter import check_version
 
     check_version()
     backend, gpu = detect_backend(), visible_gpu()
@@ -140,7 +140,7 @@ def replicas_of(args: Namespace, world_size: int) -> int:
 
 def start_of(args: Namespace) -> Path | None:
     """The checkpoint that the run would start from."""
-    from megatron_long.training.checkpoint_choice import has_checkpoint
+    from megatron_long.checkpoint.choosing import has_checkpoint
 
     for folder in (args.load, args.pretrained_checkpoint):
         if has_checkpoint(folder):

@@ -14,17 +14,17 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from megatron_long.checkpoint.choosing import SKIP_HASH_CHECK
+from megatron_long.checkpoint.megatron_folder import WEIGHTS
+from megatron_long.checkpoint.stored import keep_freed_memory
 from megatron_long.cli import length_tokens, run_tool, tool_parser
 from megatron_long.conversion.checks import DTYPES, KEEP
 from megatron_long.conversion.convert import hf_to_megatron
 from megatron_long.conversion.export import gguf_to_hf, megatron_to_hf
-from megatron_long.conversion.megatron_folder import WEIGHTS
 from megatron_long.conversion.options import MAX_SHARD_BYTES, ConversionReport, Options
-from megatron_long.conversion.stored import keep_freed_memory
 from megatron_long.conversion.stretch import Stretch
+from megatron_long.job.unwinding import unwound_by_signals
 from megatron_long.model.rope import PLAIN_ROPE
-from megatron_long.training.checkpoint_choice import SKIP_HASH_CHECK
-from megatron_long.unwinding import unwound_by_signals
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_long.cli import length_tokens, run_tool, tool_parser
-from megatron_long.data.tokenizer_types import Tokenizer
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.bookqa import (
     MAX_NEW_TOKENS,
@@ -39,9 +38,10 @@ from megatron_long.evaluation.inputs import (
     positive_int,
 )
 from megatron_long.evaluation.models import HF, ModelChoice, open_generator, warn_beyond_rope
-from megatron_long.evaluation.needle_scores import Deadline
+from megatron_long.evaluation.needle.needle_scores import Deadline
 from megatron_long.evaluation.progress_log import append_records, shared_log, start_log, writing
 from megatron_long.files import atomic_path
+from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 if TYPE_CHECKING:
     from megatron_long.evaluation.hf_scorer import HFScorer

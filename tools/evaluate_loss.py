@@ -21,7 +21,6 @@ from pathlib import Path
 
 from megatron_long.cli import length_tokens, run_tool, tool_parser
 from megatron_long.errors import DataError
-from megatron_long.evaluation.held_out import HeldOutDocument, open_held_out, select_documents
 from megatron_long.evaluation.inputs import (
     check_context_length,
     check_dataset_vocabulary,
@@ -29,7 +28,8 @@ from megatron_long.evaluation.inputs import (
     open_tokenizer,
     positive_int,
 )
-from megatron_long.evaluation.loss_report import (
+from megatron_long.evaluation.loss.held_out import HeldOutDocument, open_held_out, select_documents
+from megatron_long.evaluation.loss.loss_report import (
     LossReport,
     LossSettings,
     check_comparable,
@@ -37,11 +37,18 @@ from megatron_long.evaluation.loss_report import (
     read_loss_report,
     write_loss_report,
 )
-from megatron_long.evaluation.loss_table import (
+from megatron_long.evaluation.loss.loss_table import (
     build_table,
     format_loss_table,
     table_figure,
     write_loss_csv,
+)
+from megatron_long.evaluation.loss.plain_text import hash_texts, open_texts
+from megatron_long.evaluation.loss.position_loss import (
+    count_positions,
+    default_buckets,
+    loss_by_position,
+    parse_buckets,
 )
 from megatron_long.evaluation.models import (
     ModelChoice,
@@ -49,13 +56,6 @@ from megatron_long.evaluation.models import (
     choose_model,
     open_model,
     warn_beyond_rope,
-)
-from megatron_long.evaluation.plain_text import hash_texts, open_texts
-from megatron_long.evaluation.position_loss import (
-    count_positions,
-    default_buckets,
-    loss_by_position,
-    parse_buckets,
 )
 
 
@@ -169,7 +169,7 @@ def choose_documents(
         tokenizer = open_tokenizer(args.tokenizer, choice.folder)
         rows = open_texts(args.text, tokenizer, args.context_length, args.max_documents_per_source)
         return rows, hash_texts(args.text, tokenizer.vocabulary_sha256, args.context_length)
-    from megatron_long.data.manifest import read_manifest
+    from megatron_long.dataset.manifest import read_manifest
 
     if not args.dataset.is_dir():
         raise DataError(f"--dataset {args.dataset} is not a folder; give one of preprocess_mix.py")
@@ -218,7 +218,7 @@ def table_paths(output: Path) -> tuple[Path, Path]:
 
 def publish(args: argparse.Namespace, report: LossReport, preparation: Preparation) -> None:
     """Write the files and print the table."""
-    from megatron_long.evaluation.plots import plot_position_curves, save_figure
+    from megatron_long.evaluation.report.plots import plot_position_curves, save_figure
 
     written = [args.output]
     write_loss_report(args.output, report)

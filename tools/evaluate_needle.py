@@ -22,10 +22,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from megatron_long.cli import length_tokens, run_tool, tool_parser
-from megatron_long.data.tokenizer_types import Tokenizer
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.batches import TokenScorer, plan_batches
-from megatron_long.evaluation.haystack import read_haystack
 from megatron_long.evaluation.inputs import (
     check_context_length,
     check_output,
@@ -43,8 +41,9 @@ from megatron_long.evaluation.models import (
     split_layout,
     warn_beyond_rope,
 )
-from megatron_long.evaluation.needle import PROMPTS, NeedleCase, build_cases
-from megatron_long.evaluation.needle_report import (
+from megatron_long.evaluation.needle.cases import PROMPTS, NeedleCase, build_cases
+from megatron_long.evaluation.needle.haystack import read_haystack
+from megatron_long.evaluation.needle.needle_report import (
     NeedleReport,
     NeedleSettings,
     format_summary,
@@ -52,13 +51,13 @@ from megatron_long.evaluation.needle_report import (
     spread_lengths,
     write_needle_report,
 )
-from megatron_long.evaluation.needle_scores import (
+from megatron_long.evaluation.needle.needle_scores import (
     Deadline,
     NeedleResult,
     free_answers,
     score_cases,
 )
-from megatron_long.evaluation.needle_tasks import (
+from megatron_long.evaluation.needle.needle_tasks import (
     SENTENCE,
     TASK_NAMES,
     NeedleTask,
@@ -69,6 +68,7 @@ from megatron_long.evaluation.needle_tasks import (
 )
 from megatron_long.evaluation.progress_log import append_records, shared_log, start_log, writing
 from megatron_long.evaluation.work import count_work
+from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 CELLS, REPORT, HEATMAP = "cells.jsonl", "needle.json", "needle.png"
 
@@ -258,7 +258,7 @@ def publish(args: argparse.Namespace, settings: NeedleSettings, cells: list[Need
 
 def write_results(args: argparse.Namespace, report: NeedleReport) -> list[Path]:
     """Write the report and the heatmaps; gives where."""
-    from megatron_long.evaluation.plots import plot_heatmap
+    from megatron_long.evaluation.report.plots import plot_heatmap
 
     settings, cells = report.settings, report.results
     write_needle_report(args.output_dir / REPORT, report)

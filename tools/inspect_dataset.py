@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_long.cli import length_tokens, run_tool, tool_parser
-from megatron_long.data.inspection import DatasetBrowser
-from megatron_long.data.manifest import TRAIN_PREFIX, Manifest, read_manifest
-from megatron_long.data.report import plot_sources, print_sources
-from megatron_long.data.report_page import write_report
-from megatron_long.data.verification import verify_dataset
+from megatron_long.dataset.inspection import DatasetBrowser
+from megatron_long.dataset.manifest import TRAIN_PREFIX, Manifest, read_manifest
+from megatron_long.dataset.report_page import write_report
+from megatron_long.dataset.tables import plot_sources, print_sources
+from megatron_long.dataset.verification import verify_dataset
 from megatron_long.errors import ConfigError
 from megatron_long.files import atomic_path, refuse_overwrite
 

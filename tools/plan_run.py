@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_long.cli import length_tokens, run_tool
-from megatron_long.data.shares import parse_token_count
 from megatron_long.errors import ConfigError
+from megatron_long.flags.recipe import build_recipe
+from megatron_long.mixture.shares import parse_token_count
 from megatron_long.model.geometry import geometry_from_hf
 from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS, GPUS_PER_NODE, find_gpu
 from megatron_long.planning.machine import gigabytes
 from megatron_long.planning.memory import checkpoint_bytes, host_memory_of_save
 from megatron_long.planning.run_shape import RunShape
 from megatron_long.planning.search import Plan, Task, find_plans
-from megatron_long.training.recipe import build_recipe
 
 SMALLEST_HIDDEN_SIZE = 2048
 """The rates were fitted on 4,096."""

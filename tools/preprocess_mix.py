@@ -13,24 +13,24 @@ import sys
 from pathlib import Path
 
 from megatron_long.cli import length_tokens, run_tool, tool_parser
-from megatron_long.data.documents import (
+from megatron_long.corpus.documents import (
     DEFAULT_SOURCE_KEYS,
     DEFAULT_TEXT_KEY,
     SOURCE_FROM_FOLDER,
     RecordKeys,
     canonical_source,
 )
-from megatron_long.data.dry_run import plan_dataset
-from megatron_long.data.executors import EXECUTORS, ExecutorOptions
-from megatron_long.data.inputs import is_url
-from megatron_long.data.mixture import STRATEGIES, Mixture
-from megatron_long.data.preprocess import preprocess
-from megatron_long.data.preprocess_config import PreprocessConfig
-from megatron_long.data.progress_bar import ProgressBars
-from megatron_long.data.report import print_sources
-from megatron_long.data.shares import NATURAL, SLIMPAJAMA, parse_token_count, read_shares
+from megatron_long.corpus.inputs import is_url
+from megatron_long.dataset.tables import print_sources
 from megatron_long.errors import ConfigError
 from megatron_long.files import refuse_overwrite
+from megatron_long.mixture.mixture import STRATEGIES, Mixture
+from megatron_long.mixture.shares import NATURAL, SLIMPAJAMA, parse_token_count, read_shares
+from megatron_long.preprocess.dry_run import plan_dataset
+from megatron_long.preprocess.executors import EXECUTORS, ExecutorOptions
+from megatron_long.preprocess.preprocess import preprocess
+from megatron_long.preprocess.preprocess_config import PreprocessConfig
+from megatron_long.preprocess.progress_bar import ProgressBars
 
 
 def main() -> None:

@@ -33,8 +33,8 @@ def main() -> None:
     args = build_parser().parse_args()
     output = args.output or args.run_dir / "report.html"
     check_output(output, force=args.force, flag="--output")
-    from megatron_long.evaluation.run_files import collect
-    from megatron_long.evaluation.run_report import write_run_report
+    from megatron_long.evaluation.report.run_files import collect
+    from megatron_long.evaluation.report.run_report import write_run_report
 
     found = collect(args.run_dir, args.dataset, args.baseline)
     write_run_report(output, found)

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from megatron_long.cli import run_tool
+from megatron_long.flags.backend import GPU, HOST
+from megatron_long.flags.recipe import RECIPES, build_recipe
 from megatron_long.model.geometry import geometry_from_hf
 from megatron_long.model.rope import LLAMA3_ARGUMENTS
-from megatron_long.training.backend import GPU, HOST
-from megatron_long.training.recipe import RECIPES, build_recipe
 
 
 def main() -> int:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from benchmarks.walk.settings import Settings
 from megatron_long.cli import run_tool, tool_parser
-from megatron_long.conversion.hf_folder import INDEX_FILE, plan_shards
-from megatron_long.conversion.mapping import units_of
+from megatron_long.conversion.formats.hf_folder import INDEX_FILE, plan_shards
 from megatron_long.files import atomic_path, refuse_overwrite
 from megatron_long.model.geometry import LlamaGeometry
+from megatron_long.model.mapping import units_of
 
 SHARD_BYTES = 2 * 10**9
 """At most 5 GB is the custom; smaller ones are written by more processes."""

@@ -167,7 +167,7 @@ def _launcher(work: Work) -> tuple[object, ...]:
 
 
 def _mean_loss(report: Path) -> float:
-    from megatron_long.evaluation.loss_report import read_loss_report
+    from megatron_long.evaluation.loss.loss_report import read_loss_report
 
     found = read_loss_report(report).loss
     sums = sum(values.sum() for values in found.loss_sums.values())

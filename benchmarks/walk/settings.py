@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_long.errors import ConfigError
+from megatron_long.flags.recipe import LLAMA3_8B
 from megatron_long.model.geometry import LlamaGeometry, pad_vocab_size
-from megatron_long.training.recipe import LLAMA3_8B
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 K = 1024

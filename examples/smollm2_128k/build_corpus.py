@@ -54,9 +54,9 @@ from examples.smollm2_128k.corpus.papers import TEX_LICENSES, read_tex, read_vig
 from examples.smollm2_128k.corpus.source_code import read_code
 from examples.smollm2_128k.corpus.web_pages import PAGE_PACKAGES, read_pages
 from megatron_long.cli import run_tool, tool_parser
-from megatron_long.data.executors import end_with_parent
 from megatron_long.errors import ConfigError
 from megatron_long.files import atomic_path, refuse_overwrite
+from megatron_long.preprocess.executors import end_with_parent
 
 Reader = Callable[[Path, str], Iterable[Text]]
 

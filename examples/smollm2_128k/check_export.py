@@ -14,8 +14,8 @@ from pathlib import Path
 
 from megatron_long.cli import run_tool, tool_parser
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.loss_report import read_loss_report
-from megatron_long.evaluation.needle_report import NeedleReport, read_needle_report
+from megatron_long.evaluation.loss.loss_report import read_loss_report
+from megatron_long.evaluation.needle.needle_report import NeedleReport, read_needle_report
 from megatron_long.files import atomic_path
 
 MAX_CELL_DIFFERENCE = 0.002

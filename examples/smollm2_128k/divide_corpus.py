@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_long.cli import run_tool, tool_parser
-from megatron_long.data.manifest import documents_path, read_manifest
+from megatron_long.dataset.manifest import documents_path, read_manifest
 from megatron_long.errors import DataError
 from megatron_long.files import atomic_path
 

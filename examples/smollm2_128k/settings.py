@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_long.errors import ConfigError
 from megatron_long.files import atomic_path
-from megatron_long.training.rope import ntk_rotary_base
+from megatron_long.model.rope_stretch import ntk_rotary_base
 
 K = 1024
 ROPE_FACTOR = 10

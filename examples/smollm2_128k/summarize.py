@@ -15,16 +15,16 @@ import numpy as np
 
 from megatron_long.cli import run_tool, tool_parser
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.loss_report import (
+from megatron_long.evaluation.loss.loss_report import (
     LossReport,
     format_bucket,
     format_tokens,
     read_loss_report,
 )
-from megatron_long.evaluation.loss_table import build_table, format_loss_table, table_figure
-from megatron_long.evaluation.needle_report import NeedleReport, read_needle_report
-from megatron_long.evaluation.needle_scores import NeedleResult
-from megatron_long.evaluation.plots import (
+from megatron_long.evaluation.loss.loss_table import build_table, format_loss_table, table_figure
+from megatron_long.evaluation.needle.needle_report import NeedleReport, read_needle_report
+from megatron_long.evaluation.needle.needle_scores import NeedleResult
+from megatron_long.evaluation.report.plots import (
     needle_history_figure,
     plot_position_curves,
     save_figure,

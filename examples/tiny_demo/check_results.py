@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_long.cli import run_tool
-from megatron_long.data.indexed import IndexedDatasetReader
-from megatron_long.data.tokenizers import load_tokenizer
+from megatron_long.dataset.indexed import IndexedDatasetReader
 from megatron_long.errors import DataError
-from megatron_long.evaluation.loss_report import LossReport, read_loss_report
+from megatron_long.evaluation.loss.loss_report import LossReport, read_loss_report
+from megatron_long.tokenizer.loading import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

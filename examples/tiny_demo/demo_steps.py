@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_long.training.rope import ntk_rotary_base
+from megatron_long.model.rope_stretch import ntk_rotary_base
 
 SHORT_LENGTH = 256
 LONG_LENGTH = 2048

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_long.conversion.mapping import OUTPUT_LAYER, units_of
-from megatron_long.conversion.weights import STORED_DTYPES, Weights
+from megatron_long.conversion.formats.weights import STORED_DTYPES, Weights
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.files import refuse_overwrite
 from megatron_long.model.geometry import CONFIG_NAME, LlamaGeometry
+from megatron_long.model.mapping import OUTPUT_LAYER, units_of
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-    from megatron_long.conversion.torch_dist import TorchDistReader
+    from megatron_long.checkpoint.torch_dist import TorchDistReader
 
 KEEP = "keep"
 DTYPES = (KEEP, "float32", "bfloat16")

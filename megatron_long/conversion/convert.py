@@ -12,36 +12,36 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_long.conversion import hf_folder, sources
-from megatron_long.conversion.checks import check_folders, check_hf_tensors, choose_hf_dtype
-from megatron_long.conversion.mapping import Unit, checkpoint_shape, megatron_shape, units_of
-from megatron_long.conversion.megatron_folder import RELEASE, common_state, extra_states
-from megatron_long.conversion.options import ConversionReport, Options, Progress, make_report
-from megatron_long.conversion.pieces import read_source, size_of
-from megatron_long.conversion.stored import read_ahead
-from megatron_long.conversion.stretch import Stretch
-from megatron_long.conversion.verify import verify_output
-from megatron_long.conversion.weights import Weights
-from megatron_long.data.manifest import FileInfo
-from megatron_long.files import atomic_path
-from megatron_long.model.geometry import LlamaGeometry
-from megatron_long.training.checkpoint_folder import (
-    GENERATION_CONFIG_NAME,
-    HF_CONFIG_NAME,
-    TOKENIZER_DIR_NAME,
-    TRACKER_NAME,
-)
-from megatron_long.training.checkpoint_hashes import (
+from megatron_long.checkpoint.hashes import (
     files_within,
     hash_files,
     write_hashes,
     write_sidecar_hashes,
 )
+from megatron_long.checkpoint.megatron_folder import RELEASE, common_state, extra_states
+from megatron_long.checkpoint.sidecars import (
+    GENERATION_CONFIG_NAME,
+    HF_CONFIG_NAME,
+    TOKENIZER_DIR_NAME,
+    TRACKER_NAME,
+)
+from megatron_long.checkpoint.stored import read_ahead
+from megatron_long.conversion.checks import check_folders, check_hf_tensors, choose_hf_dtype
+from megatron_long.conversion.formats import hf_folder, sources
+from megatron_long.conversion.formats.weights import Weights
+from megatron_long.conversion.options import ConversionReport, Options, Progress, make_report
+from megatron_long.conversion.pieces import read_source, size_of
+from megatron_long.conversion.stretch import Stretch
+from megatron_long.conversion.verify import verify_output
+from megatron_long.dataset.manifest import FileInfo
+from megatron_long.files import atomic_path
+from megatron_long.model.geometry import LlamaGeometry
+from megatron_long.model.mapping import Unit, checkpoint_shape, megatron_shape, units_of
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-    from megatron_long.conversion.torch_dist_writer import LazyPiece
+    from megatron_long.checkpoint.torch_dist_writer import LazyPiece
 
 
 def hf_to_megatron(
@@ -60,7 +60,7 @@ def hf_to_megatron(
         options: See `Options`.
     Raises: ConfigError, DataError: the message says what is wrong; nothing is left behind.
     """
-    from megatron_long.conversion.torch_dist import TorchDistReader
+    from megatron_long.checkpoint.torch_dist import TorchDistReader
 
     options = options or Options()
     check_folders(input_path, output_dir, force=options.force)
@@ -99,8 +99,8 @@ def _write_megatron(
     folder: Path, weights: Weights, geometry: LlamaGeometry, stored: dtype, progress: Progress
 ) -> dict[str, FileInfo]:
     """Returns: Size and hash of the files that hold the tensors, as they were written."""
-    from megatron_long.conversion.torch_dist import COMMON_STATE
-    from megatron_long.conversion.torch_dist_writer import write_torch_dist
+    from megatron_long.checkpoint.torch_dist import COMMON_STATE
+    from megatron_long.checkpoint.torch_dist_writer import write_torch_dist
 
     readings = read_ahead(
         units_of(geometry),
@@ -132,7 +132,7 @@ def _plan_piece(
     stored: dtype,
     make: Callable[[Unit, tuple[int, ...]], Tensor],
 ) -> LazyPiece:
-    from megatron_long.conversion.torch_dist_writer import LazyPiece
+    from megatron_long.checkpoint.torch_dist_writer import LazyPiece
 
     global_shape = checkpoint_shape(unit.rule, geometry)
     shape = megatron_shape(unit.rule, geometry)

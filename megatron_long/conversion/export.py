@@ -14,16 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_long.conversion import hf_folder, sources
-from megatron_long.conversion.checks import (
-    KEEP,
-    check_folders,
-    check_hf_tensors,
-    choose_hf_dtype,
-    choose_megatron_dtype,
-)
-from megatron_long.conversion.mapping import Unit, units_of
-from megatron_long.conversion.megatron_folder import (
+from megatron_long.checkpoint.choosing import check_whole
+from megatron_long.checkpoint.hashes import HASHES_NAME, check_sidecars
+from megatron_long.checkpoint.megatron_folder import (
     check_same_rope,
     check_tensors,
     describe_weights,
@@ -31,9 +24,22 @@ from megatron_long.conversion.megatron_folder import (
     find_weights,
     merge_geometry,
 )
+from megatron_long.checkpoint.sidecars import (
+    GENERATION_CONFIG_NAME,
+    HF_CONFIG_NAME,
+    TOKENIZER_DIR_NAME,
+)
+from megatron_long.checkpoint.stored import read_ahead
+from megatron_long.conversion.checks import (
+    KEEP,
+    check_folders,
+    check_hf_tensors,
+    choose_hf_dtype,
+    choose_megatron_dtype,
+)
+from megatron_long.conversion.formats import hf_folder, sources
 from megatron_long.conversion.options import ConversionReport, Options, make_report
 from megatron_long.conversion.pieces import read_checkpoint, read_source, size_of
-from megatron_long.conversion.stored import read_ahead
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.conversion.verify import compare_tensors, verify_output, write_verification
 from megatron_long.errors import ConfigError
@@ -44,18 +50,12 @@ from megatron_long.model.geometry import (
     geometry_from_config,
     read_hf_config,
 )
-from megatron_long.training.checkpoint_choice import check_whole
-from megatron_long.training.checkpoint_folder import (
-    GENERATION_CONFIG_NAME,
-    HF_CONFIG_NAME,
-    TOKENIZER_DIR_NAME,
-)
-from megatron_long.training.checkpoint_hashes import HASHES_NAME, check_sidecars
+from megatron_long.model.mapping import Unit, units_of
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-    from megatron_long.conversion.torch_dist import TorchDistReader
+    from megatron_long.checkpoint.torch_dist import TorchDistReader
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def megatron_to_hf(
         options: See `Options`.
     Raises: ConfigError, DataError: the message says what is wrong; nothing is left behind.
     """
-    from megatron_long.conversion.torch_dist import TorchDistReader, read_common_state
+    from megatron_long.checkpoint.torch_dist import TorchDistReader, read_common_state
 
     options = options or Options()
     source = find_iteration(input_dir, iteration)

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_long.checkpoint.megatron_folder import merge_geometry
+from megatron_long.checkpoint.torch_dist import TorchDistReader, read_common_state
+from megatron_long.checkpoint.trained_model import keep_rope
 from megatron_long.cli import run_tool
-from megatron_long.conversion.mapping import OUTPUT_LAYER, RULES
-from megatron_long.conversion.megatron_folder import merge_geometry
-from megatron_long.conversion.sources import open_weights
-from megatron_long.conversion.torch_dist import TorchDistReader, read_common_state
-from megatron_long.conversion.weights import Weights
+from megatron_long.conversion.formats.sources import open_weights
+from megatron_long.conversion.formats.weights import Weights
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
-from megatron_long.training.trained_model import keep_rope
+from megatron_long.model.mapping import OUTPUT_LAYER, RULES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,7 +136,7 @@ def megatron_logits(
     positions: Tensor,
 ) -> Tensor:
     """Logits [s, v] by Megatron's `GPTModel`, from a checkpoint's weights in the stored type."""
-    from megatron_long.training import host_backend
+    from megatron_long.engine import host_backend
 
     host_backend.install()
     model = _one_layer_model(geometry, tokens.numel())
@@ -169,8 +169,8 @@ def _multiply(hidden: Tensor, geometry: LlamaGeometry, rows: Callable[[slice], T
 
 
 def _one_layer_model(geometry: LlamaGeometry, num_tokens: int) -> Any:
-    from megatron_long.training import megatron_adapter
-    from megatron_long.training.backend import HOST, join_or_start_job
+    from megatron_long.engine import megatron_adapter
+    from megatron_long.flags.backend import HOST, join_or_start_job
 
     join_or_start_job()
     megatron_adapter.install_patches()

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_long.conversion.checks import KEEP
-from megatron_long.conversion.mapping import units_of
 from megatron_long.conversion.pieces import size_of
 from megatron_long.model.geometry import LlamaGeometry
+from megatron_long.model.mapping import units_of
 
 if TYPE_CHECKING:
     from torch import dtype

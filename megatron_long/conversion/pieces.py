@@ -6,14 +6,14 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from megatron_long.conversion.checks import check_finite
-from megatron_long.conversion.mapping import Unit
-from megatron_long.conversion.weights import Weights
+from megatron_long.conversion.formats.weights import Weights
 from megatron_long.model.geometry import LlamaGeometry
+from megatron_long.model.mapping import Unit
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-    from megatron_long.conversion.torch_dist import TorchDistReader
+    from megatron_long.checkpoint.torch_dist import TorchDistReader
 
 
 def read_source(unit: Unit, weights: Weights, stored: dtype) -> list[tuple[str, Tensor]]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_long.conversion.checks import check_finite
-from megatron_long.conversion.mapping import Layout, Unit
-from megatron_long.conversion.weights import STORED_DTYPES, Weights
+from megatron_long.conversion.formats.weights import STORED_DTYPES, Weights
 from megatron_long.model.geometry import LlamaGeometry
+from megatron_long.model.mapping import Layout, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,15 +15,15 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_long.conversion.mapping import TensorRule, Unit, checkpoint_shape, rules_of
 from megatron_long.conversion.slices import read_block
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import LlamaGeometry
+from megatron_long.model.mapping import TensorRule, Unit, checkpoint_shape, rules_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_long.conversion.weights import Weights
+    from megatron_long.conversion.formats.weights import Weights
 
 
 @torch.no_grad()

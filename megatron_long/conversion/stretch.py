@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import LlamaGeometry
-from megatron_long.training.rope import stretch_rope
+from megatron_long.model.rope_stretch import stretch_rope
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_long.checkpoint.megatron_folder import check_tensors
+from megatron_long.checkpoint.sidecars import HF_CONFIG_NAME
 from megatron_long.conversion.checks import check_same
-from megatron_long.conversion.mapping import Unit, units_of
-from megatron_long.conversion.megatron_folder import check_tensors
+from megatron_long.conversion.formats.weights import Weights
 from megatron_long.conversion.options import ConversionReport, Options
 from megatron_long.conversion.pieces import read_checkpoint, read_source
-from megatron_long.conversion.weights import Weights
 from megatron_long.errors import DataError
 from megatron_long.model.geometry import (
     CONFIG_NAME,
@@ -26,12 +26,12 @@ from megatron_long.model.geometry import (
     geometry_from_hf,
     pad_vocab_size,
 )
-from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME
+from megatron_long.model.mapping import Unit, units_of
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-    from megatron_long.conversion.torch_dist import TorchDistReader
+    from megatron_long.checkpoint.torch_dist import TorchDistReader
 
 VERIFICATION_NAME = "verification.json"
 UnitTensors = Callable[[Unit], Iterable[tuple[str, "Tensor"]]]

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.evaluation.needle_scores import Generator
+from megatron_long.evaluation.needle.needle_scores import Generator
 
 if TYPE_CHECKING:
-    from megatron_long.data.tokenizer_types import Tokenizer
+    from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 PROMPT = (
     "<|im_start|>Read the book below and answer a question.\n\n{context}\n\n"

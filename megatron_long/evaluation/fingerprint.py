@@ -13,9 +13,9 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
+from megatron_long.checkpoint.choosing import RELEASE, iteration_folder
+from megatron_long.checkpoint.hashes import HASHES_NAME
 from megatron_long.evaluation.inputs import CheckpointFolder
-from megatron_long.training.checkpoint_choice import RELEASE, iteration_folder
-from megatron_long.training.checkpoint_hashes import HASHES_NAME
 
 HF_GENERATION_CONFIG = "generation_config.json"
 HF_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_long.errors import ConfigError
-from megatron_long.files import refuse_overwrite
-from megatron_long.training.checkpoint_choice import (
+from megatron_long.checkpoint.choosing import (
     RELEASE,
     has_checkpoint,
     has_metadata,
@@ -22,15 +20,13 @@ from megatron_long.training.checkpoint_choice import (
     no_metadata,
     saved_iterations,
 )
-from megatron_long.training.checkpoint_folder import (
-    HF_CONFIG_NAME,
-    TOKENIZER_DIR_NAME,
-    no_checkpoint,
-)
-from megatron_long.training.checkpoint_hashes import check_sidecars
+from megatron_long.checkpoint.hashes import check_sidecars
+from megatron_long.checkpoint.sidecars import HF_CONFIG_NAME, TOKENIZER_DIR_NAME, no_checkpoint
+from megatron_long.errors import ConfigError
+from megatron_long.files import refuse_overwrite
 
 if TYPE_CHECKING:
-    from megatron_long.data.tokenizer_types import Tokenizer
+    from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 HF_FOLDER_CONFIG = "config.json"
 
@@ -145,7 +141,7 @@ def open_tokenizer(tokenizer: Path | None, checkpoint: CheckpointFolder) -> Toke
     Raises: ConfigError: neither is there, they differ, or the vocabulary is larger than the
         model's.
     """
-    from megatron_long.data.tokenizers import load_tokenizer
+    from megatron_long.tokenizer.loading import load_tokenizer
 
     path = tokenizer or checkpoint.tokenizer
     if path is None:

@@ -11,7 +11,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_long.conversion.megatron_folder import WEIGHTS, choose_weights
+from megatron_long.checkpoint.choosing import RELEASE, SKIP_HASH_CHECK, iteration_folder
+from megatron_long.checkpoint.megatron_folder import WEIGHTS, choose_weights
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.batches import TokenScorer
 from megatron_long.evaluation.fingerprint import fingerprint
@@ -23,7 +24,6 @@ from megatron_long.evaluation.inputs import (
     read_flag,
 )
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
-from megatron_long.training.checkpoint_choice import RELEASE, SKIP_HASH_CHECK, iteration_folder
 
 if TYPE_CHECKING:
     from megatron_long.evaluation.hf_scorer import HFScorer

@@ -4,8 +4,10 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_long.conversion.megatron_folder import choose_weights
-from megatron_long.training import checkpoint_choice, loading_hooks, rendezvous
+from megatron_long.checkpoint import choosing
+from megatron_long.checkpoint.megatron_folder import choose_weights
+from megatron_long.engine import loading_hooks
+from megatron_long.job import rendezvous
 
 
 def pin_checkpoint(
@@ -16,11 +18,11 @@ def pin_checkpoint(
     (agreed,) = rendezvous.from_first(
         lambda: [iteration or _iteration_to_load(folder, args.ckpt_step)]
     )
-    number = None if agreed == checkpoint_choice.RELEASE else int(agreed)
-    path = checkpoint_choice.iteration_folder(folder, number)
+    number = None if agreed == choosing.RELEASE else int(agreed)
+    path = choosing.iteration_folder(folder, number)
     if check_hashes:
-        checkpoint_choice.check_whole(path, share=rendezvous.share(), agree=rendezvous.agree)
-    loading_hooks.load_from(checkpoint_choice.Choice(number, path), args)
+        choosing.check_whole(path, share=rendezvous.share(), agree=rendezvous.agree)
+    loading_hooks.load_from(choosing.Choice(number, path), args)
     return path
 
 
@@ -35,5 +37,5 @@ def pin_weights(iteration: Path, wanted: str) -> None:
 
 def _iteration_to_load(folder: Path, step: int | None) -> str:
     """What `--ckpt-step` names, or what the run recorded as its newest."""
-    number = checkpoint_choice.newest_iteration(folder)[0] if step is None else step
-    return checkpoint_choice.RELEASE if number is None else str(number)
+    number = choosing.newest_iteration(folder)[0] if step is None else step
+    return choosing.RELEASE if number is None else str(number)

@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 
 from megatron_long.errors import ConfigError, UserError
 from megatron_long.files import append_whole, atomic_path
-from megatron_long.training import rendezvous
+from megatron_long.job import rendezvous
 
 SHOWN_DIFFERENCES = 3
 LOCK = ".lock"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
 from megatron_long.model.linear_cross_entropy import (
     UNSCORED,
@@ -27,7 +28,6 @@ from megatron_long.model.linear_cross_entropy import (
     gather_statistics,
     multiply,
 )
-from megatron_long.training import host_backend
 
 if TYPE_CHECKING:
     from megatron_long.model.geometry import LlamaGeometry
@@ -153,7 +153,7 @@ class Scorer:
 
     def close(self) -> None:
         """Leave the process group."""
-        from megatron_long.training.megatron_adapter import leave_process_group
+        from megatron_long.engine.megatron_adapter import leave_process_group
 
         leave_process_group()
 
@@ -291,11 +291,11 @@ def open_scorer(
     Raises: ConfigError: no checkpoint there, or a layout that cannot be cut. DataError: it is damaged.
     """
     host_backend.install()
+    from megatron_long.engine import megatron_adapter
     from megatron_long.evaluation.pinning import pin_checkpoint, pin_weights
-    from megatron_long.training import megatron_adapter
-    from megatron_long.training.arguments import check_checkpoint
-    from megatron_long.training.backend import join_or_start_job
-    from megatron_long.training.layout_rules import check_layout
+    from megatron_long.flags.arguments import check_checkpoint
+    from megatron_long.flags.backend import join_or_start_job
+    from megatron_long.flags.layout_rules import check_layout
 
     if checkpoint is not None:
         check_checkpoint(str(checkpoint), "--checkpoint")
@@ -339,8 +339,8 @@ def check_flags(
 
 
 def _geometry(checkpoint: Path | None, hf_config: Path | None) -> "LlamaGeometry":
+    from megatron_long.checkpoint.sidecars import hf_config_path
     from megatron_long.model.geometry import geometry_from_hf
-    from megatron_long.training.checkpoint_folder import hf_config_path
 
     if checkpoint is not None:
         hf_config = hf_config or hf_config_path(checkpoint)
@@ -357,8 +357,8 @@ def _parse(
     tool_flags: Sequence[str],
 ) -> Namespace:
     """Give Megatron's settings for scoring; the user's flags come after ours."""
-    from megatron_long.training import megatron_adapter
-    from megatron_long.training.backend import PRECISION_ARGV, detect_backend
+    from megatron_long.engine import megatron_adapter
+    from megatron_long.flags.backend import PRECISION_ARGV, detect_backend
 
     backend = detect_backend()
     precision = precision or ("bf16" if backend.cuda else "fp32")

@@ -40,7 +40,7 @@ def forward_flops(model: LlamaGeometry, length: int, num_scored: int) -> float:
         length: Tokens of the row, n.
         num_scored: Positions that the output layer is applied to.
 
-    >>> from megatron_long.training.recipe import LLAMA3_8B
+    >>> from megatron_long.flags.recipe import LLAMA3_8B
     >>> f"{forward_flops(LLAMA3_8B, 131072, 0):.3g}"
     '6.33e+15'
     """

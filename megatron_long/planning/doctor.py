@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_long.flags.recipe import build_recipe
 from megatron_long.planning.hardware import GPUS_PER_NODE
 from megatron_long.planning.machine import free_disk, gigabytes, host_memory
 from megatron_long.planning.memory import checkpoint_bytes, host_memory_of_save
 from megatron_long.planning.run_shape import RunShape, run_of_recipe
-from megatron_long.training.recipe import build_recipe
 
 State = Literal["ok", "note", "problem"]
 DEFAULT_RECIPE = "llama3_8b_128k"
@@ -208,7 +208,7 @@ def _loaded(name: str) -> list[str]:
 
 
 def _flags() -> Iterator[Finding]:
-    from megatron_long.training.backend import detect_backend
+    from megatron_long.flags.backend import detect_backend
 
     backend = detect_backend()
     kind = "Transformer Engine" if backend.transformer_engine else "portable attention"

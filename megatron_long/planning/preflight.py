@@ -12,7 +12,9 @@ from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_long.checkpoint.choosing import saved_iterations
 from megatron_long.errors import ConfigError
+from megatron_long.job import rendezvous
 from megatron_long.planning.hardware import GIB, GPUS, GPUS_PER_NODE, Gpu
 from megatron_long.planning.machine import Room, free_disk, gigabytes, host_memory
 from megatron_long.planning.memory import (
@@ -23,8 +25,6 @@ from megatron_long.planning.memory import (
 )
 from megatron_long.planning.run_shape import RunShape, run_of_arguments
 from megatron_long.planning.search import Task, find_plans, usable_gib
-from megatron_long.training import rendezvous
-from megatron_long.training.checkpoint_choice import saved_iterations
 
 SHAPE = (
     "num_layers",

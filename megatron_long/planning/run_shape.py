@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from megatron_long.flags.recipe import ParallelLayout, Recipe
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_args
-from megatron_long.training.recipe import ParallelLayout, Recipe
 
 Recompute = Literal["layernorm", "mlp", "full"]
 RECOMPUTE_FLAGS: dict[Recompute, list[str]] = {

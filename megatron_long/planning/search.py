@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_long.errors import ConfigError
+from megatron_long.flags.recipe import ParallelLayout
 from megatron_long.model.geometry import LlamaGeometry
 from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS_PER_NODE, Gpu
 from megatron_long.planning.memory import MemoryParts, predict_memory
 from megatron_long.planning.run_shape import RECOMPUTE_FLAGS, RunShape
 from megatron_long.planning.step_time import TimeParts, predict_time
-from megatron_long.training.recipe import ParallelLayout
 
 RESERVE_GIB = 4.0
 """Of a GPU's memory, for CUDA's context, NCCL's buffers and what falls between allocations."""

@@ -14,7 +14,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_long.model.attention import zigzag_shard
-from megatron_long.training.documents import AttentionFormat, offsets_of, split_batch
+from megatron_long.model.document_masks import AttentionFormat, offsets_of, split_batch
 
 LOSS_KEY = "lm loss"
 PADDING_KEY = "padding share"

@@ -8,11 +8,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.utils import Split
 
-from megatron_long.data.indexed import IndexedDatasetReader
-from megatron_long.data.manifest import read_manifest
+from megatron_long.dataset.indexed import IndexedDatasetReader
+from megatron_long.dataset.manifest import read_manifest
+from megatron_long.dataset.packed_dataset import PackedDataset
 from megatron_long.errors import ConfigError
-from megatron_long.training.arguments import LongContextArguments
-from megatron_long.training.packed_dataset import PackedDataset
+from megatron_long.flags.arguments import LongContextArguments
 
 NumSamples = tuple[int, int | None, int]
 """Samples that Megatron asks of the training, validation and test sets; None is one whole pass."""
@@ -124,7 +124,7 @@ def _stock_datasets(args: Namespace, num_samples: NumSamples) -> tuple:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    from megatron_long.training.megatron_adapter import stock_blend
+    from megatron_long.engine.megatron_adapter import stock_blend
 
     blend, blend_per_split = stock_blend(args)
     config = GPTDatasetConfig(

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.open_dataset import write_sparse
 from benchmarks.preprocess import Cost, make_slices, speed
-from megatron_long.data.indexed import IndexedDatasetReader
+from megatron_long.dataset.indexed import IndexedDatasetReader
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from megatron_long.training import host_backend
+from megatron_long.engine import host_backend
 
 host_backend.install()
 
+from megatron_long.conversion import run_ends  # noqa: E402
+from megatron_long.engine import megatron_adapter  # noqa: E402
+from megatron_long.flags.backend import HOST, join_or_start_job  # noqa: E402
 from megatron_long.model.attention import zigzag_shard, zigzag_unshard  # noqa: E402
 from megatron_long.model.geometry import geometry_from_hf  # noqa: E402
-from megatron_long.training import hugging_face, megatron_adapter  # noqa: E402
-from megatron_long.training.backend import HOST, join_or_start_job  # noqa: E402
 
 
 def build(checkpoint: Path, folder: Path, seq_length: int, flags: list[str]) -> tuple:
@@ -87,9 +88,7 @@ def main() -> None:
     chunks, args = build(Path(checkpoint), Path(folder), tokens.size(1), flags)
     loaders = {
         "checkpoint": lambda: load_checkpoint(chunks, None, None),
-        "straight": lambda: hugging_face.filler(Path(folder), lambda: args.padded_vocab_size)(
-            chunks
-        ),
+        "straight": lambda: run_ends.filler(Path(folder), lambda: args.padded_vocab_size)(chunks),
     }
     logits = {}
     for name, load in loaders.items():

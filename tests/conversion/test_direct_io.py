@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.conversion import direct_io, stored
-from megatron_long.conversion.direct_io import FileWriter, read_bytes
-from megatron_long.conversion.stored import StoredTensor, read_ahead
-from megatron_long.data.manifest import hash_file
+from megatron_long.checkpoint import direct_io, stored
+from megatron_long.checkpoint.direct_io import FileWriter, read_bytes
+from megatron_long.checkpoint.stored import StoredTensor, read_ahead
+from megatron_long.dataset.manifest import hash_file
 
 CONTENT = os.urandom(50_000)
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_long.conversion import gguf_file, sources
 from megatron_long.conversion.convert import hf_to_megatron
 from megatron_long.conversion.export import gguf_to_hf, megatron_to_hf
-from megatron_long.conversion.gguf_file import _NAMES
+from megatron_long.conversion.formats import gguf_file, sources
+from megatron_long.conversion.formats.gguf_file import _NAMES
 from megatron_long.conversion.options import Options
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.geometry import geometry_from_hf

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_long.checkpoint.megatron_folder import read_geometry
 from megatron_long.conversion.convert import hf_to_megatron
 from megatron_long.conversion.export import gguf_to_hf, megatron_to_hf
-from megatron_long.conversion.megatron_folder import read_geometry
 from megatron_long.conversion.options import Options
 from megatron_long.errors import DataError
 from megatron_long.evaluation.hf_scorer import open_hf_scorer

@@ -5,14 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.conversion.mapping import (
-    QKV,
-    RULES,
-    checkpoint_shape,
-    rules_of,
-    units_of,
-)
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
+from megatron_long.model.mapping import QKV, RULES, checkpoint_shape, rules_of, units_of
 
 GEOMETRY = LlamaGeometry(
     num_layers=3,

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_long.checkpoint.megatron_folder import extra_states
 from megatron_long.conversion.convert import hf_to_megatron
 from megatron_long.conversion.export import megatron_to_hf
-from megatron_long.conversion.mapping import checkpoint_shape, rules_of
-from megatron_long.conversion.megatron_folder import extra_states
 from megatron_long.conversion.options import Options
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import geometry_from_hf
+from megatron_long.model.mapping import checkpoint_shape, rules_of
 from megatron_long.model.rope import BaseRope, LinearRope, Llama3Rope, YarnRope
 
 TOLERANCE = 1e-4

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.conversion.hf_folder import HfWeights
-from megatron_long.conversion.mapping import QKV, RULES, Unit, megatron_shape
+from megatron_long.conversion.formats.hf_folder import HfWeights
 from megatron_long.conversion.slices import RowRun, read_block, row_runs
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
+from megatron_long.model.mapping import QKV, RULES, Unit, megatron_shape
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megatron_long.conversion.hf_folder import HfWeights
+from megatron_long.conversion.formats.hf_folder import HfWeights
+from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import geometry_from_hf
-from megatron_long.training import host_backend
 
 host_backend.install()
 

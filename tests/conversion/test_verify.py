@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.conversion import hf_folder, sources
 from megatron_long.conversion.convert import hf_to_megatron
 from megatron_long.conversion.export import megatron_to_hf
+from megatron_long.conversion.formats import hf_folder, sources
 from megatron_long.conversion.options import Options
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.errors import DataError

@@ -5,11 +5,11 @@ from argparse import Namespace
 import pytest
 import torch
 
-from megatron_long.conversion.mapping import RULES
-from megatron_long.conversion.megatron_folder import MAIN_PREFIXES, choose_weights
-from megatron_long.conversion.torch_dist import COMMON_STATE
-from megatron_long.conversion.torch_dist_writer import LazyPiece, write_torch_dist
+from megatron_long.checkpoint.megatron_folder import MAIN_PREFIXES, choose_weights
+from megatron_long.checkpoint.torch_dist import COMMON_STATE
+from megatron_long.checkpoint.torch_dist_writer import LazyPiece, write_torch_dist
 from megatron_long.errors import ConfigError
+from megatron_long.model.mapping import RULES
 
 
 def write(folder, *, fp8: bool, main: bool) -> None:

@@ -8,14 +8,14 @@ import numpy as np
 import orjson
 import pytest
 
-from megatron_long.data.indexed import IndexedDatasetReader
-from megatron_long.data.manifest import read_manifest
-from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import preprocess
-from megatron_long.data.preprocess_config import PreprocessConfig
-from megatron_long.data.tokenize_file import _check_ids
-from megatron_long.data.tokenizers import load_tokenizer
+from megatron_long.dataset.indexed import IndexedDatasetReader
+from megatron_long.dataset.manifest import read_manifest
 from megatron_long.errors import ConfigError, DataError
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess.preprocess import preprocess
+from megatron_long.preprocess.preprocess_config import PreprocessConfig
+from megatron_long.preprocess.tokenize_file import _check_ids
+from megatron_long.tokenizer.loading import load_tokenizer
 
 MIXTURE = Mixture(train_tokens=2000, strategy="original", valid_tokens_per_source=500)
 
@@ -127,7 +127,7 @@ def test_a_tokenizer_larger_than_the_dtype(config, tmp_path, corpus, model_file)
         vocab_size = 128_256
         bos_id = None
 
-    from megatron_long.data.preprocess_config import choose_dtype
+    from megatron_long.preprocess.preprocess_config import choose_dtype
 
     two_bytes = dataclasses.replace(config, token_dtype="uint16")
     with pytest.raises(ConfigError, match=r"--token-dtype uint16 is too small .* 128,256 ids"):
@@ -142,7 +142,7 @@ def test_a_tokenizer_larger_than_the_dtype(config, tmp_path, corpus, model_file)
 
 
 def test_ids_beyond_the_vocabulary_are_never_stored(model_file):
-    from megatron_long.data.inputs import InputFile
+    from megatron_long.corpus.inputs import InputFile
 
     tokenizer, item = load_tokenizer(model_file), InputFile("a.jsonl", "a.jsonl", 0)
     with pytest.raises(DataError, match=r"a\.jsonl: the tokenizer gives the id 65540"):

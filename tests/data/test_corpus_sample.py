@@ -1,13 +1,13 @@
 from pathlib import Path
 
-from megatron_long.data.corpus_sample import SAMPLE_FILES, TEXT_CHARS_PER_FILE, sample_texts
-from megatron_long.data.documents import RecordKeys
-from megatron_long.data.engines import SAMPLE_BYTES
-from megatron_long.data.inputs import find_inputs
-from megatron_long.data.manifest import read_manifest
-from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import preprocess
-from megatron_long.data.preprocess_config import PreprocessConfig
+from megatron_long.corpus.corpus_sample import SAMPLE_FILES, TEXT_CHARS_PER_FILE, sample_texts
+from megatron_long.corpus.documents import RecordKeys
+from megatron_long.corpus.inputs import find_inputs
+from megatron_long.dataset.manifest import read_manifest
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess.preprocess import preprocess
+from megatron_long.preprocess.preprocess_config import PreprocessConfig
+from megatron_long.tokenizer.engines import SAMPLE_BYTES
 
 
 def test_texts_of_every_file_of_a_small_corpus(corpus, records):
@@ -33,7 +33,7 @@ def test_damaged_files_and_lines_are_passed_over(tmp_path, write_jsonl):
 
 def test_an_engine_that_fails_on_the_corpus_is_not_used(corpus, model_file, tmp_path, monkeypatch):
     """The hard strings do not show it, the corpus does; the tokens are the reference's."""
-    from megatron_long.data.engines import ENGINES, TuetokenEngine
+    from megatron_long.tokenizer.engines import ENGINES, TuetokenEngine
 
     class Wrong(TuetokenEngine):
         def encode_flat(self, texts):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long.data.documents import (
+from megatron_long.corpus.documents import (
     BadDocuments,
     Document,
     FileState,
@@ -12,7 +12,7 @@ from megatron_long.data.documents import (
     parse_line,
     read_documents,
 )
-from megatron_long.data.inputs import InputFile, find_inputs, hash_input
+from megatron_long.corpus.inputs import InputFile, find_inputs, hash_input
 from megatron_long.errors import DataError
 
 

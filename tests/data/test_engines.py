@@ -14,17 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_long.data import engines, gigatoken_engine
-from megatron_long.data.engines import (
+from megatron_long.errors import ConfigError
+from megatron_long.tokenizer import engines, gigatoken_engine
+from megatron_long.tokenizer.engines import (
     ENGINES,
     HARD_STRINGS,
     check_sample,
     find_difference,
     unreadable,
 )
-from megatron_long.data.sentencepiece_json import NotConvertible, sentencepiece_to_json
-from megatron_long.data.tokenizers import load_tokenizer
-from megatron_long.errors import ConfigError
+from megatron_long.tokenizer.loading import load_tokenizer
+from megatron_long.tokenizer.sentencepiece_json import NotConvertible, sentencepiece_to_json
 
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long.data.executors import ExecutorOptions, _private_folder
-from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import preprocess
-from megatron_long.data.preprocess_config import PreprocessConfig
 from megatron_long.errors import ConfigError, DataError
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess.executors import ExecutorOptions, _private_folder
+from megatron_long.preprocess.preprocess import preprocess
+from megatron_long.preprocess.preprocess_config import PreprocessConfig
 from tests import slurm_cluster
 from tests.data.conftest import files_of
 
@@ -74,7 +74,7 @@ def fake_slurm(tmp_path, monkeypatch, importable):
         (tools / name).write_text(text, encoding="utf-8")
         (tools / name).chmod(0o755 | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    monkeypatch.setattr("megatron_long.data.executors.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("megatron_long.preprocess.executors.POLL_SECONDS", 0.1)
 
 
 def test_nobody_else_writes_where_job_files_lie(tmp_path, monkeypatch):

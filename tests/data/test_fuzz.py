@@ -11,12 +11,12 @@ import zstandard
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megatron_long.data.documents import BadDocuments, FileState, RecordKeys, read_documents
-from megatron_long.data.indexed import DTYPE_CODES, HEADER, MAGIC, IndexedDatasetReader
-from megatron_long.data.inputs import InputFile
-from megatron_long.data.manifest import read_manifest
-from megatron_long.data.shares import read_shares
+from megatron_long.corpus.documents import BadDocuments, FileState, RecordKeys, read_documents
+from megatron_long.corpus.inputs import InputFile
+from megatron_long.dataset.indexed import DTYPE_CODES, HEADER, MAGIC, IndexedDatasetReader
+from megatron_long.dataset.manifest import read_manifest
 from megatron_long.errors import UserError
+from megatron_long.mixture.shares import read_shares
 
 FUZZ = settings(
     max_examples=60,
@@ -223,7 +223,7 @@ def test_shares_of_any_bytes(content, tmp_path):
 @example(size=2**63, header=b"{}", body=b"")
 @example(size=2, header=b"{}", body=b"")
 def test_safetensors_header(size, header, body, tmp_path):
-    from megatron_long.conversion.hf_folder import HfWeights
+    from megatron_long.conversion.formats.hf_folder import HfWeights
 
     def read() -> None:
         with HfWeights(tmp_path) as weights:
@@ -243,7 +243,7 @@ def test_safetensors_header(size, header, body, tmp_path):
 @example(content=b"[" * 100_000)
 @example(content=b'{"files": {"a": {"size_bytes": 1}}, "xxh3_128_of_this_file": "x"}')
 def test_checkpoint_hashes_of_any_bytes(content, tmp_path):
-    from megatron_long.training.checkpoint_hashes import find_damage
+    from megatron_long.checkpoint.hashes import find_damage
 
     (tmp_path / "hashes.json").write_bytes(content)
     with little_memory():

@@ -3,12 +3,12 @@
 import shutil
 from pathlib import Path
 
-from megatron_long.data.inspection import DatasetBrowser
-from megatron_long.data.manifest import read_manifest
-from megatron_long.data.report_page import write_report
-from megatron_long.data.stages import TokenizeStage, WriteStage
-from megatron_long.data.verification import verify_dataset
-from megatron_long.evaluation.held_out import open_held_out
+from megatron_long.dataset.inspection import DatasetBrowser
+from megatron_long.dataset.manifest import read_manifest
+from megatron_long.dataset.report_page import write_report
+from megatron_long.dataset.verification import verify_dataset
+from megatron_long.evaluation.loss.held_out import open_held_out
+from megatron_long.preprocess.stages import TokenizeStage, WriteStage
 from tests import hostile
 
 

@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from megatron_long.data.indexed import (
+from megatron_long.dataset.indexed import (
     IndexedDatasetReader,
     IndexedDatasetWriter,
     bin_path,

@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_long.data.inputs import find_inputs, hash_input
+from megatron_long.corpus.inputs import find_inputs, hash_input
 from megatron_long.errors import ConfigError, DataError
 
 

@@ -12,11 +12,11 @@ import time
 
 import pytest
 
-from megatron_long.data import preprocess as preprocess_module
-from megatron_long.data.manifest import read_manifest, verify_files
-from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import PreprocessConfig, preprocess
-from megatron_long.data.stages import split_parts
+from megatron_long.dataset.manifest import read_manifest, verify_files
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess import preprocess as preprocess_module
+from megatron_long.preprocess.preprocess import PreprocessConfig, preprocess
+from megatron_long.preprocess.stages import split_parts
 from tests.data.conftest import files_of
 
 KILLS = 20

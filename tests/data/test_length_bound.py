@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_long.data.length_bound import extra_tokens_bound
-from megatron_long.data.tokenizers import load_tokenizer
+from megatron_long.tokenizer.length_bound import extra_tokens_bound
+from megatron_long.tokenizer.loading import load_tokenizer
 
 NASTY = [
     "",

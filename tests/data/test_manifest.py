@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 
-from megatron_long.data.inspection import DatasetBrowser
-from megatron_long.data.manifest import read_manifest, verify_files
-from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import preprocess
-from megatron_long.data.preprocess_config import PreprocessConfig
-from megatron_long.data.verification import verify_dataset
+from megatron_long.dataset.inspection import DatasetBrowser
+from megatron_long.dataset.manifest import read_manifest, verify_files
+from megatron_long.dataset.verification import verify_dataset
 from megatron_long.errors import DataError
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess.preprocess import preprocess
+from megatron_long.preprocess.preprocess_config import PreprocessConfig
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,14 @@ import dataclasses
 
 import pytest
 
-from megatron_long.data.mixture import (
+from megatron_long.errors import ConfigError
+from megatron_long.mixture.mixture import (
     STRATEGIES,
     Mixture,
     named_sources,
     source_budgets,
     source_shares,
 )
-from megatron_long.errors import ConfigError
 
 BASE = Mixture(train_tokens=300_000, long_threshold_tokens=1000, valid_tokens_per_source=5000)
 TOKENS_IN = {"ArXiv": 100, "Book": 200, "C4": 700}

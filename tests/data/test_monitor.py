@@ -2,13 +2,13 @@
 
 import itertools
 
-from megatron_long.data import monitor as module
-from megatron_long.data.inputs import find_inputs
-from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import preprocess
-from megatron_long.data.preprocess_config import PreprocessConfig
-from megatron_long.data.stages import _reporter
-from megatron_long.data.tokenize_file import FileProgress
+from megatron_long.corpus.inputs import find_inputs
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess import monitor as module
+from megatron_long.preprocess.preprocess import preprocess
+from megatron_long.preprocess.preprocess_config import PreprocessConfig
+from megatron_long.preprocess.stages import _reporter
+from megatron_long.preprocess.tokenize_file import FileProgress
 
 
 def test_progress_adds_up_to_the_corpus(corpus, model_file, tmp_path, monkeypatch):
@@ -31,7 +31,7 @@ def test_progress_adds_up_to_the_corpus(corpus, model_file, tmp_path, monkeypatc
 
 
 def test_files_under_way_are_seen(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_long.data.stages.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_long.preprocess.stages.PROGRESS_SECONDS", 0.0)
     report = _reporter(tmp_path / "progress" / "tokens.0.000001.json")
     seen = []
     with module.Monitor(tmp_path, find_inputs([corpus]), seen.append) as watching:

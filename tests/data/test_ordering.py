@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from megatron_long.data import external_sort
-from megatron_long.data.external_sort import iterate_rows, sort_on_disk
-from megatron_long.data.ordering import measure_evenness, order_documents
-from megatron_long.data.selection import CHOSEN_DTYPE
+from megatron_long.mixture import external_sort
+from megatron_long.mixture.external_sort import iterate_rows, sort_on_disk
+from megatron_long.mixture.ordering import measure_evenness, order_documents
+from megatron_long.mixture.selection import CHOSEN_DTYPE
 
 
 def make_chosen(num_documents=30_000, seed=0):

@@ -5,18 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_long.data import pieces as pieces_module
-from megatron_long.data.documents import BadDocuments, FileState, RecordKeys, read_documents
-from megatron_long.data.executors import ExecutorOptions
-from megatron_long.data.inputs import find_inputs, hash_input
-from megatron_long.data.inspection import DatasetBrowser
-from megatron_long.data.manifest import read_manifest
-from megatron_long.data.mixture import Mixture
-from megatron_long.data.pieces import find_pieces, split_inputs
-from megatron_long.data.preprocess import preprocess
-from megatron_long.data.preprocess_config import PreprocessConfig
-from megatron_long.data.workdir import _known_hashes
+from megatron_long.corpus.documents import BadDocuments, FileState, RecordKeys, read_documents
+from megatron_long.corpus.inputs import find_inputs, hash_input
+from megatron_long.dataset.inspection import DatasetBrowser
+from megatron_long.dataset.manifest import read_manifest
 from megatron_long.errors import DataError
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess import file_pieces as pieces_module
+from megatron_long.preprocess.executors import ExecutorOptions
+from megatron_long.preprocess.file_pieces import find_pieces, split_inputs
+from megatron_long.preprocess.preprocess import preprocess
+from megatron_long.preprocess.preprocess_config import PreprocessConfig
+from megatron_long.preprocess.workdir import _known_hashes
 from tests.data.conftest import files_of
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import orjson
 import pytest
 
-from megatron_long.data import external_sort
-from megatron_long.data.admission import Admission, Limits
-from megatron_long.data.mixture import Mixture
-from megatron_long.data.plan import TooTight, make_plan
-from megatron_long.data.tokenize_file import ROW_DTYPE
 from megatron_long.errors import DataError
+from megatron_long.mixture import external_sort
+from megatron_long.mixture.admission import Admission, Limits
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.mixture.plan import TooTight, make_plan
+from megatron_long.preprocess.tokenize_file import ROW_DTYPE
 
 SOURCES = ["Book", "C4"]
 OVERHEAD = 2

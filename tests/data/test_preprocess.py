@@ -4,16 +4,16 @@ import json
 import numpy as np
 import pytest
 
-from megatron_long.data.documents import RecordKeys
-from megatron_long.data.dry_run import plan_dataset
-from megatron_long.data.indexed import IndexedDatasetReader
-from megatron_long.data.keys import document_keys
-from megatron_long.data.manifest import read_manifest, verify_files
-from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import preprocess
-from megatron_long.data.preprocess_config import PreprocessConfig
-from megatron_long.data.tokenizers import load_tokenizer
+from megatron_long.corpus.documents import RecordKeys
+from megatron_long.dataset.indexed import IndexedDatasetReader
+from megatron_long.dataset.manifest import read_manifest, verify_files
 from megatron_long.errors import ConfigError, DataError
+from megatron_long.mixture.keys import document_keys
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess.dry_run import plan_dataset
+from megatron_long.preprocess.preprocess import preprocess
+from megatron_long.preprocess.preprocess_config import PreprocessConfig
+from megatron_long.tokenizer.loading import load_tokenizer
 from tests.data.conftest import files_of
 
 TRAIN_TOKENS = 9000

@@ -12,15 +12,15 @@ from pathlib import Path
 import orjson
 import pytest
 
-from megatron_long.data import preprocess as preprocess_module
-from megatron_long.data.manifest import read_manifest, verify_files
-from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import preprocess
-from megatron_long.data.preprocess_config import PreprocessConfig
-from megatron_long.data.stages import TokenizeStage, WriteStage, split_parts
-from megatron_long.data.workdir import only_run, open_work
+from megatron_long.dataset.manifest import read_manifest, verify_files
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.files import remove_folder
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess import preprocess as preprocess_module
+from megatron_long.preprocess.preprocess import preprocess
+from megatron_long.preprocess.preprocess_config import PreprocessConfig
+from megatron_long.preprocess.stages import TokenizeStage, WriteStage, split_parts
+from megatron_long.preprocess.workdir import only_run, open_work
 from tests.data.conftest import files_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -1,13 +1,13 @@
 import pytest
 
-from megatron_long.data.shares import (
+from megatron_long.errors import ConfigError
+from megatron_long.mixture.shares import (
     SLIMPAJAMA_SHARES,
     parse_token_count,
     read_shares,
     resolve_shares,
     split_budget,
 )
-from megatron_long.errors import ConfigError
 
 TOKENS_IN = {"Book": 300, "C4": 100}
 

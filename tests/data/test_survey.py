@@ -6,14 +6,14 @@ import numpy as np
 import orjson
 import pytest
 
-from megatron_long.data import preprocess as preprocess_module
-from megatron_long.data import survey as survey_module
-from megatron_long.data.dry_run import plan_dataset
-from megatron_long.data.inputs import find_inputs
-from megatron_long.data.manifest import read_manifest
-from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import preprocess
-from megatron_long.data.preprocess_config import PreprocessConfig
+from megatron_long.corpus.inputs import find_inputs
+from megatron_long.dataset.manifest import read_manifest
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess import preprocess as preprocess_module
+from megatron_long.preprocess import survey as survey_module
+from megatron_long.preprocess.dry_run import plan_dataset
+from megatron_long.preprocess.preprocess import preprocess
+from megatron_long.preprocess.preprocess_config import PreprocessConfig
 
 NAMES = {"Book": 0.3, "C4": 0.7}
 
@@ -100,11 +100,11 @@ def test_limits_that_prove_too_tight_are_widened(config, tmp_path, monkeypatch):
 
 def test_short_documents_are_dropped_before_they_are_tokenized(config, tmp_path):
     """Without a survey everything could be held out, so only a limit on that shows the bound at work."""
-    from megatron_long.data.admission import Admission, Limits
-    from megatron_long.data.corpus_stats import gather_stats, read_info
-    from megatron_long.data.preprocess_config import tokenize_options
-    from megatron_long.data.tokenize_file import ROW_DTYPE, tokenize_file
-    from megatron_long.data.tokenizers import load_tokenizer
+    from megatron_long.mixture.admission import Admission, Limits
+    from megatron_long.mixture.corpus_stats import gather_stats, read_info
+    from megatron_long.preprocess.preprocess_config import tokenize_options
+    from megatron_long.preprocess.tokenize_file import ROW_DTYPE, tokenize_file
+    from megatron_long.tokenizer.loading import load_tokenizer
 
     tokenizer, item = load_tokenizer(config.tokenizer, "reference"), find_inputs(config.inputs)[0]
     options = tokenize_options(config, tokenizer, Admission(default=Limits(1.0, 0.1, 0.0)))

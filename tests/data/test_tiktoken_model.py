@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_long.data import tiktoken_model
-from megatron_long.data.engines import ENGINES, HARD_STRINGS, find_difference
-from megatron_long.data.length_bound import extra_tokens_bound
-from megatron_long.data.tokenizer_files import copy_tokenizer
-from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.errors import DataError
+from megatron_long.tokenizer import tiktoken_model
+from megatron_long.tokenizer.engines import ENGINES, HARD_STRINGS, find_difference
+from megatron_long.tokenizer.length_bound import extra_tokens_bound
+from megatron_long.tokenizer.loading import load_tokenizer
+from megatron_long.tokenizer.tokenizer_files import copy_tokenizer
 
 tiktoken = pytest.importorskip("tiktoken")
 WORDS = b" the quick brown fox jumps over lazy dog and runs away 12 123 the the".split()

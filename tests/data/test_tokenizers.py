@@ -7,9 +7,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
-from megatron_long.data.tokenizer_files import copy_tokenizer
-from megatron_long.data.tokenizers import load_tokenizer
 from megatron_long.errors import ConfigError, DataError
+from megatron_long.tokenizer.loading import load_tokenizer
+from megatron_long.tokenizer.tokenizer_files import copy_tokenizer
 
 TEXTS = ["nana bocu", "  two  spaces", "<s>literal</s> é \U0001f600\n", "", "tab\tand 12345"]
 

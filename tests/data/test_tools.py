@@ -175,8 +175,8 @@ def test_malformed_upsampling(word, words):
 
 
 def test_progress_in_a_log_and_on_a_terminal(capsys, monkeypatch):
-    from megatron_long.data import progress_bar
-    from megatron_long.data.monitor import RunProgress
+    from megatron_long.preprocess import progress_bar
+    from megatron_long.preprocess.monitor import RunProgress
 
     progress = RunProgress("tokens.0", 1, 4, 10, 40, 30, 8, {"Book": 8}, {"Book": 20})
     monkeypatch.setattr(progress_bar, "LINE_SECONDS", 0.0)

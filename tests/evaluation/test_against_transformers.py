@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_long.data.indexed import IndexedDatasetReader
-from megatron_long.data.tokenizers import load_tokenizer
-from megatron_long.evaluation.loss_report import read_loss_report
-from megatron_long.evaluation.needle_report import read_needle_report
-from megatron_long.evaluation.needle_tasks import TASK_NAMES
+from megatron_long.dataset.indexed import IndexedDatasetReader
+from megatron_long.evaluation.loss.loss_report import read_loss_report
+from megatron_long.evaluation.needle.needle_report import read_needle_report
+from megatron_long.evaluation.needle.needle_tasks import TASK_NAMES
+from megatron_long.tokenizer.loading import load_tokenizer
 
 from .fakes import make_story
 

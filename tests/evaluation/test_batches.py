@@ -3,7 +3,7 @@ import pytest
 
 from megatron_long.evaluation.batches import Row, pad_length, plan_batches, score_rows
 from megatron_long.evaluation.work import count_work, forward_flops
-from megatron_long.training.recipe import LLAMA3_8B
+from megatron_long.flags.recipe import LLAMA3_8B
 
 from .fakes import FakeScorer, copy_predictions
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long.training.live_evaluation import EvaluationArguments
+from megatron_long.evaluation.live_evaluation import EvaluationArguments
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = (REPOSITORY / "docs" / "evaluation.md").read_text()

@@ -1,9 +1,9 @@
 import os
 import shutil
 
+from megatron_long.checkpoint.sidecars import TRACKER_NAME
 from megatron_long.evaluation.fingerprint import fingerprint
 from megatron_long.evaluation.inputs import find_checkpoint, find_hf_folder
-from megatron_long.training.checkpoint_folder import TRACKER_NAME
 from tests.fake_checkpoints import write_fake_checkpoint
 
 from .fakes import write_checkpoint_folder

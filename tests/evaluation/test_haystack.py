@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.haystack import (
+from megatron_long.evaluation.needle.haystack import (
     Haystack,
     encode_continuations,
     read_haystack,

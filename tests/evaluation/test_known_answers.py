@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.evaluation.needle import PROMPTS
-from megatron_long.evaluation.needle_report import read_needle_report
+from megatron_long.evaluation.needle.cases import PROMPTS
+from megatron_long.evaluation.needle.needle_report import read_needle_report
 
 from .copying_model import save_copying_model
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.loss_report import (
+from megatron_long.evaluation.loss.loss_report import (
     LossReport,
     LossSettings,
     check_comparable,
@@ -14,7 +14,7 @@ from megatron_long.evaluation.loss_report import (
     read_loss_report,
     write_loss_report,
 )
-from megatron_long.evaluation.position_loss import PositionLoss, cell_edges
+from megatron_long.evaluation.loss.position_loss import PositionLoss, cell_edges
 
 SETTINGS = LossSettings(
     checkpoint="ckpt",

@@ -4,15 +4,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_long.evaluation.loss_report import LossReport
-from megatron_long.evaluation.loss_table import (
+from megatron_long.evaluation.loss.loss_report import LossReport
+from megatron_long.evaluation.loss.loss_table import (
     build_table,
     format_loss_table,
     table_figure,
     write_loss_csv,
 )
-from megatron_long.evaluation.plots import save_figure
-from megatron_long.evaluation.position_loss import PositionLoss, cell_edges
+from megatron_long.evaluation.loss.position_loss import PositionLoss, cell_edges
+from megatron_long.evaluation.report.plots import save_figure
 
 from .test_loss_report import SETTINGS
 

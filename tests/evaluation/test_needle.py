@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.evaluation.needle import PROMPTS, build_cases
-from megatron_long.evaluation.needle_scores import score_cases
-from megatron_long.evaluation.needle_tasks import NeedleTask
+from megatron_long.evaluation.needle.cases import PROMPTS, build_cases
+from megatron_long.evaluation.needle.needle_scores import score_cases
+from megatron_long.evaluation.needle.needle_tasks import NeedleTask
 
 from .fakes import (
     CORRECT_LOSS,
@@ -239,7 +239,7 @@ def test_a_loss_that_is_not_finite_is_an_error(cases):
 @pytest.mark.parametrize("name", ["sentencepiece", "byte-level"])
 def test_real_tokenizers_give_running_text(name, prompt, tmp_path: Path):
     """The pieces, tokenized apart, are the tokens of the assembled text."""
-    from megatron_long.data.tokenizers import load_tokenizer
+    from megatron_long.tokenizer.loading import load_tokenizer
 
     tokenizer = load_tokenizer(train_tokenizer(name, tmp_path))
     task = NeedleTask()

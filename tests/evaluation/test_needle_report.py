@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.needle_report import (
+from megatron_long.evaluation.needle.needle_report import (
     NeedleReport,
     NeedleSettings,
     format_summary,
@@ -14,7 +14,7 @@ from megatron_long.evaluation.needle_report import (
     summarize,
     write_needle_report,
 )
-from megatron_long.evaluation.needle_scores import NeedleResult
+from megatron_long.evaluation.needle.needle_scores import NeedleResult
 
 
 def make_report(training_length: int | None) -> NeedleReport:

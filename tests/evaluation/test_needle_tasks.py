@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.needle import _UsedText, build_cases
-from megatron_long.evaluation.needle_scores import Deadline, free_answers, score_cases
-from megatron_long.evaluation.needle_tasks import (
+from megatron_long.evaluation.needle.cases import _UsedText, build_cases
+from megatron_long.evaluation.needle.needle_scores import Deadline, free_answers, score_cases
+from megatron_long.evaluation.needle.needle_tasks import (
     GENERATED_TASKS,
     NeedleTask,
     Probe,
@@ -204,7 +204,7 @@ def test_free_answers_are_scored_as_the_authors_do(tokenizer):
 
 
 def test_a_deadline_leaves_time_for_a_round(monkeypatch):
-    from megatron_long.evaluation import needle_scores
+    from megatron_long.evaluation.needle import needle_scores
 
     clock = iter([0.0, 1.0, 4.0, 7.0, 10.0])
     monkeypatch.setattr(needle_scores.time, "monotonic", lambda: next(clock))

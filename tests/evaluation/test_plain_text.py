@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.evaluation.plain_text import TextRows, hash_texts, open_texts
+from megatron_long.evaluation.loss.plain_text import TextRows, hash_texts, open_texts
 
 from .fakes import WordTokenizer, make_story
 

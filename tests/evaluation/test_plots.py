@@ -4,15 +4,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_long.evaluation.needle_scores import NeedleResult
-from megatron_long.evaluation.plots import (
+from megatron_long.evaluation.loss.position_loss import PositionLoss, cell_edges
+from megatron_long.evaluation.needle.needle_scores import NeedleResult
+from megatron_long.evaluation.report.plots import (
     heatmap_figure,
     needle_history_figure,
     plot_heatmap,
     plot_position_curves,
     position_figure,
 )
-from megatron_long.evaluation.position_loss import PositionLoss, cell_edges
 
 SOURCES = ("CommonCrawl", "C4", "GitHub", "Wikipedia", "Book", "ArXiv", "StackExchange")
 PNG = b"\x89PNG\r\n\x1a\n"

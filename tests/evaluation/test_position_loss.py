@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.evaluation.held_out import HeldOutDocument, select_documents
-from megatron_long.evaluation.position_loss import (
+from megatron_long.evaluation.loss.held_out import HeldOutDocument, select_documents
+from megatron_long.evaluation.loss.position_loss import (
     PositionLoss,
     cell_edges,
     default_buckets,

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.loss_report import LossReport, write_loss_report
-from megatron_long.evaluation.needle_report import NeedleReport, write_needle_report
-from megatron_long.evaluation.run_files import collect
-from megatron_long.evaluation.run_report import run_report_page, write_run_report
+from megatron_long.evaluation.loss.loss_report import LossReport, write_loss_report
+from megatron_long.evaluation.needle.needle_report import NeedleReport, write_needle_report
+from megatron_long.evaluation.report.run_files import collect
+from megatron_long.evaluation.report.run_report import run_report_page, write_run_report
 from tests import hostile
 
 from .test_loss_report import make_report as make_loss

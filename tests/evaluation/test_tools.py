@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from megatron_long.cli import run_tool
-from megatron_long.data.indexed import IndexedDatasetReader
-from megatron_long.data.manifest import read_manifest
-from megatron_long.data.tokenizers import load_tokenizer
+from megatron_long.dataset.indexed import IndexedDatasetReader
+from megatron_long.dataset.manifest import read_manifest
 from megatron_long.evaluation import scoring
-from megatron_long.evaluation.loss_report import read_loss_report
-from megatron_long.evaluation.needle_report import read_needle_report
-from megatron_long.training import rendezvous
+from megatron_long.evaluation.loss.loss_report import read_loss_report
+from megatron_long.evaluation.needle.needle_report import read_needle_report
+from megatron_long.job import rendezvous
+from megatron_long.tokenizer.loading import load_tokenizer
 
 from .fakes import (
     FakeScorer,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long.training import host_backend
-from megatron_long.training.backend import GPU
+from megatron_long.engine import host_backend
+from megatron_long.flags.backend import GPU
 from tests.fake_checkpoints import write_fake_checkpoint
 
 host_backend.install()
@@ -47,7 +47,7 @@ def training_flags(command: list[str]) -> list[str]:
     "recipe", ["llama3_8b_128k", "llama2_7b_80k", "llama2_7b_128k", "llama2_13b_64k"]
 )
 def test_printed_command_parses(recipe, paths):
-    from megatron_long.training.command_line import parse
+    from megatron_long.command_line import parse
 
     command = dry_run("--train-iters", "7", "--allow-repeat", RECIPE=recipe, **paths)
     assert command[:5] == ["python3", "-m", "megatron_long.launch", "--nproc-per-node", "8"]
@@ -82,7 +82,7 @@ def test_header_asks_for_memory_and_for_time_to_save():
 
 
 def test_saves_by_time_and_keeps_the_last_few(paths):
-    from megatron_long.training.command_line import parse
+    from megatron_long.command_line import parse
 
     def kept(*argv: str, **variables: object):
         command = dry_run(*argv, "--train-iters", "7", "--allow-repeat", **variables, **paths)

@@ -28,16 +28,16 @@ from examples.smollm2_128k.settings import (
 from examples.smollm2_128k.training import choose_rate
 from examples.smollm2_128k.work import Work
 from megatron_long.cli import run_tool
-from megatron_long.data.indexed import IndexedDatasetReader
+from megatron_long.dataset.indexed import IndexedDatasetReader
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.evaluation.loss_report import LossReport, LossSettings, write_loss_report
-from megatron_long.evaluation.needle_report import (
+from megatron_long.evaluation.loss.loss_report import LossReport, LossSettings, write_loss_report
+from megatron_long.evaluation.loss.position_loss import PositionLoss
+from megatron_long.evaluation.needle.needle_report import (
     NeedleReport,
     NeedleSettings,
     write_needle_report,
 )
-from megatron_long.evaluation.needle_scores import NeedleResult
-from megatron_long.evaluation.position_loss import PositionLoss
+from megatron_long.evaluation.needle.needle_scores import NeedleResult
 from tests.fake_checkpoints import write_fake_checkpoint
 
 from ..conftest import make_text, write_corpus
@@ -98,11 +98,11 @@ def test_rehearsal_is_small_and_flags_win(tmp_path):
 
 def test_all_training_flags_parse(work, tiny_dataset, tmp_path):
     """Each training command is what the real parser takes, with the numbers that are published."""
-    from megatron_long.training import host_backend
+    from megatron_long.engine import host_backend
 
     host_backend.install()
-    from megatron_long.training.backend import GPU
-    from megatron_long.training.command_line import parse
+    from megatron_long.command_line import parse
+    from megatron_long.flags.backend import GPU
 
     write_fake_checkpoint(work.base, None)
     work.dataset("per-source").parent.mkdir()

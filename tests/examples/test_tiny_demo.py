@@ -22,8 +22,8 @@ from examples.tiny_demo.plot_training import read_losses
 from examples.tiny_demo.step_runner import run_command
 from examples.tiny_demo.train_tokenizer import corpus_files, sample_text, train
 from megatron_long.errors import DataError
-from megatron_long.evaluation.loss_report import LossReport, LossSettings, write_loss_report
-from megatron_long.evaluation.position_loss import PositionLoss
+from megatron_long.evaluation.loss.loss_report import LossReport, LossSettings, write_loss_report
+from megatron_long.evaluation.loss.position_loss import PositionLoss
 from tests.fake_checkpoints import write_fake_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -306,11 +306,11 @@ def test_tool_commands_parse(steps: Sequence[Step], monkeypatch) -> None:
 def test_training_commands_parse(
     steps: Sequence[Step], tmp_path: Path, tiny_dataset: Path, name: str, world_size: int
 ) -> None:
-    from megatron_long.training import host_backend
+    from megatron_long.engine import host_backend
 
     host_backend.install()
-    from megatron_long.training.backend import HOST
-    from megatron_long.training.command_line import parse
+    from megatron_long.command_line import parse
+    from megatron_long.flags.backend import HOST
 
     (step,) = [step for step in steps if step.name == name]
     assert step.command[step.command.index("--nproc-per-node") + 1] == str(world_size)

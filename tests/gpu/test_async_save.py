@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from megatron_long.training.checkpoint_choice import check_whole, saved_iterations
+from megatron_long.checkpoint.choosing import check_whole, saved_iterations
 from tests.gpu.test_exact_resume import DETERMINISTIC, read_tensors
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0

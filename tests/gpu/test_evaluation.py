@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.evaluation.loss_report import read_loss_report
-from megatron_long.evaluation.needle_report import read_needle_report
+from megatron_long.evaluation.loss.loss_report import read_loss_report
+from megatron_long.evaluation.needle.needle_report import read_needle_report
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 BF16_TOLERANCE = 0.05

@@ -64,8 +64,8 @@ def text_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two million tokens of the sources of Python's standard library, 4,096 pieces."""
     import sentencepiece
 
-    from megatron_long.data.mixture import Mixture
-    from megatron_long.data.preprocess import PreprocessConfig, preprocess
+    from megatron_long.mixture.mixture import Mixture
+    from megatron_long.preprocess.preprocess import PreprocessConfig, preprocess
 
     folder = tmp_path_factory.mktemp("text")
     library = Path(sysconfig.get_paths()["stdlib"])

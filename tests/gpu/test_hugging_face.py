@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_long.conversion.export import megatron_to_hf
-from megatron_long.conversion.hf_folder import HfWeights
+from megatron_long.conversion.formats.hf_folder import HfWeights
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.conversion.megatron_folder import MAIN_PREFIXES
-from megatron_long.conversion.torch_dist import TorchDistReader
-from megatron_long.evaluation.loss_report import read_loss_report
+from megatron_long.checkpoint.megatron_folder import MAIN_PREFIXES
+from megatron_long.checkpoint.torch_dist import TorchDistReader
+from megatron_long.evaluation.loss.loss_report import read_loss_report
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 FP8 = "--fp8-format hybrid --fp8-recipe tensorwise --fp8-param-gather".split()

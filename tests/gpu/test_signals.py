@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_long.training.checkpoint_choice import check_whole
+from megatron_long.checkpoint.choosing import check_whole
 from tests.gpu.test_exact_resume import FLAGS
 from tests.training.launched import (
     count_lines,

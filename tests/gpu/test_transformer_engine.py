@@ -98,7 +98,7 @@ def test_checkpoint_of_transformer_engine_scores_and_exports(
     }.items():
         run_job(1, [*command, tmp_path / f"{name}.json", *flags])
 
-    from megatron_long.evaluation.loss_report import read_loss_report
+    from megatron_long.evaluation.loss.loss_report import read_loss_report
 
     means = {
         name: read_loss_report(tmp_path / f"{name}.json").loss.mean(0, 256)

@@ -5,7 +5,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_long.training import host_backend
+from megatron_long.engine import host_backend
 
 host_backend.install()
 

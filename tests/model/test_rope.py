@@ -5,22 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
-from megatron_long.model.geometry import (
-    LlamaGeometry,
-    geometry_from_args,
-    geometry_from_config,
-)
+from megatron_long.flags.recipe import LLAMA3_8B, build_recipe
+from megatron_long.model.geometry import LlamaGeometry, geometry_from_args, geometry_from_config
 from megatron_long.model.rope import BaseRope, LinearRope, Llama3Rope, YarnRope
-from megatron_long.training import host_backend
-from megatron_long.training.recipe import LLAMA3_8B, build_recipe
-from megatron_long.training.rope import stretch_rope
+from megatron_long.model.rope_stretch import stretch_rope
 
 host_backend.install()
 
 # ruff: noqa: E402
-from megatron_long.training.arguments import check_rope
-from megatron_long.training.megatron_adapter import build_model_config, parse_flags
+from megatron_long.engine.megatron_adapter import build_model_config, parse_flags
+from megatron_long.flags.arguments import check_rope
 
 POSITIONS = 4096
 METHODS = {
@@ -89,7 +85,7 @@ def megatron_frequencies(geometry: LlamaGeometry, monkeypatch) -> tuple[torch.Te
 
 
 def host():
-    from megatron_long.training.backend import HOST
+    from megatron_long.flags.backend import HOST
 
     return HOST
 

@@ -103,7 +103,7 @@ def parser_actions() -> dict[str, Action]:
     """What the training command takes, by flag."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_long.training.command_line import _add_own_flags
+    from megatron_long.command_line import _add_own_flags
 
     parser = _add_own_flags(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     return {word: action for action in parser._actions for word in action.option_strings}

@@ -10,22 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
+from megatron_long.flags.backend import GPU
+from megatron_long.flags.recipe import LLAMA3_8B, LLAMA3_70B, RECIPES, ParallelLayout, build_recipe
 from megatron_long.model.geometry import geometry_from_args
 from megatron_long.planning.hardware import GPUS, find_gpu
 from megatron_long.planning.memory import checkpoint_bytes, host_memory_of_save, predict_memory
 from megatron_long.planning.run_shape import RunShape, run_of_arguments, run_of_recipe
 from megatron_long.planning.search import NEAR_TIE, Task, find_plans, usable_gib
 from megatron_long.planning.step_time import predict_time
-from megatron_long.training import host_backend
-from megatron_long.training.backend import GPU
-from megatron_long.training.recipe import (
-    LLAMA3_8B,
-    LLAMA3_70B,
-    RECIPES,
-    ParallelLayout,
-    build_recipe,
-)
 
 host_backend.install()
 
@@ -130,7 +124,7 @@ def test_document_says_what_the_planner_does():
 def test_flops_are_megatrons_count():
     from megatron.training.training import num_floating_point_operations
 
-    from megatron_long.training.command_line import parse
+    from megatron_long.command_line import parse
 
     args = parse(["--recipe", "llama3_8b_128k", "--mock-data"], GPU, 8)[1]
     counted = num_floating_point_operations(args, 1)
@@ -278,7 +272,7 @@ def test_near_ties_are_ordered_by_simplicity():
 
 @pytest.mark.parametrize("recipe", ["llama3_8b_128k", "llama2_7b_80k", "llama3_70b_128k"])
 def test_flags_of_every_plan_are_taken_and_mean_what_was_planned(recipe):
-    from megatron_long.training.command_line import parse
+    from megatron_long.command_line import parse
 
     made = build_recipe(recipe)
     plans = find_plans(

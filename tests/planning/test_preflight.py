@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
+from megatron_long.flags.backend import GPU, HOST
 from megatron_long.planning import machine, preflight
 from megatron_long.planning.hardware import GPUS
 from megatron_long.planning.machine import Room
-from megatron_long.training import host_backend
-from megatron_long.training.backend import GPU, HOST
 from tests.fake_checkpoints import write_fake_checkpoint
 from tests.training.launched import REPOSITORY
 from tests.training.test_saving import NAMESPACE, can_mount
@@ -27,7 +27,7 @@ MOCK = ("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "128
 @pytest.fixture
 def ask(monkeypatch, tmp_path):
     """Warnings for llama3_8b_128k with flags on a machine: `ask("--keep-last", 2, free=1e12, host=1e12)`."""
-    from megatron_long.training.command_line import parse
+    from megatron_long.command_line import parse
 
     usage = namedtuple("usage", "total used free")
 
@@ -148,7 +148,7 @@ def test_the_host_backend_is_compared_too(ask):
 
 
 def test_model_without_a_shape_is_left_to_megatron():
-    from megatron_long.training.megatron_adapter import parse_flags
+    from megatron_long.engine.megatron_adapter import parse_flags
 
     args = parse_flags(["--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4"])
     assert preflight.needs_of(args, 1) is None

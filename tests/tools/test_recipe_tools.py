@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_long.flags.backend import GPU
+from megatron_long.flags.recipe import LLAMA3_8B, RECIPES, build_recipe
 from megatron_long.model.rope import Llama3Rope
-from megatron_long.training.backend import GPU
-from megatron_long.training.recipe import LLAMA3_8B, RECIPES, build_recipe
 
 
 def test_shown_array_is_the_recipe(run_job):

@@ -9,7 +9,7 @@ one, with a dense attention of plain PyTorch in their place: what they compute, 
 import sys
 from typing import Any
 
-from megatron_long.training import host_backend
+from megatron_long.engine import host_backend
 
 host_backend.install()
 
@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from megatron_long import pretrain
 from megatron_long.cli import run_tool
+from megatron_long.job.side_output import LossLog
 from megatron_long.model.attention import ContextParallelAttention
+from megatron_long.model.document_masks import PaddedDocuments
 from megatron_long.training import batch
-from megatron_long.training.documents import PaddedDocuments
-from megatron_long.training.side_output import LossLog
 
 
 class GatherRanks(torch.autograd.Function):

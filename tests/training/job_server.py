@@ -18,14 +18,15 @@ from pathlib import Path
 
 def main() -> None:
     """Serve jobs until the input ends."""
-    from megatron_long.training import host_backend
+    from megatron_long.engine import host_backend
 
     host_backend.install()
     import megatron.training.training  # noqa: F401
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from megatron_long import pretrain  # noqa: F401
-    from megatron_long.training import batch, datasets, guarded_step, loss  # noqa: F401
+    from megatron_long.engine import guarded_step  # noqa: F401
+    from megatron_long.training import batch, datasets, loss  # noqa: F401
 
     queue = filesystem_async.get_write_results_queue  # spawning one imports torch once more a rank
     filesystem_async.get_write_results_queue = lambda mode="spawn": queue("fork")
@@ -156,7 +157,7 @@ def hash_state(fault: dict) -> None:
     """
     import hashlib
 
-    from megatron_long.training.guarded_step import state_tensors
+    from megatron_long.engine.guarded_step import state_tensors
 
     def write(model, optimizer):
         digest = hashlib.sha256()
@@ -190,14 +191,14 @@ def sleep_in_step(fault: dict) -> None:
 
 def stock_optimizer_format(fault: dict) -> None:
     """Save and load the optimizer as Megatron does by itself."""
-    from megatron_long.training import megatron_adapter
+    from megatron_long.engine import megatron_adapter
 
     megatron_adapter.save_own_shards = lambda: None
 
 
 def trace_windows(fault: dict) -> None:
     """Write down which windows the training set is asked for."""
-    from megatron_long.training.packed_dataset import PackedDataset
+    from megatron_long.dataset.packed_dataset import PackedDataset
 
     stock = PackedDataset.__getitem__
 
@@ -211,7 +212,7 @@ def trace_windows(fault: dict) -> None:
 
 def ring_clock(fault: dict) -> None:
     """Let the time of a save be over on this rank after some steps; the clock itself never is."""
-    from megatron_long.training.save_clock import SaveClock
+    from megatron_long.engine.save_clock import SaveClock
 
     SaveClock.is_due = lambda self: present_step() in fault["steps"]
 
@@ -229,13 +230,13 @@ def fill_disk(fault: dict) -> None:
     """Let files whose names end so find no room; the last tries of a save come without waits."""
     import errno
 
-    from megatron_long.training import checkpoint_saving
+    from megatron_long.checkpoint import saving
 
     def refuse() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before_write(fault["name"], refuse)
-    checkpoint_saving.LAST_TRIES_S = (0.0,) * 3
+    saving.LAST_TRIES_S = (0.0,) * 3
 
 
 def before_write(name: str, action) -> None:
@@ -258,7 +259,7 @@ def present_step() -> int:
 
 def rounded_weights(_: dict) -> None:
     """Take every checkpoint for one of a run with FP8 parameters, which need a GPU."""
-    from megatron_long.conversion import megatron_folder
+    from megatron_long.checkpoint import megatron_folder
 
     megatron_folder.holds_rounded_weights = lambda state: True
 

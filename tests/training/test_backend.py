@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_long.training.backend import HOST, Backend
+from megatron_long.flags.backend import HOST, Backend
 
 
 @pytest.mark.parametrize(

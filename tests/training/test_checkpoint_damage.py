@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from megatron_long import pretrain
-from megatron_long.conversion import torch_dist
+from megatron_long.checkpoint import choosing, hashes, torch_dist
+from megatron_long.checkpoint.megatron_folder import find_iteration
+from megatron_long.checkpoint.run_identity import check_same_optimizer
 from megatron_long.conversion.export import megatron_to_hf
-from megatron_long.conversion.megatron_folder import find_iteration
 from megatron_long.conversion.options import Options
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.inputs import find_checkpoint
-from megatron_long.training import checkpoint_choice, checkpoint_hashes
-from megatron_long.training.run_identity import check_same_optimizer
 from tests.training.conftest import FLAGS
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -192,8 +191,8 @@ def test_a_folder_without_metadata_is_no_checkpoint(leave, run, tiny_dataset, tm
     """For no reader; where it is all there is, the run begins at its start."""
     out = tmp_path / "out"
     leave(out)
-    assert not checkpoint_choice.has_checkpoint(out)
-    assert checkpoint_choice.saved_iterations(out) == []
+    assert not choosing.has_checkpoint(out)
+    assert choosing.saved_iterations(out) == []
     start = load(out, tiny_dataset, "--pretrained-checkpoint", run, "--save", out)
     assert (start.choice.folder, start.resumes) == (run / NEWEST, False)
     assert not list(out.glob(".iter_*"))
@@ -214,7 +213,7 @@ def test_a_folder_without_metadata_is_no_checkpoint(leave, run, tiny_dataset, tm
     with pytest.raises(ConfigError, match="holds no Megatron checkpoint"):
         find_iteration(out, 4)
     with pytest.raises(DataError):
-        checkpoint_choice.check_whole(out / NEWEST)
+        choosing.check_whole(out / NEWEST)
 
 
 def test_a_first_run_into_a_folder_that_is_not_there(run, tiny_dataset, tmp_path):
@@ -299,8 +298,8 @@ def test_finished_run_is_checked_too(copy, tiny_dataset):
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_every_file_is_read_by_one_process(parts, copy):
-    files = checkpoint_hashes.read_hashes(copy / NEWEST)["files"]
-    shares = [checkpoint_hashes._share(files, part, parts) for part in range(parts)]
+    files = hashes.read_hashes(copy / NEWEST)["files"]
+    shares = [hashes._share(files, part, parts) for part in range(parts)]
     assert sorted(name for share in shares for name in share) == sorted(files)
 
 
@@ -324,13 +323,13 @@ def make_saved(folder: Path, iterations: list[int]) -> None:
 def test_old_checkpoints_are_deleted(newest, keep_last, keep_every, kept, tmp_path):
     """Later ones than the newest of this run (another line, gone back from) are left alone."""
     make_saved(tmp_path, [10, 20, 30, 40, 50, 60, 70])
-    checkpoint_choice.prune(tmp_path, newest, keep_last, keep_every)
-    assert checkpoint_choice.saved_iterations(tmp_path) == kept[::-1]
+    choosing.prune(tmp_path, newest, keep_last, keep_every)
+    assert choosing.saved_iterations(tmp_path) == kept[::-1]
 
 
 def write_hashes(folder: Path) -> None:
-    infos = checkpoint_hashes.hash_files(folder, checkpoint_hashes.files_within(folder))
-    checkpoint_hashes.write_hashes(folder, infos)
+    infos = hashes.hash_files(folder, hashes.files_within(folder))
+    hashes.write_hashes(folder, infos)
 
 
 def test_what_is_no_checkpoint_counts_for_nothing(tmp_path):
@@ -338,8 +337,8 @@ def test_what_is_no_checkpoint_counts_for_nothing(tmp_path):
     make_saved(tmp_path, [4, 5, 10, 12])
     for name in ("iter_0000009", "iter_0000011"):
         (tmp_path / name).mkdir()
-    assert checkpoint_choice.prune(tmp_path, 12, 2, None) == [5, 4]
-    assert checkpoint_choice.saved_iterations(tmp_path) == [12, 10]
+    assert choosing.prune(tmp_path, 12, 2, None) == [5, 4]
+    assert choosing.saved_iterations(tmp_path) == [12, 10]
     assert (tmp_path / "iter_0000011").is_dir()
 
 
@@ -359,8 +358,8 @@ def test_nothing_is_deleted_before_the_new_one_is_whole(damage, tmp_path):
         "no folder": lambda: shutil.rmtree(new),
     }
     break_it[damage]()
-    assert checkpoint_choice.prune(tmp_path, 12, 1, None) == []
-    assert [n for n in checkpoint_choice.saved_iterations(tmp_path) if n < 12] == [10, 5, 4]
+    assert choosing.prune(tmp_path, 12, 1, None) == []
+    assert [n for n in choosing.saved_iterations(tmp_path) if n < 12] == [10, 5, 4]
 
 
 def test_a_damaged_one_is_not_counted(tmp_path):
@@ -368,8 +367,8 @@ def test_a_damaged_one_is_not_counted(tmp_path):
     for iteration in (4, 5, 10, 12):
         write_hashes(tmp_path / f"iter_{iteration:07d}")
     (tmp_path / "iter_0000010" / ".metadata").write_bytes(b"ind")
-    assert checkpoint_choice.prune(tmp_path, 12, 2, None) == [4]
-    assert checkpoint_choice.saved_iterations(tmp_path) == [12, 10, 5]
+    assert choosing.prune(tmp_path, 12, 2, None) == [4]
+    assert choosing.saved_iterations(tmp_path) == [12, 10, 5]
 
 
 @pytest.mark.parametrize(
@@ -432,11 +431,11 @@ def test_export_of_a_damaged_checkpoint_is_refused(damaged, tmp_path):
 def test_whatever_file_is_damaged_is_named_to_its_reader(name, copy):
     flip(copy / NEWEST / name, random.Random(6))
     with pytest.raises(DataError, match=rf"{NEWEST}/{re.escape(name)} is damaged"):
-        checkpoint_choice.check_whole(copy / NEWEST)
-    assert checkpoint_choice.check_whole(copy / "iter_0000002")
+        choosing.check_whole(copy / NEWEST)
+    assert choosing.check_whole(copy / "iter_0000002")
     (copy / NEWEST / name).unlink()
     with pytest.raises(DataError, match=re.escape(name)):
-        checkpoint_choice.check_whole(copy / NEWEST)
+        choosing.check_whole(copy / NEWEST)
 
 
 @pytest.mark.parametrize("name", ["hf_config.json", "tokenizer/tokenizer.model"])

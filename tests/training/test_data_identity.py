@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_long import pretrain
-from megatron_long.data.manifest import read_manifest, verify_files, write_manifest
-from megatron_long.data.mixture import Mixture
-from megatron_long.data.preprocess import PreprocessConfig, preprocess
+from megatron_long.dataset.manifest import read_manifest, verify_files, write_manifest
 from megatron_long.errors import ConfigError, DataError
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess.preprocess import PreprocessConfig, preprocess
 from tests.fake_checkpoints import write_fake_checkpoint
 from tests.training.conftest import FLAGS
 
@@ -167,7 +167,7 @@ def test_a_changed_byte_of_the_tokenizer_is_found(version, run, dataset):
 
 def test_untouched_files_are_not_read_again(run, tiny_dataset, monkeypatch):
     """Hashing terabytes at each start would cost more than it gives; times of change tell."""
-    from megatron_long.training import run_identity
+    from megatron_long.checkpoint import run_identity
 
     read = []
     monkeypatch.setattr(

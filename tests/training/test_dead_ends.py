@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long.conversion.megatron_folder import find_iteration
+from megatron_long import command_line
+from megatron_long.checkpoint.megatron_folder import find_iteration
+from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.inputs import find_checkpoint
-from megatron_long.training import command_line, host_backend
-from megatron_long.training.backend import HOST
-from megatron_long.training.flag_help import UNITS
+from megatron_long.flags.backend import HOST
+from megatron_long.flags.flag_help import UNITS
 
 host_backend.install()
 REPOSITORY = Path(__file__).resolve().parents[2]

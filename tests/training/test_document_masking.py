@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_long.dataset.packed_dataset import PackedDataset
+from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
-from megatron_long.training import host_backend
-from megatron_long.training.packed_dataset import PackedDataset
 
 host_backend.install()
 
 # ruff: noqa: E402
-from megatron_long import pretrain
-from megatron_long.training import command_line
-from megatron_long.training.backend import GPU, HOST
-from megatron_long.training.documents import offsets_of, pad_documents, split_batch
+from megatron_long import command_line, pretrain
+from megatron_long.flags.backend import GPU, HOST
+from megatron_long.model.document_masks import offsets_of, pad_documents, split_batch
 
 WORKER = Path(__file__).with_name("document_worker.py")
 SEQ_LENGTH = 128

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_long.training.checkpoint_choice import check_whole, saved_iterations
+from megatron_long.checkpoint.choosing import check_whole, saved_iterations
 from tests.training.conftest import FLAGS
 from tests.training.launched import REPOSITORY, tracked
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_long.engine import megatron_adapter
 from megatron_long.errors import DataError
-from megatron_long.training import megatron_adapter
 from tests import hostile
 from tests.training.conftest import FLAGS
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_long import command_line
 from megatron_long.conversion.export import megatron_to_hf
+from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.training import command_line, host_backend
-from megatron_long.training.backend import HOST
+from megatron_long.flags.backend import HOST
 from tests.fake_checkpoints import write_fake_checkpoint
 
 host_backend.install()
@@ -83,7 +84,7 @@ def mean_loss(folder: Path, dataset: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from megatron_long.data.indexed import IndexedDatasetReader
+    from megatron_long.dataset.indexed import IndexedDatasetReader
 
     rope = {"rope_type": "default", "rope_theta": 2_000_000.0}
     model = AutoModelForCausalLM.from_pretrained(folder, rope_parameters=rope).eval()
@@ -121,7 +122,7 @@ def test_bad_flags_are_refused(flags, message, hf_model, tiny_dataset, tmp_path)
 
 
 def test_an_export_is_not_written_over(tmp_path):
-    from megatron_long.training.arguments import check_export
+    from megatron_long.flags.arguments import check_export
 
     (tmp_path / "precious").touch()
     with pytest.raises(ConfigError, match=r"--export-hf .* exists already"):

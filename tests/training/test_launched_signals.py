@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from megatron_long.training.checkpoint_choice import check_whole
+from megatron_long.checkpoint.choosing import check_whole
 from tests.training.launched import (
     GRACE_S,
     TRACKER,

@@ -8,13 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.loss_report import read_loss_report
-from megatron_long.evaluation.needle_report import read_needle_report
-from megatron_long.training.live_evaluation import (
-    EvaluationArguments,
-    Logs,
-    plan_live_evaluation,
-)
+from megatron_long.evaluation.live_evaluation import EvaluationArguments, Logs, plan_live_evaluation
+from megatron_long.evaluation.loss.loss_report import read_loss_report
+from megatron_long.evaluation.needle.needle_report import read_needle_report
 
 LENGTH = 1024
 

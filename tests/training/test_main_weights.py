@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_long.training import host_backend
+from megatron_long.engine import host_backend
 
 host_backend.install()
 
@@ -19,13 +19,13 @@ host_backend.install()
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
-from megatron_long.conversion import stored
-from megatron_long.conversion.direct_io import read_bytes
-from megatron_long.conversion.megatron_folder import MAIN_PREFIXES
-from megatron_long.conversion.torch_dist import COMMON_STATE, TorchDistReader
-from megatron_long.conversion.torch_dist_writer import LazyPiece, write_torch_dist
+from megatron_long.checkpoint import stored
+from megatron_long.checkpoint.direct_io import read_bytes
+from megatron_long.checkpoint.megatron_folder import MAIN_PREFIXES
+from megatron_long.checkpoint.torch_dist import COMMON_STATE, TorchDistReader
+from megatron_long.checkpoint.torch_dist_writer import LazyPiece, write_torch_dist
+from megatron_long.engine.main_weights import rename_on_load, take_main_weights
 from megatron_long.errors import DataError
-from megatron_long.training.main_weights import rename_on_load, take_main_weights
 
 PREFIX = MAIN_PREFIXES[0]
 PROJECTION, GATED = (

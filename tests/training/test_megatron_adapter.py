@@ -7,13 +7,13 @@ from argparse import Namespace
 
 import pytest
 
+from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
-from megatron_long.training import host_backend
 
 host_backend.install()
 
 # ruff: noqa: E402
-from megatron_long.training import loading_hooks, megatron_adapter, megatron_hooks
+from megatron_long.engine import loading_hooks, megatron_adapter, megatron_hooks
 
 
 def resolve(module: str, symbol: str):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_long.training.optimizer_shards import cut_into_boxes
+from megatron_long.engine.optimizer_shards import cut_into_boxes
 
 DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 TENSOR_PARALLEL = ("--tensor-model-parallel-size", "2", "--use-distributed-optimizer")

@@ -5,9 +5,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from megatron_long.data.indexed import IndexedDatasetWriter  # noqa: E402
+from megatron_long.dataset.indexed import IndexedDatasetWriter  # noqa: E402
+from megatron_long.dataset.packed_dataset import PackedDataset  # noqa: E402
 from megatron_long.errors import ConfigError  # noqa: E402
-from megatron_long.training.packed_dataset import PackedDataset  # noqa: E402
 
 EOD = 2
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long import pretrain
-from megatron_long.data.manifest import read_manifest
+from megatron_long import command_line, pretrain
+from megatron_long.dataset.manifest import read_manifest
+from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
+from megatron_long.flags.backend import GPU, HOST
+from megatron_long.flags.recipe import LLAMA3_8B, build_recipe
 from megatron_long.model.geometry import geometry_from_hf
-from megatron_long.training import command_line, host_backend
-from megatron_long.training.backend import GPU, HOST
-from megatron_long.training.recipe import LLAMA3_8B, build_recipe
 from tests.fake_checkpoints import write_fake_checkpoint
 
 host_backend.install()

@@ -2,17 +2,17 @@
 
 import pytest
 
+from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
-from megatron_long.training import host_backend
-from megatron_long.training.backend import GPU, HOST
-from megatron_long.training.recipe import RECIPES, ParallelLayout, Recipe, build_recipe
-from megatron_long.training.rope import ntk_rotary_base
+from megatron_long.flags.backend import GPU, HOST
+from megatron_long.flags.recipe import RECIPES, ParallelLayout, Recipe, build_recipe
+from megatron_long.model.rope_stretch import ntk_rotary_base
 
 host_backend.install()
 
 # ruff: noqa: E402
-from megatron_long.training.layout_rules import check_layout
-from megatron_long.training.megatron_adapter import parse_flags
+from megatron_long.engine.megatron_adapter import parse_flags
+from megatron_long.flags.layout_rules import check_layout
 from tests.gpu.test_exact_resume import FLAGS, LAYOUTS
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_long.training.backend import detect_backend
-from megatron_long.training.command_line import parse
+from megatron_long.command_line import parse
+from megatron_long.flags.backend import detect_backend
 
 USER = "--recipe tiny_debug --mock-data --tokenizer-type NullTokenizer --vocab-size 4096"
 

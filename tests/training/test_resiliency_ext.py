@@ -15,9 +15,10 @@ import psutil
 import pytest
 
 from megatron_long import launch
+from megatron_long.checkpoint.choosing import check_whole, saved_iterations
+from megatron_long.engine import megatron_adapter
 from megatron_long.errors import ConfigError
-from megatron_long.training import arguments, megatron_adapter
-from megatron_long.training.checkpoint_choice import check_whole, saved_iterations
+from megatron_long.flags import arguments
 from tests.training.launched import GRACE_S, count_lines, start_launcher, tracked, wait_until
 
 IS_INSTALLED = importlib.util.find_spec("nvidia_resiliency_ext") is not None

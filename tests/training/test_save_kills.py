@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_long.training import checkpoint_choice
-from megatron_long.training.checkpoint_choice import check_whole, has_checkpoint, saved_iterations
-from megatron_long.training.checkpoint_saving import CheckpointKeeper
+from megatron_long.checkpoint import choosing
+from megatron_long.checkpoint.choosing import check_whole, has_checkpoint, saved_iterations
+from megatron_long.checkpoint.saving import CheckpointKeeper
 
 STEPS = (2, 4, 6)
 """Iterations saved one after the other; the last one deletes the first (`--keep-last 2`)."""
@@ -116,7 +116,7 @@ def test_a_kill_at_any_file_operation_of_a_save(in_background, tmp_path, monkeyp
 
 
 def check_after_kill(out: Path, past: int | None, step: int, kept: list[int]) -> None:
-    checkpoint_choice.remove_leftovers(out)
+    choosing.remove_leftovers(out)
     assert not list(out.glob(".iter_*"))
     whole = saved_iterations(out)
     assert all(check_whole(out / f"iter_{iteration:07d}") for iteration in whole)
@@ -137,7 +137,7 @@ def check_after_kill(out: Path, past: int | None, step: int, kept: list[int]) ->
 
 
 def chosen(out: Path) -> int | None:
-    choice = checkpoint_choice.choose_checkpoint(out)
+    choice = choosing.choose_checkpoint(out)
     assert choice.checked
     assert all("latest_checkpointed_iteration.txt" in report for report in choice.reports)
     return choice.iteration

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.training import save_lock
-from megatron_long.training.save_lock import Holder, SaveLock, decide, this_process
+from megatron_long.job import save_lock
+from megatron_long.job.save_lock import Holder, SaveLock, decide, this_process
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ME = this_process()

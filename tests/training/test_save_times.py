@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_long.training.checkpoint_choice import saved_iterations
+from megatron_long.checkpoint.choosing import saved_iterations
 
 BY_TIME = (
     "--recipe tiny_debug --num-layers 2 --hidden-size 64 --kv-channels 16 --ffn-hidden-size 128"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long.training.checkpoint_choice import check_whole, saved_iterations
+from megatron_long.checkpoint.choosing import check_whole, saved_iterations
 from tests.training.conftest import FLAGS
 from tests.training.launched import REPOSITORY, count_lines, tracked, wait_until
 from tests.training.test_exact_resume import differing, read_state

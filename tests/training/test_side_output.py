@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_long.files import append_whole
-from megatron_long.training import side_output
-from megatron_long.training.side_output import LossLog, SurvivingStream, SurvivingWriter
+from megatron_long.job import side_output
+from megatron_long.job.side_output import LossLog, SurvivingStream, SurvivingWriter
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FULL = Path("/dev/full")

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_long.training.signals import LEAVE_SIGNALS
+from megatron_long.job.signals import LEAVE_SIGNALS
 from tests.training.launched import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.training.start_log import SHOWN_LINES, StartLog, start_log_path
+from megatron_long.job.start_log import SHOWN_LINES, StartLog, start_log_path
 
 MOST_LINES = 40
 FIRST_STEP = "iteration        1/"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long.data.documents import canonical_source
-from megatron_long.data.indexed import IndexedDatasetReader
-from megatron_long.training.step_guard import (
+from megatron_long.corpus.documents import canonical_source
+from megatron_long.dataset.indexed import IndexedDatasetReader
+from megatron_long.engine.step_guard import (
     FAULT_STATUS,
     MIN_STEPS,
     StepGuard,
@@ -116,7 +116,7 @@ def test_documents_of_a_window(tiny_dataset, tiny_corpus):
     """Against the corpus itself: the documents named hold the window's text."""
     lines = tiny_corpus.read_text().splitlines()
     reader = IndexedDatasetReader(tiny_dataset / "train")
-    from megatron_long.data.tokenizers import load_tokenizer
+    from megatron_long.tokenizer.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_dataset / "tokenizer", "reference")
     windows = describe_windows(str(tiny_dataset), 128, list(range(126)))
@@ -208,7 +208,7 @@ def test_state_on_several_devices_is_checked_on_each(monkeypatch):
     """As `--optimizer-cpu-offload` keeps it; once the first save ended in an error."""
     import torch
 
-    from megatron_long.training.guarded_step import all_finite
+    from megatron_long.engine.guarded_step import all_finite
 
     stacked, stock = [], torch.stack
     monkeypatch.setattr(torch, "stack", lambda found: stacked.append(found) or stock(found))

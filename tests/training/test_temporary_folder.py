@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.training.reliability import hold_save
+from megatron_long.training.start import hold_save
 
 OPENS_A_SOCKET = """
 import multiprocessing

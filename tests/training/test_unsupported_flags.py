@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_long import command_line
+from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
-from megatron_long.training import command_line, host_backend
-from megatron_long.training.backend import GPU, HOST
+from megatron_long.flags.backend import GPU, HOST
 
 host_backend.install()
 
@@ -176,7 +177,7 @@ def test_a2a_and_p2p_counts_the_heads_of_a_tensor_parallel_rank():
     ],
 )
 def test_checkpoints_are_saved_by_time_unless_steps_are_counted(flags, minutes, steps):
-    from megatron_long.training.arguments import NEVER
+    from megatron_long.flags.arguments import NEVER
 
     args = parse(flags)
     assert args.save_interval == (steps or NEVER)

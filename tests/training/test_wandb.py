@@ -6,7 +6,7 @@ import signal
 import psutil
 import pytest
 
-from megatron_long.training.checkpoint_choice import check_whole
+from megatron_long.checkpoint.choosing import check_whole
 from tests.evaluation.fakes import make_story
 from tests.training.launched import (
     GRACE_S,

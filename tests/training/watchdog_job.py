@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch.distributed
 
-from megatron_long.training import rendezvous, watchdog
+from megatron_long.job import rendezvous, watchdog
 
 TIMEOUT_S = 1.0
 watchdog.GRACE_S, watchdog.ANSWER_S, watchdog.LAST_S = 6.0, 6.0, 6.0

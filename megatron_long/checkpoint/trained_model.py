@@ -1,0 +1,76 @@
+"""The model of a run that goes on: what was trained, RoPE included, not what a recipe begins with."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_long.checkpoint.choosing import has_checkpoint, newest_iteration
+from megatron_long.checkpoint.sidecars import HF_CONFIG_NAME
+from megatron_long.errors import ConfigError
+from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
+
+_NAMES = {
+    "rope": "RoPE method",
+    "rotary_base": "RoPE base",
+    "num_layers": "--num-layers",
+    "hidden_size": "--hidden-size",
+    "ffn_hidden_size": "--ffn-hidden-size",
+    "num_attention_heads": "--num-attention-heads",
+    "num_query_groups": "--num-query-groups",
+    "kv_channels": "--kv-channels",
+    "norm_epsilon": "--norm-epsilon",
+    "tie_embeddings": "tied embeddings",
+}
+"""What must stay, by field of `LlamaGeometry`."""
+
+
+def trained_model(load: str | None, *, finetune: bool) -> LlamaGeometry | None:
+    """Give the model whose training goes on; None at the start of a run.
+
+    Args:
+        load: `--load`.
+        finetune: Whether a new run starts from its weights.
+    """
+    path = Path(load or "") / HF_CONFIG_NAME
+    if not load or finetune or not has_checkpoint(load) or not path.is_file():
+        return None
+    if newest_iteration(Path(load))[0] is None:  # converted weights, which a run starts from
+        return None
+    return geometry_from_hf(path)
+
+
+def keep_rope(model: LlamaGeometry | None, trained: LlamaGeometry) -> LlamaGeometry:
+    """Give the model that is named for this start (None: the trained one), with the RoPE that was trained."""
+    return replace(
+        model or trained,
+        rope=trained.rope,
+        rotary_base=trained.rotary_base,
+        max_position_embeddings=trained.max_position_embeddings,
+    )
+
+
+def check_same_model(trained: LlamaGeometry, now: LlamaGeometry, load: str) -> None:
+    """Refuse to go on with another model than was trained.
+
+    Raises: ConfigError: names everything that differs, before and now.
+    """
+    different = [name for name in _NAMES if getattr(trained, name) != getattr(now, name)]
+    if not different:
+        return
+    listed = "; ".join(
+        f"{_NAMES[name]}: {_shown(trained, name)} before, {_shown(now, name)} now"
+        for name in different
+    )
+    raise ConfigError(
+        f"the model in --load {load} was trained with other flags ({listed}); drop them to go on with the "
+        "model as it is, or give --finetune (and another --save) to change it on purpose: that starts at "
+        "step 0 from its weights"
+    )
+
+
+def _shown(model: LlamaGeometry, name: str) -> str:
+    value: Any = getattr(model, name)
+    if name == "rope":
+        return json.dumps(model.rope.to_hf(), sort_keys=True)
+    return f"{value:,.12g}" if name == "rotary_base" else json.dumps(value)

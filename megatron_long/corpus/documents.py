@@ -1,0 +1,291 @@
+"""From a file of the corpus to documents: lines of JSON or rows of parquet, each checked.
+
+Documents come in batches and know their line (or row), so every error names `file:line`. A document
+that cannot be read ends the run, or is left out and listed, as `BadDocuments` says.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import orjson
+
+from megatron_long.corpus.inputs import (
+    HashingReader,
+    InputFile,
+    decompressed,
+    open_input,
+    open_seekable,
+)
+from megatron_long.errors import ConfigError, DataError
+
+DEFAULT_SOURCE_KEYS = ("meta.redpajama_set_name", "source")
+SOURCE_FROM_FOLDER = "folder"
+DEFAULT_TEXT_KEY = "text"
+BATCH_BYTES = 4 << 20
+PARQUET_ROWS = 1024
+MAX_LISTED_PER_FILE = 20
+
+REDPAJAMA_SOURCES = {
+    "RedPajamaCommonCrawl": "CommonCrawl",
+    "RedPajamaC4": "C4",
+    "RedPajamaGithub": "GitHub",
+    "RedPajamaWikipedia": "Wikipedia",
+    "RedPajamaBook": "Book",
+    "RedPajamaArXiv": "ArXiv",
+    "RedPajamaStackExchange": "StackExchange",
+}
+
+
+class Document(NamedTuple):
+    """One text of the corpus with the source it belongs to; a tuple, for a corpus has billions."""
+
+    text: str
+    source: str
+    line: int = 0
+    """Its line in a .jsonl file or row in a parquet file, from 1."""
+
+
+@dataclass(frozen=True)
+class RecordKeys:
+    """Where a record keeps its text and its source: dotted paths into the JSON object."""
+
+    text: str = DEFAULT_TEXT_KEY
+    source: tuple[str, ...] | str = DEFAULT_SOURCE_KEYS
+    """Paths to try in order, or `folder`: the folder of the file is its label."""
+
+    @functools.cached_property
+    def source_paths(self) -> tuple[str, ...]:
+        """Give the paths to try; none when the folder is the label."""
+        if self.source == SOURCE_FROM_FOLDER:
+            return ()
+        return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+
+    @functools.cached_property
+    def text_parts(self) -> list[str]:
+        """Give the path of the text, part by part."""
+        return self.text.split(".")
+
+    @functools.cached_property
+    def source_parts(self) -> list[list[str]]:
+        """Give the paths to try, part by part."""
+        return [path.split(".") for path in self.source_paths]
+
+
+@dataclass
+class BadDocuments:
+    """What to do with documents that cannot be read, and what was done."""
+
+    skip: bool = False
+    count: int = 0
+    listed: list[dict[str, Any]] = field(default_factory=list)
+    """`file`, `line` and `reason` of the first ones."""
+
+    def add(self, item: InputFile, line: int, reason: str, remedy: str) -> None:
+        """Note a bad document.
+
+        Raises: DataError: they are not to be skipped.
+        """
+        if not self.skip:
+            raise DataError(
+                f"{item.path}:{line} {reason}; {remedy}, or leave such documents out with "
+                "--on-bad-document skip"
+            )
+        self.count += 1
+        if len(self.listed) < MAX_LISTED_PER_FILE:
+            self.listed.append({"file": item.name, "line": line, "reason": reason})
+
+
+@dataclass
+class FileState:
+    """How far a file is read."""
+
+    position_bytes: int = 0
+    """Bytes of the stored file (compressed, if it is) that were read."""
+    xxh3_128: str = ""
+    """Hash of the stored file, once all of it is read."""
+    batch_bytes: int = BATCH_BYTES
+    """Text of a batch, about."""
+    used_bytes: int = 0
+    """Bytes of text (with JSON around it) given so far."""
+
+
+def canonical_source(label: str) -> str:
+    """Give the name used for a source label.
+
+    >>> canonical_source("RedPajamaGithub"), canonical_source("Patents")
+    ('GitHub', 'Patents')
+    """
+    return REDPAJAMA_SOURCES.get(label, label)
+
+
+def read_documents(
+    item: InputFile, keys: RecordKeys, bad: BadDocuments, state: FileState
+) -> Iterator[list[Document]]:
+    """Read the documents of one file in batches of about BATCH_BYTES of text.
+
+    Args:
+        state: Kept up to date while reading.
+    Raises: DataError: the file is damaged, or a document is bad and not to be skipped.
+    """
+    with open_input(item) as reader:
+        read = _read_parquet if item.path.endswith(".parquet") else _read_lines
+        for batch in read(item, reader, keys, bad, state):
+            share = min(reader.used_share(state.used_bytes), 1.0)
+            state.position_bytes = min(round(reader.position * share), item.read_bytes)
+            yield batch
+        state.position_bytes = item.read_bytes
+        if item.xxh3_128 or not item.path.endswith(".parquet"):  # which is not read from end to end
+            state.xxh3_128 = reader.finish()
+
+
+def parse_line(line: bytes, item: InputFile, number: int, keys: RecordKeys) -> Document:
+    """Turn a line into a document.
+
+    Raises: ValueError: it is bad; the arguments are the reason and the remedy.
+    """
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(
+            f"is not JSON ({error}): every line must be one JSON object with a text and a source",
+            "fix or delete the line",
+        ) from None
+    label = canonical_source(item.folder) if not keys.source_paths else None
+    return _document(record, number, keys, label)
+
+
+def _document(record: Any, line: int, keys: RecordKeys, label: str | None) -> Document:
+    text = _look_up(record, keys.text_parts)
+    if not isinstance(text, str):
+        raise ValueError(*_lacks(record, "text", "--text-key", keys.text))
+    if label is None:
+        source = None
+        for parts in keys.source_parts:
+            source = _look_up(record, parts)
+            if source is not None:
+                break
+        if not isinstance(source, str) or not source:
+            raise ValueError(
+                *_lacks(record, "source", "--source-key", " or ".join(keys.source_paths))
+            )
+        label = canonical_source(source)
+    return Document(text, label, line)
+
+
+def _look_up(record: Any, parts: list[str]) -> Any:
+    for part in parts:
+        if type(record) is str:  # parquet files keep `meta` as JSON now and then
+            try:
+                record = orjson.loads(record)
+            except orjson.JSONDecodeError:
+                return None
+        if type(record) is not dict:
+            return None
+        record = record.get(part)
+    return record
+
+
+def _lacks(record: Any, what: str, flag: str, key: str) -> tuple[str, str]:
+    found = f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is no object"
+    return (
+        f"has no {what} string at {key!r} ({found})",
+        f"fix the line, or name the key with {flag} (dots go into nested objects)",
+    )
+
+
+def _read_lines(
+    item: InputFile,
+    reader: HashingReader,
+    keys: RecordKeys,
+    bad: BadDocuments,
+    state: FileState,
+) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size_bytes, number = 0, item.first_line - 1
+    try:
+        for number, line in enumerate(decompressed(item, reader), item.first_line):
+            state.used_bytes += len(line)
+            if line.isspace():
+                continue
+            try:
+                batch.append(parse_line(line, item, number, keys))
+            except ValueError as error:
+                bad.add(item, number, *error.args)
+            size_bytes += len(line)
+            if size_bytes >= state.batch_bytes:
+                yield batch
+                batch, size_bytes = [], 0
+    except Exception as error:
+        if not _is_damage(error):
+            raise
+        reason = f"cannot be read ({error or type(error).__name__}): the file is cut off or damaged"
+        bad.add(item, number + 1, reason, "fetch it again")
+    yield batch
+
+
+def _is_damage(error: Exception) -> bool:
+    # zlib.error and zstandard.ZstdError derive from Exception; pyarrow's from ValueError and OSError.
+    package = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError | EOFError) or package in ("zlib", "zstandard", "pyarrow")
+
+
+def _read_parquet(
+    item: InputFile,
+    reader: HashingReader,
+    keys: RecordKeys,
+    bad: BadDocuments,
+    state: FileState,
+) -> Iterator[list[Document]]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ConfigError(f"{item.path}: reading .parquet needs `pip install pyarrow`") from None
+    label = canonical_source(item.folder) if not keys.source_paths else None
+    number, fetch = item.first_line - 1, "fetch it again"
+    try:
+        # pyarrow seeks, so it gets a file of its own.
+        with open_seekable(item) as raw, parquet.ParquetFile(raw) as file:
+            names = set(file.schema_arrow.names)
+            wanted = {key.partition(".")[0] for key in (keys.text, *keys.source_paths)} & names
+            for group in range(*(item.groups or (0, file.num_row_groups))):
+                batches = file.iter_batches(PARQUET_ROWS, [group], sorted(wanted))
+                for table in batches:
+                    batch: list[Document] = []
+                    for record in _records(table):
+                        number += 1
+                        try:
+                            if isinstance(record, UnicodeDecodeError):
+                                raise ValueError(
+                                    f"is not UTF-8 ({record})", "fix or delete the row"
+                                )
+                            batch.append(_document(record, number, keys, label))
+                        except ValueError as error:
+                            bad.add(item, number, *error.args)
+                    share = number / max(file.metadata.num_rows, 1)
+                    reader.position = round(item.size_bytes * share) - item.start_bytes
+                    yield batch
+    except DataError:
+        raise
+    except Exception as error:
+        if not _is_damage(error):
+            raise
+        bad.add(
+            item, number + 1, f"cannot be read ({error}): the file is cut off or damaged", fetch
+        )
+
+
+def _records(table: Any) -> list[Any]:
+    """Give the rows of a table; in place of one that is not UTF-8, the error."""
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        return [_record(table.slice(row, 1)) for row in range(table.num_rows)]
+
+
+def _record(row: Any) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return error

@@ -1,0 +1,1 @@
+"""What is written and read back: the indexed dataset, its manifest, its check, its windows, its report."""

@@ -1,0 +1,291 @@
+"""The manifest of a dataset: what it holds, what it was made from, and hashes to check it by.
+
+It holds no path of the machine and no time, so equal inputs and options give equal bytes.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatron_long.errors import DataError
+from megatron_long.tokenizer.tokenizer_types import Tokenizer
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+DOCUMENTS_FILE = "documents.npy"
+TRAIN_PREFIX = "train"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The tokenizer the tokens were made with; a copy of it lies in `tokenizer/`."""
+
+    kind: str
+    vocab_size: int
+    bos_id: int | None
+    eod_id: int
+    vocabulary_sha256: str
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Size and hash of one file of the dataset."""
+
+    size_bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One pair of .bin and .idx, and what lies next to it."""
+
+    prefix: str
+    """Path of the pair relative to the dataset folder, without suffix."""
+    num_documents: int
+    num_tokens: int
+    files: dict[str, FileInfo]
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """One source, before (in the corpus) and after (in the training set)."""
+
+    index: int
+    """Its number in `documents.npy`."""
+    share_asked: float
+    share_got: float
+    documents_in: int
+    tokens_in: int
+    documents_valid: int
+    tokens_valid: int
+    documents_kept: int
+    tokens_kept: int
+    long_share_before: float
+    """Share of the source's tokens that lie in long documents, in the corpus."""
+    long_share_after: float
+    tokens_by_length_before: list[int]
+    """Tokens in documents of [2^k, 2^(k+1)) tokens at index k."""
+    tokens_by_length_after: list[int]
+    bytes_in: int = 0
+    """Bytes of text."""
+    documents_tokenized: int = 0
+    """Documents that had to be tokenized; the others were dropped by hash and size."""
+    tokens_tokenized: int = 0
+    tokens_in_is_exact: bool = True
+    """Whether every document was tokenized; if not, `tokens_in` and what is "before" is estimated from
+    those that were, by size, and so is what was dropped."""
+    documents_dropped: int = 0
+    tokens_dropped: int = 0
+    documents_repeated: int = 0
+    """Training documents that are second or later uses."""
+    tokens_repeated: int = 0
+    passes: int = 0
+    """Passes over the source, the last one counted whole."""
+    short_keep_ratio: float = 1.0
+    """Probability with which short documents were kept: given, or solved for the share asked."""
+    token_share_from_length_before: dict[str, float] = field(default_factory=dict)
+    """Share of tokens in documents of at least so many tokens."""
+    token_share_from_length_after: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InputInfo:
+    """One file of the corpus."""
+
+    name: str
+    size_bytes: int
+    num_documents: int
+    xxh3_128: str = ""
+    num_bad: int = 0
+    """Documents left out because they could not be read."""
+
+
+@dataclass(frozen=True)
+class OrderInfo:
+    """How evenly the sources lie in the file: shares in windows against shares of the whole."""
+
+    window_tokens: int
+    num_windows: int
+    mean_deviation: float
+    """Mean over windows and sources of the absolute difference of shares."""
+    largest_deviation: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All that is known of a dataset."""
+
+    seed: int
+    mixture: dict[str, Any]
+    tokenizer: TokenizerInfo
+    dtype: str
+    train: SplitInfo
+    valid: dict[str, SplitInfo]
+    sources: dict[str, SourceInfo]
+    inputs: list[InputInfo]
+    format_version: int = FORMAT_VERSION
+    order: OrderInfo | None = None
+    documents_empty: int = 0
+    """Texts without any token."""
+    documents_bad: int = 0
+    """Documents left out because they could not be read (`--on-bad-document skip`)."""
+    bad_documents: list[dict[str, Any]] = field(default_factory=list)
+    """`file`, `line` and `reason` of the first of them."""
+    warnings: list[str] = field(default_factory=list)
+    made_by: dict[str, str] = field(default_factory=dict)
+    """Name and version of the engine that made the tokens; no part of the fingerprint, for every engine
+    gives the same tokens."""
+    tokenizer_files: dict[str, FileInfo] = field(default_factory=dict)
+    """Of the copy in `tokenizer/`, by their path relative to the dataset folder; no part of the fingerprint,
+    for the vocabulary is. Empty in datasets of earlier versions."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything else; two datasets with the same one are the same bytes."""
+        return _fingerprint(_content(self))
+
+    @property
+    def source_names(self) -> list[str]:
+        """Names of the sources by their number in `documents.npy`."""
+        return sorted(self.sources, key=lambda name: self.sources[name].index)
+
+
+def write_manifest(dataset_dir: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`."""
+    content = _content(manifest) | {"fingerprint": manifest.fingerprint}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (dataset_dir / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def read_manifest(dataset_dir: Path) -> Manifest:
+    """Read a manifest and check it, and the sizes of the files it names.
+
+    Raises: DataError: no dataset there, a newer format, or a damaged manifest or file.
+    """
+    path = Path(dataset_dir) / MANIFEST_FILE
+    if not path.is_file():
+        raise DataError(
+            f"{dataset_dir} is no dataset: it has no {MANIFEST_FILE}; give the --output folder of "
+            "tools/preprocess_mix.py"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{path} has format version {version}; this program reads {FORMAT_VERSION}: make the "
+                "dataset again"
+            )
+        fingerprint = content.pop("fingerprint")
+        manifest = _from_json(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({error!r}); make the dataset again") from None
+    if manifest.fingerprint != fingerprint:
+        raise DataError(f"{path} was changed after it was made (its fingerprint does not fit)")
+    for name, info in dataset_files(manifest).items():
+        file = Path(dataset_dir) / name
+        size_bytes = file.stat().st_size if file.is_file() else None
+        if size_bytes != info.size_bytes:
+            state = "is missing" if size_bytes is None else f"has {size_bytes:,} bytes"
+            raise DataError(
+                f"{file} {state}, its manifest tells of {info.size_bytes:,} bytes; copy or make the "
+                "dataset again"
+            )
+    return manifest
+
+
+def verify_files(dataset_dir: Path, manifest: Manifest) -> None:
+    """Read every file of the dataset and compare its hash with the manifest.
+
+    Raises: DataError: a file does not hold what it held when it was made.
+    """
+    for name, info in dataset_files(manifest).items():
+        if hash_file(dataset_dir / name).xxh3_128 != info.xxh3_128:
+            raise DataError(f"{dataset_dir / name} is damaged: its hash is not the manifest's")
+
+
+def dataset_files(manifest: Manifest) -> dict[str, FileInfo]:
+    """Give the files of all splits, and the tokenizer's, by their path relative to the dataset folder."""
+    splits = [manifest.train, *manifest.valid.values()]
+    files = {name: info for split in splits for name, info in split.files.items()}
+    return files | manifest.tokenizer_files
+
+
+def hash_tokenizer_files(dataset_dir: Path) -> dict[str, FileInfo]:
+    """Give what the manifest keeps of the tokenizer's copy in a dataset folder."""
+    paths = sorted((dataset_dir / TOKENIZER_FOLDER).iterdir())
+    return {f"{TOKENIZER_FOLDER}/{path.name}": hash_file(path) for path in paths}
+
+
+def documents_path(prefix: Path) -> Path:
+    """Give the file that tells where the documents of a held-out split come from."""
+    return prefix.with_name(prefix.name + ".documents.npy")
+
+
+def hash_file(path: Path) -> FileInfo:
+    """Give size and xxh3_128 of a file."""
+    digest, size_bytes = xxhash.xxh3_128(), 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size_bytes += len(block)
+    return FileInfo(size_bytes, digest.hexdigest())
+
+
+def tokenizer_info(tokenizer: Tokenizer) -> TokenizerInfo:
+    """Give what the manifest keeps of a tokenizer."""
+    names = [field.name for field in dataclasses.fields(TokenizerInfo)]
+    return TokenizerInfo(**{name: getattr(tokenizer, name) for name in names})
+
+
+def _content(item: Any) -> dict[str, Any]:
+    """Give the fields of a dataclass, nested; a field that was added later is left out at its default,
+    so that manifests written before keep their fingerprint."""
+    content = {}
+    for entry in dataclasses.fields(item):
+        value = getattr(item, entry.name)
+        factory = entry.default_factory
+        default = entry.default if factory is dataclasses.MISSING else factory()
+        if value != default or entry.name == "format_version":
+            content[entry.name] = _plain(value)
+    return content
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _content(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _fingerprint(content: dict[str, Any]) -> str:
+    apart = ("made_by", "tokenizer_files")
+    content = {name: value for name, value in content.items() if name not in apart}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _from_json(content: dict[str, Any]) -> Manifest:
+    parts: dict[str, Any] = dict(content)
+    parts["tokenizer"] = TokenizerInfo(**content["tokenizer"])
+    infos = content.get("tokenizer_files", {})
+    parts["tokenizer_files"] = {name: FileInfo(**item) for name, item in infos.items()}
+    parts["train"] = _split_from_json(content["train"])
+    parts["valid"] = {name: _split_from_json(item) for name, item in content["valid"].items()}
+    parts["sources"] = {name: SourceInfo(**item) for name, item in content["sources"].items()}
+    if content.get("order") is not None:
+        parts["order"] = OrderInfo(**content["order"])
+    parts["inputs"] = [InputInfo(**item) for item in content["inputs"]]
+    return Manifest(**parts)
+
+
+def _split_from_json(content: dict[str, Any]) -> SplitInfo:
+    files = {name: FileInfo(**item) for name, item in content["files"].items()}
+    return SplitInfo(**(content | {"files": files}))

@@ -1,0 +1,137 @@
+"""What a dataset holds, for people: the table by source and the figure of lengths and shares."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from megatron_long.dataset.manifest import SourceInfo
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = (
+    "source",
+    "docs in",
+    "tokens in",
+    "docs kept",
+    "tokens kept",
+    "tokens valid",
+    "share in",
+    "asked",
+    "got",
+    "long before",
+    "long after",
+)
+
+
+def source_table(sources: Mapping[str, SourceInfo]) -> Table:
+    """Make the table of sources: documents, tokens, shares, share of tokens in long documents."""
+    table = Table(*COLUMNS[:1], box=None, pad_edge=False)
+    for column in COLUMNS[1:]:
+        table.add_column(column, justify="right")
+    tokens_in = sum(info.tokens_in for info in sources.values())
+    for name, info in sources.items():
+        table.add_row(name, *_cells(info, tokens_in))
+    table.add_row("all", *_cells(add_sources(sources), tokens_in))
+    return table
+
+
+def print_sources(sources: Mapping[str, SourceInfo]) -> None:
+    """Print the table of sources, wide enough for its columns when the output is a file."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(source_table(sources))
+
+
+def add_sources(sources: Mapping[str, SourceInfo]) -> SourceInfo:
+    """Add up all sources: counts and shares are summed, ratios are weighted by tokens.
+
+    A ratio is of what comes out if its name ends in `_after`, and of what goes in otherwise.
+    """
+    infos = list(sources.values())
+    total: dict[str, Any] = {}
+    for field in dataclasses.fields(SourceInfo):
+        values = [getattr(info, field.name) for info in infos]
+        kept = field.name.endswith("_after")
+        weights = [info.tokens_kept if kept else info.tokens_in for info in infos]
+        if all(isinstance(value, list) for value in values):
+            total[field.name] = _add_padded(values)
+        elif all(isinstance(value, bool) for value in values):
+            total[field.name] = all(values)
+        elif field.name.startswith("share_") or all(isinstance(value, int) for value in values):
+            total[field.name] = sum(values)
+        elif all(isinstance(value, int | float) for value in values):
+            weighted = sum(value * weight for value, weight in zip(values, weights, strict=True))
+            total[field.name] = weighted / max(sum(weights), 1)
+        else:
+            total[field.name] = values[0]
+    return SourceInfo(**total | {"index": -1})
+
+
+def plot_sources(sources: Mapping[str, SourceInfo], threshold_tokens: int) -> "Figure":
+    """Draw token shares by document length and by source, in the corpus and in the training set.
+
+    Args:
+        threshold_tokens: Where long documents begin: a line on the left; on the right long documents
+            are the full colour of a bar.
+    Source: Fu et al. 2024, figure 2 (length and domain distributions of the mixtures).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    by_length, by_source = figure.subplots(1, 2)
+    total, names = add_sources(sources), list(sources)
+    tokens_in, tokens_kept = max(total.tokens_in, 1), max(total.tokens_kept, 1)
+    lengths = {
+        "corpus": np.array(total.tokens_by_length_before) / tokens_in,
+        "training set": np.array(total.tokens_by_length_after) / tokens_kept,
+    }
+    infos = [sources[name] for name in names]
+    shares = {
+        "corpus": [(info.tokens_in / tokens_in, info.long_share_before) for info in infos],
+        "training set": [(info.tokens_kept / tokens_kept, info.long_share_after) for info in infos],
+    }
+    for shift, label, colour in ((-0.2, "corpus", "C0"), (0.2, "training set", "C1")):
+        values = 100 * lengths[label]
+        by_length.bar(np.arange(len(values)) + shift, values, 0.4, label=label, color=colour)
+        share, long_share = 100 * np.array(shares[label]).reshape(-1, 2).T
+        at, is_long = np.arange(len(names)) + shift, share * long_share / 100
+        by_source.bar(at, is_long, 0.4, label=label, color=colour)
+        by_source.bar(at, share - is_long, 0.4, bottom=is_long, color=colour, alpha=0.35)
+    num_buckets = max(map(len, lengths.values()))
+    ticks = [f"{2**k / 1024:g}K" if k >= 10 else f"{2**k}" for k in range(num_buckets)]
+    by_length.set_xticks(np.arange(num_buckets) - 0.5, ticks, rotation=45)
+    first = int(np.argmax(lengths["corpus"] > 0))
+    by_length.set_xlim(first - 0.6, num_buckets - 0.4)
+    by_length.axvline(np.log2(threshold_tokens) - 0.5, color="gray", linestyle=":", label="long")
+    by_length.set(xlabel="document length (tokens)", ylabel="% of tokens", title="By length")
+    by_source.set_xticks(np.arange(len(names)), names, rotation=30, ha="right")
+    by_source.set(ylabel="% of tokens", title="By source (pale: in short documents)")
+    by_length.legend()
+    by_source.legend()
+    return figure
+
+
+def _cells(info: SourceInfo, tokens_in: int) -> list[str]:
+    counts = (info.documents_in, info.tokens_in, info.documents_kept, info.tokens_kept)
+    shares = (
+        info.tokens_in / max(tokens_in, 1),
+        info.share_asked,
+        info.share_got,
+        info.long_share_before,
+        info.long_share_after,
+    )
+    numbers = [f"{count:,}" for count in (*counts, info.tokens_valid)]
+    return numbers + [f"{100 * share:.2f}%" for share in shares]
+
+
+def _add_padded(rows: list[list[int]]) -> list[int]:
+    total = np.zeros(max(map(len, rows), default=0), np.int64)
+    for row in rows:
+        total[: len(row)] += np.array(row, np.int64)
+    return total.tolist()

@@ -1,0 +1,1 @@
+"""One file for each fault of Megatron that is repaired here."""

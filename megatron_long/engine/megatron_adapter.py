@@ -1,0 +1,399 @@
+"""How `megatron.training` is called, and the changes that it needs before it can be.
+
+Next to `megatron_hooks`, which changes the running loop, and `old_format`, the only file that imports it.
+Nothing of `megatron.training` is declared stable, so the version is checked first, each changed symbol is
+listed in `PATCHED_SYMBOLS`, and `tests/training/test_megatron_adapter.py` holds a contract for each. Import
+this module after `host_backend.install()`.
+"""
+
+import contextlib
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import io
+import sys
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from packaging.version import Version
+
+from megatron_long.engine import host_backend
+from megatron_long.engine.fixes.adamw_resume import fix_torch_adamw_resume
+from megatron_long.engine.fixes.old_format import old_format_errors_raised
+from megatron_long.engine.fixes.rate_change import let_rates_change, schedule_error
+from megatron_long.engine.optimizer_shards import save_own_shards
+from megatron_long.errors import ConfigError, DataError
+from megatron_long.flags import flag_help
+from megatron_long.job import signals
+from megatron_long.model.flash_attention import fix_windows
+from megatron_long.model.rope import BaseRope, Llama3Rope, rope_from_arguments
+from megatron_long.pickles import UnpicklingError, guard_checkpoints
+
+SUPPORTED_VERSIONS = ("0.19.",)
+OLDEST_RESILIENCY = "0.6"
+PATCHED_SYMBOLS = {
+    "megatron.core.datasets.utils": ("compile_helpers",),
+    "megatron.training.training": ("initialize_megatron", "set_jit_fusion_options"),
+    "megatron.training.checkpointing": ("_load_base_checkpoint",),
+    "megatron.training.arguments": ("parse_args",),
+    "megatron.core.models.common.embeddings.rotary_pos_embedding": (
+        "RotaryEmbedding._apply_scaling",
+    ),
+    "megatron.core.tensor_parallel.layers": ("_grad_accum_fusion_available",),
+    "megatron.core.optimizer.distrib_optimizer": (
+        "DistributedOptimizer.sharded_state_dict",
+        "DistributedOptimizer.load_state_dict",
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+        "DistributedOptimizer.sharded_param_state_fully_reshardable",
+        "DistributedOptimizer.load_parameter_state_from_fully_reshardable",
+    ),
+    "megatron.core.optimizer.optimizer": (
+        "Float16OptimizerWithFloat16Params.load_state_dict",
+        "FP32Optimizer.load_state_dict",
+    ),
+}
+"""What is replaced, by module: `compile_helpers`, `load_state_dict`, `_load_base_checkpoint`, `parse_args`
+(while it trains) and the `_fully_reshardable` methods always, `_apply_scaling` where RoPE is Llama-3.1's,
+`_grad_accum_fusion_available` where the output layer is not called, the other methods of
+`DistributedOptimizer` where Adam is torch's own, the rest on the host backend only."""
+
+
+@dataclass(kw_only=True)
+class Llama3RopeArguments:
+    """What Megatron has no flags for besides `--use-rope-scaling` and `--rope-scaling-factor`."""
+
+    rope_scaling_low_freq_factor: float = 1.0
+    """low_freq_factor of --use-rope-scaling."""
+
+    rope_scaling_high_freq_factor: float = 4.0
+    """high_freq_factor of --use-rope-scaling."""
+
+    rope_scaling_original_length: int = 8192
+    """original_max_position_embeddings of --use-rope-scaling."""
+
+
+def check_version() -> None:
+    """Refuse a megatron-core that the patches were not written for, or that cannot be imported.
+
+    Raises: ConfigError: names the version found and those supported.
+    """
+    version = importlib.metadata.version("megatron-core")
+    if not version.startswith(SUPPORTED_VERSIONS):
+        supported = ", ".join(f"{prefix}*" for prefix in SUPPORTED_VERSIONS)
+        raise ConfigError(
+            f"megatron-core {version} is installed; this release works with {supported}: "
+            "pip install -c constraints.txt megatron-core"
+        )
+    try:
+        resiliency = importlib.metadata.version("nvidia-resiliency-ext")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if Version(resiliency) < Version(OLDEST_RESILIENCY):
+        raise ConfigError(
+            f"nvidia-resiliency-ext {resiliency} is installed, and megatron-core {version} cannot be "
+            f"imported next to one before {OLDEST_RESILIENCY}; upgrade it, or pip uninstall "
+            "nvidia-resiliency-ext"
+        )
+
+
+def parse_flags(
+    argv: Sequence[str],
+    add_arguments: Callable[[ArgumentParser], ArgumentParser] | None = None,
+    *,
+    tool_flags: Sequence[str] = (),
+) -> Namespace:
+    """Parse Megatron's flags with Megatron's own parser; later flags win.
+
+    Args:
+        argv: The words.
+        add_arguments: Adds flags of ours to Megatron's.
+        tool_flags: Flags that the calling tool has taken out: an unknown one may be meant to be one of them.
+    Raises: ConfigError: an unknown flag, a value of the wrong type or choice, or `--yaml-cfg`.
+    """
+    from megatron.training.arguments import parse_args
+
+    if any(word.partition("=")[0] == "--yaml-cfg" for word in argv):
+        raise ConfigError(
+            "--yaml-cfg would take the place of all other flags, ours and the recipe's among them; write its "
+            "values as flags"
+        )
+
+    def add_and_fix(parser: ArgumentParser) -> ArgumentParser:
+        parser = add_arguments(parser) if add_arguments else parser
+        parser = add_dataclass_flags(parser, Llama3RopeArguments, "megatron_long RoPE")
+        flag_help.take_lengths(parser)
+        flag_help.describe_own(parser)
+        flag_help.put_own_first(parser)
+        parser.error = functools.partial(_refuse_flags, parser, tool_flags)  # type: ignore[method-assign]
+        for action in parser._actions:  # a bare "%" in a help text breaks `--help`
+            if action.help and "%" in action.help.replace("%%", "").replace("%(", ""):
+                action.help = action.help.replace("%", "%%")
+        return parser
+
+    program = sys.argv[0]
+    kept, sys.argv = sys.argv, [program, *argv]
+    try:
+        return parse_args(add_and_fix)
+    finally:
+        sys.argv = kept
+
+
+def _refuse_flags(parser: ArgumentParser, tool_flags: Sequence[str], message: str) -> NoReturn:
+    """Stand in for `parser.error`, which would print the usage of some 700 flags first."""
+    unknown = [word for word in message.split() if word.startswith("--")]
+    known = [*tool_flags, *parser._option_string_actions]
+    near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
+    hint = f"did you mean {', '.join(near)}? " if "unrecognized" in message and near else ""
+    raise ConfigError(f"{message}; {hint}`--help` lists the flags, ours and Megatron's")
+
+
+def add_dataclass_flags(parser: ArgumentParser, kind: type, title: str) -> ArgumentParser:
+    """Add a flag for each field of a dataclass, with its docstring as help."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    ArgumentGroupFactory(kind).build_group(parser, title=title)
+    flag_help.take_lengths(parser)
+    return parser
+
+
+def validate_flags(args: Namespace, *, quiet: bool = False) -> None:
+    """Run Megatron's own validation and make the flags global for its code.
+
+    Args:
+        args: The parsed flags.
+        quiet: Leave out the list of all 800 values, which Megatron prints.
+    Raises: ConfigError: Megatron refuses them; its words are kept.
+    """
+    from megatron.training import global_vars
+    from megatron.training.arguments import validate_args
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+            validate_args(args)
+    except (AssertionError, ValueError) as error:
+        reason = str(error) or _source_line(error)
+        raise ConfigError(f"Megatron refuses these flags: {reason}") from error
+    if args.tokenizer_type is None:
+        raise ConfigError(
+            "these data have no tokenizer: give --tokenizer-type and --tokenizer-model, or --tokenizer-type "
+            "NullTokenizer --vocab-size N where tokens are numbers already"
+        )
+    if host_backend.is_installed():
+        args.use_persistent_ckpt_worker = False  # it would look for a GPU; a forked process writes
+    build = global_vars.build_tokenizer
+    global_vars.build_tokenizer = functools.partial(_build_tokenizer, build)
+    try:
+        global_vars.set_global_variables(args)
+    finally:
+        global_vars.build_tokenizer = build
+    if args.exit_signal_handler:
+        handler = global_vars.get_signal_handler()
+        signals.watch(lambda: setattr(handler, "_signal_received", True))
+
+
+def _source_line(error: BaseException) -> str:
+    """What an assertion without words has asserted."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"`{frames[-1].line}` does not hold"
+
+
+def _build_tokenizer(build: Callable, args: Namespace) -> Any:
+    try:
+        return build(args)
+    except Exception as error:  # whatever a tokenizer's package raises
+        raise ConfigError(
+            f"Megatron cannot make a tokenizer of --tokenizer-type {args.tokenizer_type} --tokenizer-model "
+            f"{args.tokenizer_model} --vocab-size {args.vocab_size} ({type(error).__name__}: {error})"
+        ) from error
+
+
+def build_model_config(args: Namespace) -> Any:
+    """Megatron's configuration of the model, with portable attention where Transformer Engine is absent."""
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from megatron_long.model.layer_spec import portable_block_spec
+
+    config = gpt_config_from_args(args)
+    if args.use_rope_scaling:
+        _take_llama3_rope(rope_from_arguments(args))
+    if args.transformer_impl == "local" and args.spec is None:
+        config.transformer_layer_spec = portable_block_spec
+    return config
+
+
+def _take_llama3_rope(rope: BaseRope) -> None:
+    """Let Megatron-Core scale RoPE as the flags say: 0.19.2 takes 8, 1, 4 and 8192 whatever they are."""
+    assert isinstance(rope, Llama3Rope)
+    name = "megatron.core.models.common.embeddings.rotary_pos_embedding"
+    embedding = importlib.import_module(name).RotaryEmbedding
+    embedding._apply_scaling = lambda self, freqs, factor=None: rope.scale(freqs)
+
+
+def install_patches(*, output_layer_is_called: bool = True) -> None:
+    """Put the changes of `PATCHED_SYMBOLS` in place.
+
+    Args:
+        output_layer_is_called: False where an output processor takes the layer's place in training.
+    """
+    check_version()
+    guard_checkpoints()
+    fix_windows()
+    # The wheel ships the compiled helpers but no Makefile: compile_helpers() would end the process.
+    helpers: Any = importlib.import_module("megatron.core.datasets.utils")
+    helpers.compile_helpers = lambda: None
+    save_own_shards()
+    fix_torch_adamw_resume()
+    training: Any = importlib.import_module("megatron.training.training")
+    if not output_layer_is_called:
+        # Its constructor refuses in-place weight gradients without Apex's kernel, which it will not run.
+        layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
+        layers._grad_accum_fusion_available = True
+    if host_backend.is_installed():
+        training.initialize_megatron = functools.partial(
+            training.initialize_megatron, allow_no_cuda=True
+        )
+        # Its warm-up of fused kernels would draw a layout-dependent amount of random numbers.
+        training.set_jit_fusion_options = lambda *args, **kwargs: None
+
+
+def run_pretrain(
+    args: Namespace,
+    dataset_provider: Callable,
+    forward_step: Callable,
+    program_start: float,
+    fill_model: Callable[[list], None] | None = None,
+    *,
+    lengths_vary: bool = False,
+) -> None:
+    """Run Megatron's training loop to its end, and leave the process group.
+
+    Args:
+        fill_model: Called with the model chunks of this rank when they are built and before anything,
+            the optimizer among it, is made from them.
+        lengths_vary: Whether micro-batches may differ in length.
+    Raises: ConfigError: the run that is continued had another schedule, or its optimizer was not saved.
+    """
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.training import set_startup_timestamps
+
+    set_startup_timestamps(program_start=program_start, main_entry=program_start)
+    config = build_model_config(args)
+    config.variable_seq_lengths = lengths_vary
+    if fill_model is not None:
+        config.pre_wrap_hooks.append(lambda chunks: fill_model(chunks) or chunks)
+    container = pretrain_cfg_container_from_args(args, config)
+    let_rates_change(keep_saved=args.use_checkpoint_opt_param_scheduler)
+    try:
+        with _refused_pickles_named(args.load), _flags_parsed_once(args):
+            pretrain(container, dataset_provider, ModelType.encoder_or_decoder, forward_step)
+    except AssertionError as error:
+        refusal = schedule_error(args.load, str(error))
+        if refusal is None:
+            raise
+        raise refusal from error
+    except KeyError as error:
+        if error.args != ("optimizer",):
+            raise
+        raise ConfigError(
+            f"--load {args.load} holds no optimizer state, as after --no-save-optim; give --no-load-optim to "
+            "go on at its step with a new optimizer, or --finetune to start at step 0 from its weights"
+        ) from error
+    leave_process_group()
+
+
+@contextlib.contextmanager
+def _flags_parsed_once(args: Namespace) -> Iterator[None]:
+    """Have Megatron take these flags where it would parse `sys.argv` again, without ours and without recipes.
+
+    Its fault tolerance does (`ft_integration.setup`), and ends at a length such as 64K.
+    """
+    module: Any = importlib.import_module("megatron.training.arguments")
+    stock = module.parse_args
+    module.parse_args = lambda *_args, **_kwargs: args
+    try:
+        yield
+    finally:
+        module.parse_args = stock
+
+
+@contextlib.contextmanager
+def _refused_pickles_named(load: str | None) -> Iterator[None]:
+    """Tell of an object that `guard_checkpoints` did not let through in one paragraph."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with old_format_errors_raised():
+            yield
+    except (CheckpointException, UnpicklingError) as error:
+        failures = getattr(error, "failures", {0: (error, None)}).values()
+        causes = [str(cause) for cause, _ in failures if isinstance(cause, UnpicklingError)]
+        if not causes:
+            raise
+        reason = next((line for line in causes[0].splitlines() if "GLOBAL" in line), causes[0])
+        raise DataError(
+            f"the checkpoint in --load {load} cannot be read as tensors and plain values alone ({reason}): "
+            "it is damaged, or made to run a program when it is loaded; take one from a source that you trust"
+        ) from error
+
+
+def build_model_chunks(args: Namespace) -> list:
+    """Join the process group and build this rank's part of the model, with random weights.
+
+    Args:
+        args: Flags after `validate_flags`.
+    Returns: The model's pipeline stages on this rank.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.initialize import initialize_megatron
+
+    initialize_megatron(allow_no_cuda=host_backend.is_installed())
+    container = pretrain_cfg_container_from_args(args, build_model_config(args))
+    builder = container.model.get_builder_cls()(container.model)
+    chunks: list = builder.build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        ddp_config=container.ddp,
+        wrap_with_ddp=False,
+        data_parallel_random_init=False,
+    )
+    return chunks
+
+
+def load_model_for_scoring(args: Namespace) -> torch.nn.Module:
+    """Build this rank's part of the model and load its weights.
+
+    Args:
+        args: Flags after `validate_flags`; without `load` the weights stay as they were initialised.
+    Returns: The model chunk of this rank, in evaluation mode.
+    Raises: ConfigError: virtual pipeline stages were asked for.
+    """
+    from megatron.training.checkpointing import load_checkpoint
+
+    if args.virtual_pipeline_model_parallel_size is not None:
+        raise ConfigError("evaluation runs without virtual pipeline stages; drop that flag")
+    chunks = build_model_chunks(args)
+    if args.load is not None:
+        with _refused_pickles_named(args.load):
+            load_checkpoint(chunks, None, None)
+    return chunks[0].eval()
+
+
+def leave_process_group() -> None:
+    """Wait for all ranks and end the process group, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def stock_blend(args: Namespace) -> tuple:
+    """Megatron's reading of `--data-path` and `--train-data-path`: (blend, blend_per_split)."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    return get_blend_and_blend_per_split(args)

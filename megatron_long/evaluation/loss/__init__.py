@@ -1,0 +1,1 @@
+"""Loss by source and position over held-out documents and plain texts."""

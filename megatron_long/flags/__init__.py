@@ -1,0 +1,1 @@
+"""Our own flags, recipes, and the rules that flags must keep."""

@@ -1,0 +1,1 @@
+"""What the processes of a job share: launch, signals, agreement before the start, output, watchdog, lock."""

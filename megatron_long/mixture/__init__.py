@@ -1,0 +1,1 @@
+"""What a training set holds: shares, selection, order, plan."""

@@ -1,0 +1,236 @@
+"""Which documents a training set takes: held out, kept, used until the budget is met to the token.
+
+Rows of a source come sorted by `order_key` from disk and are read in chunks, so memory does not grow with
+the corpus. The order in which a source is used up is independent of lengths, so that cutting it at its
+budget prefers neither short nor long documents.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_long.mixture.external_sort import iterate_rows
+from megatron_long.mixture.keys import below, mix_keys
+from megatron_long.mixture.mixture import Mixture
+
+CHOSEN_DTYPE = np.dtype(
+    [
+        ("source", "<u2"),
+        ("file", "<u4"),
+        ("line", "<u8"),
+        ("length_tokens", "<u4"),
+        ("offset", "<u8"),
+        ("repeat", "<u2"),
+        ("key", "<u8"),
+    ]
+)
+"""One row per training document (or piece): tokens it has in the dataset, and where its text's tokens
+start in the `tokens.bin` of its file; `key` orders the documents of a source within a pass."""
+VALID_MAX_SHARE = 0.1
+"""No source gives more than this share of its tokens to validation (but see `choose_valid`)."""
+SHARE_TOLERANCE = 1e-3
+SOLVER_STEPS = 40
+
+
+@dataclass
+class Group:
+    """Sources that share a budget: one source, or all of them when they are pooled."""
+
+    names: list[str]
+    rows: NDArray
+    """ROW_DTYPE, sorted by `order_key`."""
+    budget: int
+    keep_short: float = 1.0
+    """Probability with which a short document is kept: given, or solved for."""
+    held_out: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Sorted indices of rows that are used for validation."""
+
+
+@dataclass(frozen=True)
+class Supply:
+    """What a group offers at some probability to keep short documents."""
+
+    tokens: int
+    """In one pass over all documents that may be used."""
+    long_share: float
+    """Share of the tokens taken that lies in long documents."""
+    long_tokens: int
+    """Tokens of long documents in one pass."""
+    grain: float
+    """Share of the budget that the longest document has: no share is met more closely."""
+
+
+def choose_valid(
+    rows: NDArray, sources: Mapping[int, tuple[int, float]], target_tokens: int
+) -> NDArray[np.int64]:
+    """Choose held-out documents: of each source in key order until `target_tokens` are reached.
+
+    Documents that would go beyond VALID_MAX_SHARE of the source are passed over. If none fits, the
+    shortest is taken, provided another remains.
+
+    Args:
+        rows: ROW_DTYPE, sorted by `order_key`.
+        sources: Tokens of each source (by its index), and the probability below which keys may be held out.
+    Returns: Sorted indices of rows.
+    """
+    if target_tokens == 0:
+        return np.zeros(0, np.int64)
+    taken = dict.fromkeys(sources, 0)
+    shortest: dict[int, tuple[int, int]] = {}
+    seen = dict.fromkeys(sources, 0)
+    chosen: list[int] = []
+    start = 0
+    for chunk in iterate_rows(rows):
+        for source, (tokens, limit) in sources.items():
+            mine = np.flatnonzero((chunk["source"] == source) & below(chunk["order_key"], limit))
+            seen[source] += len(mine)
+            for place, length in zip(
+                mine.tolist(), chunk["length_tokens"][mine].tolist(), strict=True
+            ):
+                if taken[source] >= target_tokens:
+                    break
+                shortest[source] = min(
+                    shortest.get(source, (length, start + place)), (length, start + place)
+                )
+                if taken[source] + length <= VALID_MAX_SHARE * tokens:
+                    chosen.append(start + place)
+                    taken[source] += length
+        start += len(chunk)
+        done = all(taken[source] >= target_tokens for source in sources)
+        if done or not any(
+            below(chunk["order_key"][-1:], limit).any() for _, limit in sources.values()
+        ):
+            break
+    spare = [shortest[source][1] for source in sources if not taken[source] and seen[source] > 1]
+    return np.array(sorted(chosen + spare), np.int64)
+
+
+def stored_lengths(mixture: Mixture, overhead: int, lengths: NDArray) -> NDArray[np.int64]:
+    """Give the tokens that documents have in the dataset: more than their own if they are cut.
+
+    Each piece begins with BOS (if the tokenizer adds it) and ends with EOD.
+
+    >>> mixture = Mixture(train_tokens=1, strategy="cut", cut_length_tokens=10)
+    >>> stored_lengths(mixture, 2, np.array([10, 11])).tolist()
+    [10, 13]
+    """
+    lengths = lengths.astype(np.int64)
+    return lengths + (_num_pieces(mixture, overhead, lengths) - 1) * overhead
+
+
+def measure(group: Group, mixture: Mixture, overhead: int, keep_short: float) -> Supply:
+    """Tell what a group offers when short documents are kept with a probability."""
+    supply = taken = long_taken = long_supply = longest = 0
+    limit = group.budget
+    for _, chunk in _usable(group, mixture, keep_short):
+        lengths = stored_lengths(mixture, overhead, chunk["length_tokens"])
+        ends = supply + np.cumsum(lengths)
+        inside = np.minimum(lengths, np.maximum(limit - (ends - lengths), 0))
+        taken += int(inside.sum())
+        is_long = chunk["length_tokens"] >= mixture.long_threshold_tokens
+        long_taken += int(inside[is_long].sum())
+        supply += int(lengths.sum())
+        long_supply += int(lengths[is_long].sum())
+        longest = max(longest, int(lengths.max()))
+    grain = min(longest / limit, 1.0) if limit else 0.0
+    return Supply(supply, long_taken / taken if taken else 0.0, long_supply, grain)
+
+
+def solve_keep_short(group: Group, mixture: Mixture, overhead: int, highest: float) -> float:
+    """Find with which probability short documents must be kept for `long_token_share` to be met.
+
+    Long documents are never thinned: a group at or above the share keeps everything, and so does one
+    without long documents. A group that would then not fill its budget keeps as many as fill it.
+
+    Args:
+        highest: Probability up to which short documents were tokenized.
+    Returns: The probability; `highest` also if it should be higher.
+    """
+    target = mixture.long_token_share or 0.0
+    needed = group.budget / mixture.allow_repeat
+    full = measure(group, mixture, overhead, highest)
+    is_above = full.long_tokens >= target * full.tokens
+    if is_above or not full.long_tokens or full.tokens <= needed or full.long_share > target:
+        return highest
+    # From 0 to 1 whatever `highest` is, for the same steps give the same probability.
+    low, high = 0.0, 1.0
+    for _ in range(SOLVER_STEPS):
+        middle = (low + high) / 2
+        if middle > highest:
+            high = middle
+            continue
+        got = measure(group, mixture, overhead, middle)
+        if got.tokens < needed or got.long_share > target:
+            low = middle
+        else:
+            high = middle
+        if got.tokens >= needed and abs(got.long_share - target) < SHARE_TOLERANCE / 10:
+            return middle
+    return min(high, highest)
+
+
+def fill_budget(group: Group, mixture: Mixture, overhead: int) -> Iterator[NDArray]:
+    """Take documents in order until exactly the budget, the last one cut, in whole passes if need be.
+
+    Yields: CHOSEN_DTYPE; within a later pass the order is another one, but which documents the last, partial
+        pass takes follows `order_key` too.
+    """
+    left, repeat = group.budget, 0
+    while left > 0:
+        before = left
+        for _, chunk in _usable(group, mixture, group.keep_short):
+            pieces = _pieces(chunk, mixture, overhead, repeat)
+            ends = np.cumsum(pieces["length_tokens"].astype(np.int64))
+            count = int(np.searchsorted(ends, left)) + 1
+            if count <= len(pieces):
+                pieces = pieces[:count]
+                pieces["length_tokens"][-1] -= ends[count - 1] - left
+                left = 0
+                yield pieces
+                return
+            left -= int(ends[-1])
+            yield pieces
+        assert left < before, "a group without documents has a budget"
+        repeat += 1
+
+
+def _usable(
+    group: Group, mixture: Mixture, keep_short: float
+) -> Iterator[tuple[NDArray[np.int64], NDArray]]:
+    """Give rows that may be used for training, in chunks, and their indices."""
+    start = 0
+    for chunk in iterate_rows(group.rows):
+        usable = chunk["length_tokens"] >= mixture.long_threshold_tokens
+        usable |= below(chunk["drop_key"], keep_short)
+        first, last = np.searchsorted(group.held_out, (start, start + len(chunk)))
+        usable[group.held_out[first:last] - start] = False
+        found = np.flatnonzero(usable)
+        if len(found):
+            yield start + found, chunk[found]
+        start += len(chunk)
+
+
+def _num_pieces(mixture: Mixture, overhead: int, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    if not mixture.rules.cuts:
+        return np.ones(len(lengths), np.int64)
+    room = mixture.cut_length_tokens - overhead
+    return np.maximum(-(-(lengths - overhead) // room), 1)
+
+
+def _pieces(chunk: NDArray, mixture: Mixture, overhead: int, repeat: int) -> NDArray:
+    lengths = chunk["length_tokens"].astype(np.int64)
+    counts = _num_pieces(mixture, overhead, lengths)
+    index = np.repeat(np.arange(len(chunk)), counts)
+    number = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+    room = mixture.cut_length_tokens - overhead if mixture.rules.cuts else np.int64(2**62)
+    pieces = np.zeros(len(index), CHOSEN_DTYPE)
+    for name in ("source", "file", "line"):
+        pieces[name] = chunk[name][index]
+    skipped = number * room
+    pieces["offset"] = chunk["offset"][index] + skipped.astype(np.uint64)
+    pieces["length_tokens"] = np.minimum(lengths[index] - overhead - skipped, room) + overhead
+    pieces["repeat"] = repeat
+    pieces["key"] = mix_keys(mix_keys(chunk["order_key"][index], repeat), number)
+    return pieces

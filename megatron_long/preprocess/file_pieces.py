@@ -1,0 +1,155 @@
+"""Large files in pieces, so that one file keeps many workers busy.
+
+Plain .jsonl files are divided at line ends, .parquet files between row groups; what is compressed from end
+to end (.gz, .zst) stays whole. A document keeps the number of its line (or row) in the file, so its keys, and
+with them the dataset, are the same whatever the pieces. To know the lines before each piece, a file
+is read once beforehand, which also gives its hash.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_long.corpus.inputs import InputFile, hash_input, open_input, open_seekable
+from megatron_long.errors import DataError
+from megatron_long.files import atomic_path
+from megatron_long.preprocess.executors import ExecutorOptions, run_stage
+
+logger = logging.getLogger(__name__)
+
+PIECE_BYTES = 64 << 20
+"""Size of a piece, about; smaller files are not divided."""
+STAGE_NAME = "pieces"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file."""
+
+    start_bytes: int
+    piece_bytes: int
+    first_line: int
+    """Number of its first line, or row, in the file, from 1."""
+    groups: tuple[int, int] | None = None
+    """First row group and end, in a parquet file."""
+
+
+@dataclass(frozen=True)
+class PiecesStage:
+    """Item i is large file i: find where its pieces begin."""
+
+    work: Path
+    files: tuple[InputFile, ...]
+    piece_bytes: int
+    name: str = STAGE_NAME
+
+    def path(self, index: int) -> Path:
+        """Where the pieces of file `index` are listed."""
+        return self.work / self.name / f"{index:06d}.json"
+
+    def is_done(self, index: int) -> bool:
+        """Tell whether a file was gone through."""
+        return self.path(index).exists()
+
+    def run(self, index: int) -> None:
+        """Go through a file."""
+        item = self.files[index]
+        pieces, digest = find_pieces(item, self.piece_bytes)
+        content = {"name": item.name, "xxh3_128": digest, "pieces": [asdict(p) for p in pieces]}
+        with atomic_path(self.path(index)) as temporary:
+            temporary.write_bytes(orjson.dumps(content))
+
+
+def split_inputs(
+    files: Sequence[InputFile], work: Path, options: ExecutorOptions
+) -> list[InputFile]:
+    """Give the files, large ones in pieces, in their order."""
+    large = tuple(item for item in files if _is_divisible(item) and item.size_bytes > PIECE_BYTES)
+    stage = PiecesStage(work, large, PIECE_BYTES)
+    run_stage(stage, len(large), options)
+    contents = {item.name: stage.path(index) for index, item in enumerate(large)}
+    items: list[InputFile] = []
+    for item in files:
+        if item.name in contents:
+            items += _pieces(item, orjson.loads(contents[item.name].read_bytes()))
+        else:
+            items.append(item)
+    if len(items) < options.workers:
+        logger.warning(
+            "--workers %d: the corpus has %d files or pieces of files to read, so only as many workers "
+            "have work; .gz and .zst files are never divided: make more of them, or decompress them",
+            options.workers,
+            len(items),
+        )
+    return items
+
+
+def find_pieces(item: InputFile, piece_bytes: int) -> tuple[list[Piece], str]:
+    """Divide a file into pieces of about `piece_bytes`; give them and the hash of the whole file.
+
+    Raises: DataError: the file changed meanwhile.
+    """
+    if item.path.endswith(".parquet"):
+        try:
+            return list(_row_groups(item, piece_bytes)), hash_input(item)
+        except (OSError, ValueError):  # damaged: reading it as a whole tells what is wrong
+            return [Piece(0, item.size_bytes, 1)], hash_input(item)
+    return _find_lines(item, piece_bytes)
+
+
+def _find_lines(item: InputFile, piece_bytes: int) -> tuple[list[Piece], str]:
+    starts, position, lines = [(0, 1)], 0, 0
+    with open_input(item) as reader:
+        while block := reader.read(1 << 20):
+            while (begin := starts[-1][0] + piece_bytes - position - 1) < len(block):
+                end = block.find(b"\n", begin) + 1
+                if not end:
+                    break
+                starts.append((position + end, lines + block.count(b"\n", 0, end) + 1))
+            lines += block.count(b"\n")
+            position += len(block)
+        digest = reader.finish()
+    if position != item.size_bytes:
+        raise DataError(f"{item.path} changed while it was read; start again when it is complete")
+    starts = [start for start in starts if start[0] < position] or starts[:1]
+    ends = [start for start, _ in starts[1:]] + [position]
+    pieces = [
+        Piece(start, end - start, line) for (start, line), end in zip(starts, ends, strict=True)
+    ]
+    return pieces, digest
+
+
+def _row_groups(item: InputFile, piece_bytes: int) -> Iterator[Piece]:
+    from pyarrow import parquet
+
+    with open_seekable(item) as raw, parquet.ParquetFile(raw) as file:
+        metadata = file.metadata
+        rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    bytes_per_row = item.size_bytes / max(sum(rows), 1)
+    first = row = start = 0
+    for index in range(len(rows)):
+        end = round(bytes_per_row * (row + sum(rows[first : index + 1])))
+        if end - start >= piece_bytes or index == len(rows) - 1:
+            yield Piece(start, end - start, row + 1, (first, index + 1))
+            row, start, first = row + sum(rows[first : index + 1]), end, index + 1
+
+
+def known_hashes(work: Path) -> dict[str, str]:
+    """Give the hashes of the files that were gone through so far."""
+    contents = (orjson.loads(path.read_bytes()) for path in (work / STAGE_NAME).glob("*.json"))
+    return {content["name"]: content["xxh3_128"] for content in contents}
+
+
+def _pieces(item: InputFile, content: dict[str, Any]) -> Iterator[InputFile]:
+    for piece in content["pieces"]:
+        groups = tuple(piece.pop("groups") or ()) or None
+        yield dataclasses.replace(item, **piece, groups=groups, xxh3_128=content["xxh3_128"])
+
+
+def _is_divisible(item: InputFile) -> bool:
+    return item.path.endswith((".jsonl", ".parquet"))

@@ -1,0 +1,131 @@
+"""What a run of preprocessing was asked: its options, and what follows from them for every file."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_long.corpus.documents import RecordKeys
+from megatron_long.corpus.inputs import is_url
+from megatron_long.dataset.indexed import token_dtype
+from megatron_long.errors import ConfigError
+from megatron_long.mixture.admission import Admission
+from megatron_long.mixture.mixture import Mixture, named_sources
+from megatron_long.preprocess.executors import ExecutorOptions
+from megatron_long.preprocess.tokenize_file import TokenizeOptions
+from megatron_long.preprocess.workdir import hash_tokenizer
+from megatron_long.tokenizer.length_bound import extra_tokens_bound
+from megatron_long.tokenizer.tokenizer_types import Tokenizer
+
+WORK_SUFFIX = ".work"
+WORK_VERSION = 2
+"""Changes with what lies in the work folder, and with what is chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """What to read and how to mix it."""
+
+    inputs: Sequence[Path | str]
+    """Files, folders or URLs."""
+    tokenizer: Path
+    mixture: Mixture
+    seed: int = 0
+    keys: RecordKeys = field(default_factory=RecordKeys)
+    workers: int = 1
+    engine: str = "auto"
+    on_bad_document: str = "stop"
+    """`stop`, or `skip` to leave out documents that cannot be read and list them."""
+    token_dtype: str = "auto"
+    """`auto`, `uint16` or `int32`."""
+    execution: ExecutorOptions | None = None
+    """Where to run; None for `workers` processes here."""
+    work_dir: Path | None = None
+    """Folder for unfinished work; None for `OUTPUT.work`."""
+    keep_work: bool = False
+    force: bool = False
+    """Throw away unfinished work of another command."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigError(f"--workers {self.workers} is too small; at least 1")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"--seed {self.seed} is not within 0 and 2^64 - 1")
+        if self.on_bad_document not in ("stop", "skip"):
+            raise ConfigError(f"--on-bad-document {self.on_bad_document}: choose stop or skip")
+        if self.token_dtype not in ("auto", "uint16", "int32"):
+            raise ConfigError(f"--token-dtype {self.token_dtype}: choose auto, uint16 or int32")
+
+    @property
+    def executor(self) -> ExecutorOptions:
+        """Where to run."""
+        return self.execution or ExecutorOptions(workers=self.workers)
+
+    def command(self) -> dict[str, Any]:
+        """Give what decides which bytes come out, for the work folder to compare."""
+        return {
+            "version": WORK_VERSION,
+            "tokenizer": hash_tokenizer(self.tokenizer),
+            "mixture": dataclasses.asdict(self.mixture),
+            "seed": self.seed,
+            "keys": dataclasses.asdict(self.keys),
+            "on_bad_document": self.on_bad_document,
+            "token_dtype": self.token_dtype,
+        }
+
+
+def tokenize_options(
+    config: PreprocessConfig, tokenizer: Tokenizer, admission: Admission
+) -> TokenizeOptions:
+    """Say what is the same for every file."""
+    return TokenizeOptions(
+        seed=config.seed,
+        keys=config.keys,
+        long_threshold_tokens=config.mixture.long_threshold_tokens,
+        admission=admission,
+        dtype=choose_dtype(config, tokenizer),
+        extra_tokens=extra_tokens_bound(config.tokenizer),
+        skip_bad=config.on_bad_document == "skip",
+        sources_allowed=named_sources(config.mixture),
+    )
+
+
+def choose_dtype(config: PreprocessConfig, tokenizer: Tokenizer) -> np.dtype:
+    """Give the type of the tokens in the dataset.
+
+    Raises: ConfigError: the one asked for is too small.
+    """
+    needed = token_dtype(tokenizer.vocab_size)
+    if config.token_dtype == "auto":
+        return needed
+    asked = np.dtype(config.token_dtype).newbyteorder("<")
+    if asked.itemsize < needed.itemsize:
+        raise ConfigError(
+            f"--token-dtype {config.token_dtype} is too small for a vocabulary of "
+            f"{tokenizer.vocab_size:,} ids (Megatron uses it below 65,500); use int32 or auto"
+        )
+    return np.dtype("<i4") if asked.itemsize == 4 else np.dtype("<u2")
+
+
+def overhead_tokens(tokenizer: Tokenizer) -> int:
+    """Give how many tokens a document has besides its text: EOD, and BOS if there is one."""
+    return 1 + (tokenizer.bos_id is not None)
+
+
+def work_folder(config: PreprocessConfig, output: Path | str) -> Path:
+    """Give the folder for unfinished work.
+
+    Raises: ConfigError: the output is a URL and none was given.
+    """
+    if config.work_dir is not None:
+        return config.work_dir.absolute()
+    if is_url(output):
+        raise ConfigError(
+            f"--output {output} is a URL: give --work-dir, a folder for the unfinished dataset (on a "
+            "cluster, one that all nodes share)"
+        )
+    path = Path(output).absolute()
+    return path.with_name(path.name + WORK_SUFFIX)

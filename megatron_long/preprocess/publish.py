@@ -1,0 +1,50 @@
+"""A finished dataset goes to where it was asked to be; a file system that refuses is an error of the user."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_long.corpus.inputs import file_system, is_url
+from megatron_long.errors import ConfigError
+from megatron_long.files import atomic_path, move_into_place
+
+
+def publish(folder: Path, output: Path | str) -> None:
+    """Put the finished dataset in its place; at a URL the manifest comes last."""
+    if not is_url(output):
+        try:
+            move_into_place(folder, Path(output))
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            with atomic_path(Path(output), directory=True) as copy:
+                shutil.copytree(folder, copy, dirs_exist_ok=True)
+        return
+    system, target = file_system(str(output))
+    names = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+    for name in sorted(names, key=lambda name: name == "manifest.json"):
+        system.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
+        system.put_file(str(folder / name), f"{target}/{name}")
+
+
+@contextmanager
+def disk_errors(work: Path) -> Iterator[None]:
+    """Turn failures of the file system into errors of the user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ConfigError(
+                f"{error.filename or work}: no space left ({error.strerror}); make room and give the same "
+                "command again, which goes on where it was"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise ConfigError(
+                f"--output: {error.filename or work} cannot be written ({error.strerror}); give a folder "
+                "that can"
+            ) from None
+        raise

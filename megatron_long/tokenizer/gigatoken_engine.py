@@ -1,0 +1,100 @@
+"""gigatoken as an engine: its cache of words kept small, and what is in it worth keeping.
+
+The cache never forgets a word (gigatoken 0.10.0), so the engine is made anew when the process has grown.
+For vocabularies like Llama-2's a "word" is all between two spaces, "end\\nBegin" or "x[127]=3.5": most
+of these are seen once and cost ten times a word that is known. A character that no merge of the vocabulary
+contains is always a token of its own; told of these (newlines, digits), gigatoken divides words at them,
+gives the same ids and needs half the cache.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_long.tokenizer.freed_memory import give_memory_back, resident_bytes
+from megatron_long.tokenizer.tokenizer_types import TokensAndLengths
+
+CACHE_CHECK_BYTES = 4 << 20
+"""Text after which an engine's memory is looked at."""
+CACHE_GROWTH_BYTES = 96 << 20
+"""Growth of the process since the engine was made that makes it anew."""
+SEPARATE_CANDIDATES = "\n\t\r0123456789"
+LLAMA_NORMALIZER = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ],
+}
+
+
+class GigatokenEngine:
+    """gigatoken, on the calling thread; made anew when its cache of words has grown too large."""
+
+    def __init__(self, tokenizer_json: str) -> None:
+        self._json, self._has_no_prefix = separate_characters(tokenizer_json)
+        self._engine: Any = None
+        self._seen = self._resident_before = 0
+        self.num_rebuilds = -1
+        self._rebuild()
+
+    def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
+        self._bound_cache(sum(map(len, texts)))
+        if self._has_no_prefix:
+            texts = [" " + text if text else text for text in texts]
+        # Text by text: `encode` keeps its cache from call to call, a batch starts with an empty one.
+        parts = list(map(self._engine.encode, texts))
+        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+        tokens = np.concatenate(parts) if parts else np.zeros(0, np.uint32)
+        return tokens.view(np.int32), lengths
+
+    def release(self) -> None:
+        """Free the memory; the next call makes the engine anew."""
+        self._engine = None
+        give_memory_back()
+
+    def _bound_cache(self, size: int) -> None:
+        if self._engine is None:
+            self._rebuild()
+        self._seen += size
+        if self._seen < CACHE_CHECK_BYTES:
+            return
+        self._seen = 0
+        if resident_bytes() - self._resident_before > CACHE_GROWTH_BYTES:
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        import gigatoken
+
+        self._engine = None  # before the new one, so that memory never holds both
+        give_memory_back()
+        self._engine = gigatoken.Tokenizer.from_json(self._json).backend
+        self._seen = 0
+        self._resident_before = resident_bytes()
+        self.num_rebuilds += 1
+
+
+def separate_characters(tokenizer_json: str) -> tuple[str, bool]:
+    """Make characters that never merge into tokens that divide words, if the vocabulary is like Llama-2's.
+
+    Returns: The vocabulary; and whether it no longer puts a space before a text, which the caller must do.
+    """
+    content = json.loads(tokenizer_json)
+    model = content["model"]
+    unknown = content.get("pre_tokenizer") or content.get("added_tokens")
+    if unknown or not model.get("byte_fallback") or content["normalizer"] != LLAMA_NORMALIZER:
+        return tokenizer_json, False
+    merged = {char for merge in model["merges"] for part in merge for char in part}
+    alone = [char for char in SEPARATE_CANDIDATES if char not in merged]
+    ids = {
+        char: model["vocab"].get(char, model["vocab"].get(f"<0x{ord(char):02X}>")) for char in alone
+    }
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    content["added_tokens"] = [
+        {"id": index, "content": char, **flags} for char, index in ids.items() if index is not None
+    ]
+    # It would be put after every added token, too.
+    content["normalizer"] = LLAMA_NORMALIZER["normalizers"][1]
+    return json.dumps(content, ensure_ascii=False), True

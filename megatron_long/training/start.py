@@ -1,0 +1,308 @@
+"""What keeps a long run whole, put together for the training entry: where it starts, what watches it.
+
+Promises and the tests that prove them: docs/reliability.md.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_long.checkpoint.choosing import (
+    METADATA_NAME,
+    RELEASE,
+    Choice,
+    choose_checkpoint,
+    find_remains,
+    has_checkpoint,
+    newest_iteration,
+    no_metadata,
+    remove_leftovers,
+    saved_iterations,
+    set_aside,
+)
+from megatron_long.checkpoint.hashes import write_sidecar_hashes
+from megatron_long.checkpoint.run_identity import (
+    check_content,
+    check_same_data,
+    check_same_optimizer,
+    describe_data,
+    file_times,
+)
+from megatron_long.checkpoint.saving import read_facts
+from megatron_long.checkpoint.sidecars import TRACKER_NAME
+from megatron_long.dataset.manifest import Manifest, read_manifest
+from megatron_long.engine.step_guard import StepGuard, batch_windows, describe_windows
+from megatron_long.errors import ConfigError, DataError
+from megatron_long.files import atomic_path
+from megatron_long.flags.arguments import LongContextArguments
+from megatron_long.job import rendezvous
+from megatron_long.job.save_lock import hold
+
+logger = logging.getLogger(__name__)
+
+MAX_SOCKET_PATH_BYTES = 107
+"""Of Linux: `sun_path` of unix(7), without its final zero."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    choice: Choice | None
+    """The checkpoint to load; None for random weights."""
+    resumes: bool
+    """Whether it goes on at the checkpoint's step, with its optimizer and its place in the data."""
+    data: dict[str, Any]
+    """See `describe_data`."""
+    dataset_files: dict[str, list[int]] | None
+    """See `file_times`."""
+    guard_state: dict[str, Any]
+    weights: str | None = None
+    """What the keys of the weights to take begin with; None where optimizer state is loaded with them."""
+
+    @property
+    def iteration(self) -> int:
+        """Steps that are done already."""
+        return (self.choice.iteration or 0) if self.choice and self.resumes else 0
+
+
+def find_start(arguments: LongContextArguments, args: Namespace) -> Start:
+    """Choose and check the checkpoint that Megatron is to load, and compare its data with this run's.
+
+    Every process of the job calls it: each reads a share of the files.
+
+    Raises: DataError: no checkpoint is whole, or the dataset is not what its manifest says.
+        ConfigError: the run was trained on other data, or `--save` holds another run.
+    """
+    choice = _choose(args)
+    own = choice is not None and args.load and choice.folder.parent == Path(args.load)
+    resumes = bool(own and not args.finetune and choice and choice.iteration is not None)
+    if args.save and not (resumes and _same_folder(args.load, args.save)):
+        rendezvous.from_first(lambda: _refuse_used_save(args))
+    facts = read_facts(choice.folder) if choice and resumes else {}
+    folder = Path(arguments.dataset) if arguments.dataset else None
+    manifest = read_manifest(folder) if folder else None
+    data = describe_data(manifest, args)
+    if choice and resumes and not arguments.allow_dataset_change:
+        check_same_data(facts.get("data", {}), data, choice.folder)
+    times = None
+    if folder and manifest:
+        _check_content(folder, manifest, facts.get("dataset_files"))
+        times = file_times(folder, manifest)
+    alone = choice is not None and (not resumes or args.no_load_optim)
+    weights = find_weights_to_start_from(choice.folder) if choice and alone else None
+    return Start(choice, resumes, data, times, facts.get("guard", {}), weights)
+
+
+def _refuse_used_save(args: Namespace) -> list[str]:
+    """Refuse to write among another run's checkpoints: later steps would stay, equal ones be overwritten."""
+    saved = saved_iterations(Path(args.save))
+    if not saved:
+        return []
+    start = "this start is no resume of it"
+    if args.finetune:
+        start = "--finetune starts another run at step 0"
+    elif args.load:
+        start = f"this run starts from --load {args.load}"
+    raise ConfigError(
+        f"--save {args.save} holds checkpoints of a run up to step {saved[0]}, and {start}, which would "
+        f"write among them; to resume that run give --load {args.save} without --finetune, for another one "
+        "a new --save"
+    )
+
+
+def _same_folder(one: str | None, other: str) -> bool:
+    return one is not None and Path(one).resolve() == Path(other).resolve()
+
+
+def check_temporary_folder() -> None:
+    """Refuse a TMPDIR in which a save could not open its sockets.
+
+    Raises: ConfigError: its path is too long for Linux's 107 bytes of a socket's path.
+    """
+    folder = tempfile.gettempdir()
+    longest = MAX_SOCKET_PATH_BYTES - len("/pymp-12345678/listener-12345678")
+    if (length := len(os.fsencode(folder))) > longest:
+        raise ConfigError(
+            f"TMPDIR {folder} has {length} bytes, and at most {longest} leave room for the sockets that "
+            "Python's multiprocessing opens there at each save; set TMPDIR to a shorter path"
+        )
+
+
+def hold_save(save: str | None) -> None:
+    """Let no other job write in `--save`; where the folder is not there yet, there is nothing to hold.
+
+    Every process of the job calls it.
+
+    Raises: ConfigError: another job works there, or no process could save (`check_temporary_folder`).
+    """
+    if save:
+        check_temporary_folder()
+
+    def claim() -> list[str]:
+        if save and Path(save).is_dir():
+            try:
+                hold(Path(save))
+            except OSError as error:
+                print(f"warning: --save {save} could not be locked ({error})", file=sys.stderr)
+        return []
+
+    rendezvous.from_first(claim)
+
+
+def _choose(args: Namespace) -> Choice | None:
+    if rendezvous.share()[0] == 0 and args.save:
+        remove_leftovers(Path(args.save))
+    (folder,) = rendezvous.from_first(lambda: [_start_folder(args)])
+    if not folder:
+        return None
+    choice = choose_checkpoint(
+        Path(folder),
+        args.ckpt_step,
+        share=rendezvous.share(),
+        agree=rendezvous.agree,
+        from_first=rendezvous.from_first,
+    )
+    if rendezvous.share()[0] == 0:
+        for report in choice.reports:
+            print(f"warning: {report}", file=sys.stderr)
+        if choice.reports:
+            print(f"warning: {choice.folder} is taken, all its files checked", file=sys.stderr)
+        if not choice.checked:
+            print(
+                f"note: {choice.folder} has no hashes.json, so it was not checked", file=sys.stderr
+            )
+        if choice.reports and args.save and choice.folder.parent == Path(args.save):
+            _put_in_order(Path(args.save), choice)
+    return choice
+
+
+def _start_folder(args: Namespace) -> str:
+    """Where the run starts from, and a note on what is passed over; "" for random weights."""
+    if has_checkpoint(args.load):
+        return args.load
+    for path in find_remains(Path(args.load)) if args.load else ():
+        print(f"note: {no_metadata(path)}; it is passed over", file=sys.stderr)
+    return args.pretrained_checkpoint or ""
+
+
+def _put_in_order(folder: Path, choice: Choice) -> None:
+    """Leave the folder of this run as if the checkpoint taken had been the newest all along."""
+    set_aside(folder, choice)
+    with atomic_path(folder / TRACKER_NAME) as temporary:
+        temporary.write_text(str(choice.iteration or RELEASE), encoding="utf-8")
+
+
+def find_weights_to_start_from(folder: Path) -> str | None:
+    """Which weights a start takes that loads no optimizer state; None for formats of other programs."""
+    from megatron_long.checkpoint.megatron_folder import holds_rounded_weights, main_prefix
+    from megatron_long.checkpoint.torch_dist import read_common_state
+
+    def look() -> list[str]:
+        try:
+            state = read_common_state(folder)
+        except DataError:
+            return ["", "unknown"]  # of another program, or damaged: loading it will tell
+        rounded = holds_rounded_weights(state)
+        prefix = main_prefix(folder) if rounded else ""
+        if prefix is None:
+            print(
+                f"warning: {folder} holds weights that FP8 rounded, and not the optimizer's main copy of "
+                "them (--no-save-optim): training starts from the rounded ones",
+                file=sys.stderr,
+            )
+        return [prefix or "", ""]
+
+    prefix, unknown = rendezvous.from_first(look)
+    return None if unknown else prefix
+
+
+def check_optimizer(start: Start, args: Namespace) -> None:
+    """Refuse a checkpoint whose optimizer state Megatron could not load; each process of the job calls it.
+
+    Args:
+        args: Flags as Megatron has validated them.
+    Raises: ConfigError, DataError: see `check_same_optimizer`.
+    """
+
+    def check() -> list[str]:
+        folder = start.choice.folder if start.choice else Path()
+        if start.resumes and not args.no_load_optim and (folder / METADATA_NAME).is_file():
+            check_same_optimizer(folder, args)
+        return []
+
+    rendezvous.from_first(check)
+
+
+def _check_content(folder: Path, manifest: Manifest, times_before: Any) -> None:
+    findings: list[str] = []
+    if rendezvous.share()[0] == 0:
+        try:
+            check_content(folder, manifest, times_before)
+        except DataError as error:
+            findings = [str(error)]
+    findings = rendezvous.agree(findings)
+    if findings:
+        raise DataError(f"{findings[0]}; copy or make the dataset again")
+
+
+def record_sidecars(folder: Path, start: Start) -> None:
+    """Hash the files next to the checkpoints, once they are written for this run."""
+    latest: int | str | None = None
+    if start.choice is not None and start.choice.folder.parent == folder:
+        latest = start.choice.iteration or RELEASE
+    elif has_checkpoint(folder):
+        latest = newest_iteration(folder)[0] or RELEASE
+    write_sidecar_hashes(folder, latest)
+
+
+def make_guard(
+    arguments: LongContextArguments, args: Namespace, start: Start, rank: int
+) -> StepGuard:
+    """The judge of this run's steps, with the memory of the checkpoint it goes on from."""
+
+    def windows(data_rank: int, index: int) -> Sequence[int]:
+        if args.dataloader_type != "single":
+            return ()  # shuffled by Megatron's sampler, which keeps its order to itself
+        consumed, size = args.consumed_train_samples, args.micro_batch_size
+        return batch_windows(consumed, size, args.data_parallel_size, data_rank, index)
+
+    guard = StepGuard(
+        max_faulty_steps=arguments.max_faulty_steps,
+        spike_deviations=arguments.spike_deviations,
+        batch_windows=windows,
+        describe_windows=partial(describe_windows, arguments.dataset, args.seq_length),
+        reports=rank == 0,
+        folder=Path(args.save) if args.save else None,
+    )
+    guard.restore(start.guard_state)
+    return guard
+
+
+def make_snapshot(
+    guard: StepGuard, save: str | None, rank: int, write_beside: Callable[[Path], None]
+) -> Callable[[int], Path | None]:
+    """Give the function that names the folder for the state before the step that ended the run.
+
+    Args:
+        save: `--save`; without it nothing is kept.
+        write_beside: Puts the sidecars there, so that `--load` of the folder meets the step again.
+    """
+
+    def snapshot(iteration: int) -> Path | None:
+        folder = Path(save) / f"fault_{iteration:07d}" if save else None
+        if rank == 0:
+            kept = f"; weights and optimizer of before it are saved in {folder}" if folder else ""
+            logger.error("training ends at %s%s", guard.stop_reason, kept)
+            if folder:
+                write_beside(folder)
+        return folder
+
+    return snapshot
