@@ -27,7 +27,6 @@ from megatron_long.flags.arguments import (
     check_checkpoint,
     check_documents,
     check_files,
-    check_monitor,
     check_paths,
     check_reliability,
     check_rope,
@@ -42,6 +41,7 @@ from megatron_long.flags.recipe import RECIPES, Recipe, build_recipe
 from megatron_long.flags.recipe_flags import follow_user, keep_budget
 from megatron_long.flags.unsupported_flags import check_supported
 from megatron_long.job import rendezvous
+from megatron_long.job.hang_monitor import check_monitor
 from megatron_long.model.geometry import CONFIG_NAME, LlamaGeometry, geometry_from_args
 from megatron_long.model.rope_stretch import stretch_rope
 

@@ -11,7 +11,6 @@ nvidia-resiliency-ext, which also ends and starts again (`--max-restarts`) ranks
 
 import argparse
 import importlib
-import importlib.util
 import os
 import signal
 import socket
@@ -23,19 +22,13 @@ from types import FrameType
 import psutil  # not in the handler: a second signal would find it half imported
 
 from megatron_long.cli import run_tool
-from megatron_long.errors import ConfigError
+from megatron_long.job import hang_monitor
 from megatron_long.job.side_output import keep_standard_streams
 from megatron_long.job.signals import INTERRUPTED_STATUS, Interrupts, leave, set_handlers
 
 OTHER_SIGNALS = "SIGQUIT"
 """What torchrun goes on handling in its own way."""
 LOG_FLAGS = ("--log-dir", "--log_dir")
-MONITOR_FLAG = "--enable-ft-package"
-MONITOR_PACKAGE = "nvidia_resiliency_ext"
-MONITOR_REMEDY = (
-    "pip install 'nvidia-resiliency-ext>=0.6' (Linux with glibc 2.39, Python up to 3.12), or leave the flag "
-    "out: --hang-timeout watches without it"
-)
 SECTIONS = ("setup", "step", "checkpointing")
 """Phases of Megatron's loop that the monitor times."""
 PATIENCE = 5
@@ -74,11 +67,12 @@ def _launch(words: list[str]) -> None:
 
 
 def _run(words: list[str]) -> None:
-    if MONITOR_FLAG in words:
-        if importlib.util.find_spec(MONITOR_PACKAGE) is None:
-            raise ConfigError(f"{MONITOR_FLAG} needs nvidia-resiliency-ext: {MONITOR_REMEDY}")
+    if hang_monitor.MONITOR_FLAG in words:
+        hang_monitor.require_package()
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = OTHER_SIGNALS
-        launcher = importlib.import_module(f"{MONITOR_PACKAGE}.fault_tolerance.launcher")
+        launcher = importlib.import_module(
+            f"{hang_monitor.MONITOR_PACKAGE}.fault_tolerance.launcher"
+        )
         launcher.main([*monitor_flags(words), *words])
         return
     from torch.distributed import run

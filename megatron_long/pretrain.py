@@ -37,9 +37,10 @@ from megatron_long.dataset.manifest import read_manifest
 from megatron_long.engine.save_clock import SaveClock
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.live_evaluation import LiveEvaluation, Logs, plan_live_evaluation
-from megatron_long.flags.arguments import LongContextArguments, check_export, check_monitor_is_there
+from megatron_long.flags.arguments import LongContextArguments, check_export
 from megatron_long.flags.backend import detect_backend, join_or_start_job
 from megatron_long.job import rendezvous, signals
+from megatron_long.job.hang_monitor import check_monitor_is_there
 from megatron_long.job.side_output import LossLog, keep_standard_streams
 from megatron_long.job.start_log import StartLog, describe_start, start_log_path
 from megatron_long.job.watchdog import Watchdog

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from megatron_long.checkpoint.direct_io import read_bytes
-from megatron_long.conversion.formats.weights import STORED_DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
     from megatron_long.model.mapping import Unit
 
-
+STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""safetensors' names of the types that are taken, and torch's."""
 LOOKAHEAD_BYTES = 2**29
 READERS = 2
 """Threads that read; the disk is busier with two requests than with one."""

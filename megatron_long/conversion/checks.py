@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_long.conversion.formats.weights import STORED_DTYPES, Weights
+from megatron_long.checkpoint.stored import STORED_DTYPES
+from megatron_long.conversion.formats.weights import Weights
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.files import refuse_overwrite
 from megatron_long.model.geometry import CONFIG_NAME, LlamaGeometry

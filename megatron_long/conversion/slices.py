@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_long.checkpoint.stored import STORED_DTYPES
 from megatron_long.conversion.checks import check_finite
-from megatron_long.conversion.formats.weights import STORED_DTYPES, Weights
+from megatron_long.conversion.formats.weights import Weights
 from megatron_long.model.geometry import LlamaGeometry
 from megatron_long.model.mapping import Layout, Unit
 

@@ -7,15 +7,16 @@ parallelism cut it, and whichever layers it is made of.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_long.conversion.slices import read_block
+from megatron_long.engine.optimizer_shards import parameters_of
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import LlamaGeometry
 from megatron_long.model.mapping import TensorRule, Unit, checkpoint_shape, rules_of
@@ -53,13 +54,6 @@ def fill_model(
                 _put(entry.data, entry.merge_fn(parts))
             else:
                 _put(entry.data, _read(entry, rules, weights, geometry))
-
-
-def parameters_of(chunk: Any) -> Iterator[ShardedTensor | ShardedTensorFactory]:
-    kinds = (ShardedTensor, ShardedTensorFactory)
-    for entry in nested_values(chunk.sharded_state_dict()):
-        if isinstance(entry, kinds):
-            yield entry
 
 
 def _read(

@@ -7,7 +7,7 @@ training moves. Here each rank reads its own range of the main copy from the che
 more. Nothing is held twice: values go from the file into the main copy.
 
 A run with FP8 parameters saves them as FP8 rounded them too. Of its checkpoint the main copy is taken, for
-the model as well (`conversion.megatron_folder.find_weights`).
+the model as well (`checkpoint.megatron_folder.find_weights`).
 """
 
 import importlib
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_long.checkpoint.torch_dist import TorchDistReader, stored_keys
-from megatron_long.conversion.straight_start import parameters_of
-from megatron_long.engine.optimizer_shards import shard
+from megatron_long.engine.optimizer_shards import parameters_of, shard
 
 MODEL = "model"
 """Names of the model chunks in Megatron's state begin so: `model`, or `model0` and so on."""

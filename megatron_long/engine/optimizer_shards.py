@@ -84,6 +84,16 @@ def shard(tensor: Any, values: Tensor, start: int, key: str, replica_id: tuple) 
     return found
 
 
+def parameters_of(chunk: Any) -> Iterator[Any]:
+    """What a model chunk holds: a `ShardedTensor` or `ShardedTensorFactory` for each parameter."""
+    mapping: Any = importlib.import_module("megatron.core.dist_checkpointing.mapping")
+    utils: Any = importlib.import_module("megatron.core.dist_checkpointing.dict_utils")
+    kinds = (mapping.ShardedTensor, mapping.ShardedTensorFactory)
+    for entry in utils.nested_values(chunk.sharded_state_dict()):
+        if isinstance(entry, kinds):
+            yield entry
+
+
 def _parts(tensor: Any, key: str) -> Iterator[tuple[Any, int]]:
     """The tensors that a parameter is stored as, and where each begins among its values."""
     mapping: Any = importlib.import_module("megatron.core.dist_checkpointing.mapping")

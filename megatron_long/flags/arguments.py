@@ -1,14 +1,13 @@
 """The project's own flags, and the rules that they must keep, checked before anything is built."""
 
 import importlib.util
-import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_long.checkpoint.choosing import has_checkpoint, require_checkpoint
 from megatron_long.errors import ConfigError
-from megatron_long.launch import MONITOR_FLAG, MONITOR_PACKAGE, MONITOR_REMEDY
+from megatron_long.job import hang_monitor
 from megatron_long.model.rope import rope_from_arguments
 
 CHECKPOINT_FORMAT = "torch_dist"
@@ -16,7 +15,6 @@ CHECKPOINT_FORMAT = "torch_dist"
 SAVE_MINUTES = 30.0
 NEVER = 1 << 40
 """A `--save-interval`, which Megatron insists on, that no run reaches."""
-MONITOR_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 """Set by nvidia-resiliency-ext's launcher for each rank."""
 
 
@@ -157,24 +155,6 @@ def _check_checkpoints_are_covered(args: Namespace) -> None:
             )
 
 
-def check_monitor(args: Namespace) -> None:
-    """Refuse flags of nvidia-resiliency-ext that could not do what they say.
-
-    Raises: ConfigError: the package or its launcher is missing, or the flag is not supported.
-    """
-    if args.inprocess_restart:
-        raise ConfigError(
-            "--inprocess-restart is not supported; start again in place with --enable-ft-package and "
-            "--max-restarts of megatron_long.launch"
-        )
-    if not args.enable_ft_package:
-        return
-    if importlib.util.find_spec(MONITOR_PACKAGE) is None:
-        raise ConfigError(f"{MONITOR_FLAG} needs nvidia-resiliency-ext: {MONITOR_REMEDY}")
-    if not args.save:
-        raise ConfigError(f"{MONITOR_FLAG} keeps its timeouts next to the checkpoints; give --save")
-
-
 def check_wandb(args: Namespace) -> None:
     """Refuse to log to W&B where Megatron could not.
 
@@ -196,18 +176,6 @@ def check_wandb(args: Namespace) -> None:
         )
 
 
-def check_monitor_is_there(args: Namespace) -> None:
-    """Refuse to train next to a monitor that was not started.
-
-    Raises: ConfigError: this process has none.
-    """
-    if args.enable_ft_package and MONITOR_SOCKET not in os.environ:
-        raise ConfigError(
-            f"{MONITOR_FLAG} needs a monitor for each rank: start with python -m megatron_long.launch (or "
-            "ft_launcher) in the place of torchrun"
-        )
-
-
 def choose_async_writer(args: Namespace) -> None:
     """Let `--async-save` alone do what it says: Megatron drops it silently without two other flags.
 
@@ -215,7 +183,7 @@ def choose_async_writer(args: Namespace) -> None:
     """
     if args.async_save:
         args.use_persistent_ckpt_worker = True
-        if importlib.util.find_spec(MONITOR_PACKAGE) is None:
+        if not hang_monitor.is_installed():
             args.async_strategy = "mcore"
 
 

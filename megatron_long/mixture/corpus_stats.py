@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron_long.preprocess.tokenize_file import INFO_FILE
+from megatron_long.mixture.rows import INFO_FILE
 
 NUM_BUCKETS = 48
 DEFAULT_BYTES_PER_TOKEN = 4.0

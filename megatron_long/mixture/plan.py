@@ -18,6 +18,7 @@ from megatron_long.mixture.corpus_stats import CorpusStats, gather_stats, read_i
 from megatron_long.mixture.external_sort import iterate_rows, sort_on_disk
 from megatron_long.mixture.mixture import Mixture, source_budgets, source_shares
 from megatron_long.mixture.ordering import Evenness, measure_evenness, order_documents
+from megatron_long.mixture.rows import ROW_DTYPE, ROWS_FILE
 from megatron_long.mixture.selection import (
     CHOSEN_DTYPE,
     SHARE_TOLERANCE,
@@ -28,7 +29,6 @@ from megatron_long.mixture.selection import (
     solve_keep_short,
 )
 from megatron_long.mixture.summary import SourceCounts, source_info
-from megatron_long.preprocess.tokenize_file import ROW_DTYPE, ROWS_FILE
 
 ORDER_NAME = "order"
 WIDER = 1.5

@@ -205,7 +205,7 @@ def run_steps(folder: Path, world_size: int, micro_batches: int, argv: Sequence[
     """
     folder.mkdir(parents=True)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += ["--nproc-per-node", str(world_size), "-m", "megatron_long.planning.layout_probe"]
+    launch += ["--nproc-per-node", str(world_size), "-m", "megatron_long.layout_probe"]
     command = [*launch, str(folder), str(micro_batches), *argv]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:

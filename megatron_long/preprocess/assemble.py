@@ -18,8 +18,8 @@ from megatron_long.dataset.manifest import (
     hash_file,
 )
 from megatron_long.mixture.external_sort import iterate_rows, release
+from megatron_long.mixture.rows import ROW_DTYPE
 from megatron_long.preprocess.stages import WriteJob, WriteStage, gather_tokens
-from megatron_long.preprocess.tokenize_file import ROW_DTYPE
 
 DOCUMENTS_DTYPE = np.dtype(
     [("source", "<u2"), ("file", "<u4"), ("line", "<u8"), ("length_tokens", "<u8")]

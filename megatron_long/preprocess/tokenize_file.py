@@ -29,21 +29,9 @@ from megatron_long.errors import DataError
 from megatron_long.files import atomic_path
 from megatron_long.mixture.admission import Admission, Limits
 from megatron_long.mixture.keys import batch_keys, below
+from megatron_long.mixture.rows import INFO_FILE, ROW_DTYPE, ROWS_FILE, TOKENS_FILE
 from megatron_long.tokenizer.tokenizer_types import Tokenizer, Tokens
 
-ROW_DTYPE = np.dtype(
-    [
-        ("source", "<u2"),
-        ("file", "<u4"),
-        ("line", "<u8"),
-        ("length_tokens", "<u4"),
-        ("drop_key", "<u8"),
-        ("order_key", "<u8"),
-        ("offset", "<u8"),
-    ]
-)
-"""One row per document; `length_tokens` counts BOS and EOD, `offset` counts tokens of `tokens.bin`."""
-TOKENS_FILE, ROWS_FILE, INFO_FILE = "tokens.bin", "rows.npy", "info.json"
 RUN_TOKENS = 4 << 20
 """Tokens gathered before they are sorted by key and written, so that later reading goes forward."""
 WRITE_BYTES = 1 << 20

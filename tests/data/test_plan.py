@@ -11,7 +11,7 @@ from megatron_long.mixture import external_sort
 from megatron_long.mixture.admission import Admission, Limits
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.mixture.plan import TooTight, make_plan
-from megatron_long.preprocess.tokenize_file import ROW_DTYPE
+from megatron_long.mixture.rows import ROW_DTYPE
 
 SOURCES = ["Book", "C4"]
 OVERHEAD = 2

@@ -102,8 +102,9 @@ def test_short_documents_are_dropped_before_they_are_tokenized(config, tmp_path)
     """Without a survey everything could be held out, so only a limit on that shows the bound at work."""
     from megatron_long.mixture.admission import Admission, Limits
     from megatron_long.mixture.corpus_stats import gather_stats, read_info
+    from megatron_long.mixture.rows import ROW_DTYPE
     from megatron_long.preprocess.preprocess_config import tokenize_options
-    from megatron_long.preprocess.tokenize_file import ROW_DTYPE, tokenize_file
+    from megatron_long.preprocess.tokenize_file import tokenize_file
     from megatron_long.tokenizer.loading import load_tokenizer
 
     tokenizer, item = load_tokenizer(config.tokenizer, "reference"), find_inputs(config.inputs)[0]

@@ -18,7 +18,7 @@ from megatron_long import launch
 from megatron_long.checkpoint.choosing import check_whole, saved_iterations
 from megatron_long.engine import megatron_adapter
 from megatron_long.errors import ConfigError
-from megatron_long.flags import arguments
+from megatron_long.job import hang_monitor
 from tests.training.launched import GRACE_S, count_lines, start_launcher, tracked, wait_until
 
 IS_INSTALLED = importlib.util.find_spec("nvidia_resiliency_ext") is not None
@@ -35,15 +35,15 @@ installed = pytest.mark.skipif(not IS_INSTALLED, reason="nvidia-resiliency-ext i
     ],
 )
 def test_what_the_monitor_needs_is_checked(package, save, socket, words, monkeypatch):
-    monkeypatch.setattr(arguments, "MONITOR_PACKAGE", package)
-    monkeypatch.delenv(arguments.MONITOR_SOCKET, raising=False)
+    monkeypatch.setattr(hang_monitor, "MONITOR_PACKAGE", package)
+    monkeypatch.delenv(hang_monitor.MONITOR_SOCKET, raising=False)
     if socket:
-        monkeypatch.setenv(arguments.MONITOR_SOCKET, socket)
+        monkeypatch.setenv(hang_monitor.MONITOR_SOCKET, socket)
     args = Namespace(enable_ft_package=True, inprocess_restart=False, save=save)
 
     def check() -> None:
-        arguments.check_monitor(args)
-        arguments.check_monitor_is_there(args)
+        hang_monitor.check_monitor(args)
+        hang_monitor.check_monitor_is_there(args)
 
     if words is None:
         check()
@@ -67,7 +67,7 @@ def test_the_launcher_of_the_package_gets_timeouts(monkeypatch, tmp_path):
     folder.mkdir(parents=True)
     (folder / "launcher.py").write_text("calls = []\nmain = calls.append\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(launch, "MONITOR_PACKAGE", "stand_in")
+    monkeypatch.setattr(hang_monitor, "MONITOR_PACKAGE", "stand_in")
     monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
     monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
     words = ["--nproc-per-node=2", "-m", "x", "--hang-timeout=10", "--enable-ft-package"]
@@ -82,7 +82,7 @@ def test_the_launcher_of_the_package_gets_timeouts(monkeypatch, tmp_path):
     )  # made for the launcher, and removed
     assert call[3:] == words
     assert "SIGTERM" not in os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"]
-    monkeypatch.setattr(launch, "MONITOR_PACKAGE", "no_such_package")
+    monkeypatch.setattr(hang_monitor, "MONITOR_PACKAGE", "no_such_package")
     with pytest.raises(ConfigError, match="needs nvidia-resiliency-ext"):
         launch.main(words)
 

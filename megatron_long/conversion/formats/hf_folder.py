@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_long.checkpoint.direct_io import FileWriter
-from megatron_long.checkpoint.stored import StoredTensor, find_tensors
-from megatron_long.conversion.formats.weights import STORED_DTYPES, Weights
+from megatron_long.checkpoint.stored import STORED_DTYPES, StoredTensor, find_tensors
+from megatron_long.conversion.formats.weights import Weights
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.geometry import LlamaGeometry
 from megatron_long.model.rope_hf import ORIGINAL_LENGTH

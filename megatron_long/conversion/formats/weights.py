@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from torch import Tensor
 
-STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""safetensors' names of the types that are taken, and torch's."""
-
 
 class Weights(ABC):
     """Named tensors under Hugging Face's names and in its layout, each read when asked for."""
