@@ -33,6 +33,7 @@ setup(
         "matplotlib",
         "jinja2",
     ],
+    entry_points={"console_scripts": ["megatron-long=megatron_long.commands.entry:main"]},
     extras_require={
         "gpu": [
             "transformer-engine[pytorch,core-cu13]>=2.20",  # spelt as its metadata do: pip 23 wants that

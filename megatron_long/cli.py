@@ -32,7 +32,7 @@ def length_tokens(text: str) -> int:
     """Read a length of a window, a document or a batch row, in tokens; for argparse's `type`.
 
     K and M are 1,024 and 1,024^2, as in the names of contexts: 128K is 131,072. Amounts of tokens, as
-    --train-tokens, take thousands (`data.shares.parse_token_count`).
+    --train-tokens, take thousands (`mixture.shares.parse_token_count`).
 
     Raises: argparse.ArgumentTypeError: no whole number of tokens, or none at all.
 

@@ -1,8 +1,8 @@
 """Continual pretraining on long windows: `torchrun -m megatron_long.pretrain` (or `python -m`).
 
 The loop is Megatron's own `megatron.training.pretrain`. Its flags work, but for those that
-`training.unsupported_flags` refuses; ours are those of `LongContextArguments` and `EvaluationArguments`
-(`training.command_line` puts them together).
+`flags.unsupported_flags` refuses; ours are those of `LongContextArguments` and `EvaluationArguments`
+(`command_line` puts them together).
 """
 
 import argparse
@@ -284,7 +284,7 @@ def _export(arguments: LongContextArguments, args: argparse.Namespace) -> None:
 
 
 def attention_format(args: argparse.Namespace) -> Literal["sbhd", "thd"]:
-    """How masks between documents are given to the attention in use, see `training.documents`."""
+    """How masks between documents are given to the attention in use, see `model.document_masks`."""
     return "thd" if args.transformer_impl == "transformer_engine" else "sbhd"
 
 

@@ -1,69 +1,10 @@
 #!/usr/bin/env python3
-"""Print a recipe as the bash array of Megatron flags that it stands for.
+"""`megatron-long recipe`, from the repository: see `megatron_long/commands/show_recipe.py`."""
 
-The array works with any Megatron-LM entry point. Where the model's RoPE needs flags that only megatron_long
-has, standard error names them.
-"""
-
-import argparse
-import shlex
 import sys
-from pathlib import Path
 
 from megatron_long.cli import run_tool
-from megatron_long.flags.backend import GPU, HOST
-from megatron_long.flags.recipe import RECIPES, build_recipe
-from megatron_long.model.geometry import geometry_from_hf
-from megatron_long.model.rope import LLAMA3_ARGUMENTS
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "recipe", nargs="?", help="recipe to print; without it the names are listed"
-    )
-    parser.add_argument("--hf-config", type=Path, help="model folder or config.json for the shape")
-    parser.add_argument(
-        "--backend", choices=("gpu", "host"), default="gpu", help="machine the flags are for"
-    )
-    arguments = parser.parse_args()
-    if arguments.recipe is None:
-        for name, make in RECIPES.items():
-            print(f"{name:16} {(make.__doc__ or '').splitlines()[0]}")
-        return 0
-    model = geometry_from_hf(arguments.hf_config) if arguments.hf_config else None
-    recipe = build_recipe(arguments.recipe, model)
-    argv = recipe.to_argv(GPU if arguments.backend == "gpu" else HOST)
-    print(as_bash_array(argv))
-    own = own_flags(argv)
-    if own:
-        print(
-            f"warning: {', '.join(own)}: flags of megatron_long, which stock Megatron-LM refuses; without "
-            "them it computes another RoPE, so that this model is to be trained with megatron_long",
-            file=sys.stderr,
-        )
-    return 0
-
-
-def own_flags(argv: list[str]) -> list[str]:
-    """Those of a recipe's flags that Megatron has not.
-
-    >>> own_flags(["--lr", "1", "--rope-scaling-original-length", "4096"])
-    ['--rope-scaling-original-length']
-    """
-    own = {"--" + name.replace("_", "-") for name in LLAMA3_ARGUMENTS}
-    return [word for word in argv if word in own]
-
-
-def as_bash_array(argv: list[str]) -> str:
-    """One flag and its values a line."""
-    lines: list[list[str]] = []
-    for word in argv:
-        if word.startswith("--") or not lines:
-            lines.append([])
-        lines[-1].append(shlex.quote(word))
-    return "\n".join(["RECIPE_ARGS=(", *("    " + " ".join(line) for line in lines), ")"])
-
+from megatron_long.commands.show_recipe import main
 
 if __name__ == "__main__":
     sys.exit(run_tool(main))

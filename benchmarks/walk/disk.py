@@ -20,7 +20,7 @@ from megatron_long.cli import run_tool, tool_parser
 
 BLOCK = 16 * 2**20
 READERS = 8
-"""Files that a process reads at once, as `training.checkpoint_hashes` does."""
+"""Files that a process reads at once, as `checkpoint.hashes` does."""
 
 
 def write_stream(path: Path, size_bytes: int) -> None:

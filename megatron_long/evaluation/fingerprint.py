@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_long.checkpoint.choosing import RELEASE, iteration_folder
 from megatron_long.checkpoint.hashes import HASHES_NAME
-from megatron_long.evaluation.inputs import CheckpointFolder
+from megatron_long.evaluation.input_checks import CheckpointFolder
 
 HF_GENERATION_CONFIG = "generation_config.json"
 HF_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")

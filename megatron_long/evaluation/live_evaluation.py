@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.batches import TokenScorer
-from megatron_long.evaluation.inputs import check_output
+from megatron_long.evaluation.input_checks import check_output
 from megatron_long.evaluation.loss.held_out import HeldOutDocument, open_held_out, select_documents
 from megatron_long.evaluation.loss.loss_report import (
     ALL_SOURCES,

@@ -16,7 +16,7 @@ from megatron_long.checkpoint.megatron_folder import WEIGHTS, choose_weights
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.batches import TokenScorer
 from megatron_long.evaluation.fingerprint import fingerprint
-from megatron_long.evaluation.inputs import (
+from megatron_long.evaluation.input_checks import (
     CheckpointFolder,
     find_checkpoint,
     find_hf_folder,

@@ -287,7 +287,7 @@ def open_scorer(
         tool_flags: Flags of the calling tool, which a mistyped one may mean.
         iteration: Which checkpoint of the folder, a number or `release`; None is that of `--ckpt-step`, or
             the newest. Every rank takes that of rank 0.
-        weights: Which of the checkpoint's weights, one of `conversion.megatron_folder.WEIGHTS`.
+        weights: Which of the checkpoint's weights, one of `checkpoint.megatron_folder.WEIGHTS`.
     Raises: ConfigError: no checkpoint there, or a layout that cannot be cut. DataError: it is damaged.
     """
     host_backend.install()

@@ -243,7 +243,7 @@ LLAMA3_ARGUMENTS = {
     "rope_scaling_original_length": "original_max_position_embeddings",
 }
 """Our arguments besides Megatron's `--rope-scaling-factor`, by the field that each carries; Megatron-Core has
-these three fixed at the defaults of `Llama3Rope` (see `training.megatron_adapter`)."""
+these three fixed at the defaults of `Llama3Rope` (see `engine.megatron_adapter`)."""
 
 
 def rope_from_arguments(args: Namespace) -> BaseRope:

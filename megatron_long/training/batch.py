@@ -39,7 +39,7 @@ class StepSettings:
     output_processor: Callable[..., Tensor] | None = None
     """Takes the place of Megatron's output layer and loss, see `training.loss`."""
     document_masking: AttentionFormat | None = None
-    """Attention that is given masks between documents; None for none, see `training.documents`."""
+    """Attention that is given masks between documents; None for none, see `model.document_masks`."""
     sequence_parallel_size: int = 1
     """Tensor-parallel ranks that a sequence is cut over, besides the context-parallel ones."""
     on_micro_batch: Callable[[], None] | None = None

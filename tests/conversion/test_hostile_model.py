@@ -12,7 +12,7 @@ from megatron_long.conversion.export import gguf_to_hf, megatron_to_hf
 from megatron_long.conversion.options import Options
 from megatron_long.errors import DataError
 from megatron_long.evaluation.hf_scorer import open_hf_scorer
-from megatron_long.evaluation.inputs import find_checkpoint, find_hf_folder, open_tokenizer
+from megatron_long.evaluation.input_checks import find_checkpoint, find_hf_folder, open_tokenizer
 from tests import hostile
 
 UNCHECKED = Options(check_hashes=False, force=True)

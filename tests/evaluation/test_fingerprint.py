@@ -3,7 +3,7 @@ import shutil
 
 from megatron_long.checkpoint.sidecars import TRACKER_NAME
 from megatron_long.evaluation.fingerprint import fingerprint
-from megatron_long.evaluation.inputs import find_checkpoint, find_hf_folder
+from megatron_long.evaluation.input_checks import find_checkpoint, find_hf_folder
 from tests.fake_checkpoints import write_fake_checkpoint
 
 from .fakes import write_checkpoint_folder

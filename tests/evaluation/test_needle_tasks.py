@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.needle.cases import _UsedText, build_cases
+from megatron_long.evaluation.needle.cases import build_cases
 from megatron_long.evaluation.needle.needle_scores import Deadline, free_answers, score_cases
 from megatron_long.evaluation.needle.needle_tasks import (
     GENERATED_TASKS,
@@ -15,6 +15,7 @@ from megatron_long.evaluation.needle.needle_tasks import (
     choose_tasks,
     read_needles,
 )
+from megatron_long.evaluation.needle.probes import UsedText
 
 from .fakes import FakeScorer, WordTokenizer, copy_predictions, make_story
 
@@ -131,7 +132,7 @@ def test_words_are_looked_up_as_in_the_text_itself(words):
     text = "The pass\nkey 91234567 is 1234567 today 155 x. Pass key"
     plain = " ".join(text.split())
     for part in (words, " ".join(words.split()), words.upper()):
-        assert (part in _UsedText(text)) == (part in plain)
+        assert (part in UsedText(text)) == (part in plain)
 
 
 def test_numbers_that_the_haystack_holds_are_drawn_again(tokenizer):

@@ -276,17 +276,17 @@ def test_own_commands_parse(steps: Sequence[Step]) -> None:
 
 def test_tool_commands_parse(steps: Sequence[Step], monkeypatch) -> None:
     """What a tool does not know itself may only be the layout, which goes on to Megatron."""
-    import tools.convert_checkpoint
-    import tools.evaluate_loss
-    import tools.evaluate_needle
-    import tools.inspect_dataset
-    import tools.preprocess_mix
+    import megatron_long.commands.convert_checkpoint
+    import megatron_long.commands.evaluate_loss
+    import megatron_long.commands.evaluate_needle
+    import megatron_long.commands.inspect_dataset
+    import megatron_long.commands.preprocess_mix
 
     parsers = {
-        "tools/convert_checkpoint.py": tools.convert_checkpoint.make_parser,
-        "tools/evaluate_loss.py": tools.evaluate_loss.build_parser,
-        "tools/evaluate_needle.py": tools.evaluate_needle.build_parser,
-        "tools/preprocess_mix.py": tools.preprocess_mix._parser,
+        "tools/convert_checkpoint.py": megatron_long.commands.convert_checkpoint.make_parser,
+        "tools/evaluate_loss.py": megatron_long.commands.evaluate_loss.build_parser,
+        "tools/evaluate_needle.py": megatron_long.commands.evaluate_needle.build_parser,
+        "tools/preprocess_mix.py": megatron_long.commands.preprocess_mix._parser,
     }
     seen = set()
     for step in steps:
@@ -297,7 +297,7 @@ def test_tool_commands_parse(steps: Sequence[Step], monkeypatch) -> None:
             seen.add(program)
         elif program == "tools/inspect_dataset.py":
             monkeypatch.setattr(sys, "argv", [program, *arguments])
-            tools.inspect_dataset._parse_args()
+            megatron_long.commands.inspect_dataset._parse_args()
             seen.add(program)
     assert seen == {*parsers, "tools/inspect_dataset.py"}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_long.errors import ConfigError
-from megatron_long.planning import doctor, machine
-from megatron_long.planning.doctor import KEPT, compare_cudnn, examine
+from megatron_long.planning import diagnosis, machine
+from megatron_long.planning.diagnosis import KEPT, compare_cudnn, examine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WHEEL = "9.19.0.56"
@@ -51,8 +51,8 @@ def test_cudnn_of_the_system_is_seen(loaded, version, home, state, words):
 
 
 def test_missing_package_and_settings_are_problems(monkeypatch):
-    stock = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if "core" in name else stock(name))
+    stock = diagnosis._version
+    monkeypatch.setattr(diagnosis, "_version", lambda name: None if "core" in name else stock(name))
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
     found = by_name(examine())
@@ -97,7 +97,7 @@ def test_the_launch_script_keeps_as_many_as_the_doctor_counts():
 
 @pytest.mark.parametrize(("free", "state"), [(112.5e9, "ok"), (112e9, "note")])
 def test_little_host_memory_is_noted(free, state, monkeypatch):
-    monkeypatch.setattr(doctor, "host_memory", lambda: machine.Room(free, "memory.max"))
+    monkeypatch.setattr(diagnosis, "host_memory", lambda: machine.Room(free, "memory.max"))
     found = by_name(examine(recipe="llama3_8b_128k"))["host memory"]
     assert found.state == state
     assert "on 8 GPUs copies 112 GB to the host memory of each node" in found.remedy
@@ -122,8 +122,8 @@ def test_gpus_are_described(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
-    monkeypatch.setattr(doctor, "_run", lambda *_: "GPU0 X NV18\nGPU1 NV18 X")
-    found = by_name(doctor._gpus())
+    monkeypatch.setattr(diagnosis, "_run", lambda *_: "GPU0 X NV18\nGPU1 NV18 X")
+    found = by_name(diagnosis._gpus())
     assert found["GPU 0"].state == "ok"
     assert "91.0 GiB in use" in found["GPU 1"].value
     assert found["FP8"].state == "ok"

@@ -16,7 +16,7 @@ from megatron_long.checkpoint.run_identity import check_same_optimizer
 from megatron_long.conversion.export import megatron_to_hf
 from megatron_long.conversion.options import Options
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.evaluation.inputs import find_checkpoint
+from megatron_long.evaluation.input_checks import find_checkpoint
 from tests.training.conftest import FLAGS
 
 TRACKER = "latest_checkpointed_iteration.txt"

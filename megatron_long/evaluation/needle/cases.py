@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,6 +35,13 @@ from megatron_long.evaluation.needle.haystack import (
     tokenize_haystack,
 )
 from megatron_long.evaluation.needle.needle_tasks import SENTENCE, NeedleTask, Probe, Task
+from megatron_long.evaluation.needle.probes import (
+    UsedText,
+    draw_probe,
+    find_present,
+    one_line,
+    refuse_present,
+)
 
 if TYPE_CHECKING:
     from megatron_long.tokenizer.tokenizer_types import Tokenizer
@@ -59,11 +65,6 @@ FEWEST_TOKENS_TO_CUT = 64
 
 LONE_DEPTH_TOLERANCE = 0.05
 """How far a needle may be from its depth where there is no other depth to mistake it for."""
-
-DIGITS = re.compile(r"\d+")
-
-MAX_DRAWS = 20
-"""Tries to draw names and numbers that the haystack does not hold."""
 
 
 @dataclass(frozen=True)
@@ -152,15 +153,13 @@ def build_cases(
     """
     named: Mapping[str, Task] = {SENTENCE: tasks} if isinstance(tasks, NeedleTask) else tasks
     sentences = [task for task in named.values() if isinstance(task, NeedleTask)]
-    whole = _plain(text) if sentences else ""
+    whole = one_line(text) if sentences else ""
     for sentence in sentences:
-        _refuse_present(sentence(random.Random()), _present(sentence(random.Random()), whole))
+        refuse_present(sentence(random.Random()), find_present(sentence(random.Random()), whole))
     haystack = tokenize_haystack(text, tokenizer, max(context_lengths) * min(num_seeds, 2))
-    used = _UsedText(haystack.text)
+    used = UsedText(haystack.text)
     drawn = [
-        _Draft(
-            name, seed, length, depth, _draw_probe(task, used, f"{name} {seed} {length} {depth}")
-        )
+        _Draft(name, seed, length, depth, draw_probe(task, used, f"{name} {seed} {length} {depth}"))
         for name, task in named.items()
         for seed in range(num_seeds)
         for length in context_lengths
@@ -259,68 +258,6 @@ def _haystack_needed(drafts: Sequence[_Draft], fixed: Sequence[_Parts]) -> int:
             f"--context-lengths above {most_fixed}"
         )
     return max(d.context_length - part.num_tokens for d, part in zip(drafts, fixed, strict=True))
-
-
-class _UsedText:
-    """The text of the haystack, in which words are looked up many times.
-
-    Most words that are drawn are not there, and that is seen from a set of its words or of its digits.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.text = _plain(text)
-        self._words = set(self.text.split(" "))
-        self._digits: dict[int, set[str]] = {}
-
-    def __contains__(self, words: str) -> bool:
-        inner = words.split(" ")[1:-1]  # the first and the last may be parts of longer words
-        return (
-            self._words.issuperset(inner)
-            and all(run in self._digits_of(len(run)) for run in DIGITS.findall(words))
-            and words in self.text
-        )
-
-    def _digits_of(self, length: int) -> set[str]:
-        """All digits of this length in a row, within longer rows too."""
-        if length not in self._digits:
-            self._digits[length] = {
-                run[start : start + length]
-                for run in set(DIGITS.findall(self.text))
-                for start in range(len(run) - length + 1)
-            }
-        return self._digits[length]
-
-
-def _draw_probe(task: Task, used: _UsedText, name: str) -> Probe:
-    """Draw what is hidden, until the haystack does not hold it already."""
-    generator = random.Random(name)
-    if isinstance(task, NeedleTask):
-        return task(generator)
-    for _ in range(MAX_DRAWS):
-        probe = task(generator)
-        present = _present(probe, used)
-        if not present:
-            break
-    _refuse_present(probe, present)
-    return probe
-
-
-def _present(probe: Probe, text: str | _UsedText) -> list[str]:
-    """What a probe hides or asks for that the text holds already."""
-    return [words for words in (*probe.inserts, probe.answer) if _plain(words) in text]
-
-
-def _refuse_present(probe: Probe, present: Sequence[str]) -> None:
-    if present:
-        flag = "--needle" if present[0] in probe.inserts else "--answer"
-        raise ConfigError(
-            f"--haystack already contains {flag} {present[0]!r}, so the test would prove nothing; "
-            "use another text or another needle"
-        )
-
-
-def _plain(words: str) -> str:
-    return " ".join(words.split())
 
 
 def _encode_probes(tokenizer: Tokenizer, drafts: Sequence[_Draft], prompt: str) -> list[_Parts]:

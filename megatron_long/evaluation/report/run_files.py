@@ -345,7 +345,7 @@ def _argv(path: Path) -> list[str]:
 
 
 def _flag(argv: Sequence[str], flag: str) -> str | None:
-    from megatron_long.evaluation.inputs import read_flag
+    from megatron_long.evaluation.input_checks import read_flag
 
     return read_flag(argv, flag)
 

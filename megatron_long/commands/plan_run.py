@@ -1,0 +1,140 @@
+"""List the layouts in which a model can be trained on these GPUs: memory, speed, hours, flags.
+
+Nothing is started and no GPU is needed. How far the predictions were from measurements: docs/planner.md.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_long.cli import length_tokens
+from megatron_long.errors import ConfigError
+from megatron_long.flags.recipe import build_recipe
+from megatron_long.mixture.shares import parse_token_count
+from megatron_long.model.geometry import geometry_from_hf
+from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS, GPUS_PER_NODE, find_gpu
+from megatron_long.planning.machine import gigabytes
+from megatron_long.planning.memory import checkpoint_bytes, host_memory_of_save
+from megatron_long.planning.run_shape import RunShape
+from megatron_long.planning.search import Plan, Task, find_plans
+
+SMALLEST_HIDDEN_SIZE = 2048
+"""The rates were fitted on 4,096."""
+PRECISIONS = {"bf16": ("bf16",), "fp8": ("fp8",), "both": ("bf16", "fp8")}
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
+    if arguments.top < 1:
+        raise ConfigError(f"--top {arguments.top} lists no layout; give 1 or more")
+    task = read_task(arguments)
+    plans = find_plans(task)[: arguments.top]
+    if task.model.hidden_size < SMALLEST_HIDDEN_SIZE:
+        print(
+            f"note: hidden size {task.model.hidden_size} is below {SMALLEST_HIDDEN_SIZE}, where starting "
+            "kernels takes much of a step and is not predicted: expect more hours",
+            file=sys.stderr,
+        )
+    if arguments.json:
+        print(json.dumps([as_record(plan) for plan in plans], indent=2))
+    else:
+        print(as_table(plans))
+        print(storage(plans[0].run))
+        print("\nFlags of the first, after --recipe (with --hf-config for another model):")
+        print(shlex.join(plans[0].to_argv()))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--hf-config", type=Path, help="Hugging Face model folder or config.json")
+    add(
+        "--recipe",
+        help="recipe whose model, window and budgets are planned, instead of --hf-config",
+    )
+    add("--seq-length", type=length_tokens, help="tokens of a window (the recipe's, or 128K)")
+    add("--gpus", type=int, required=True, help="number of GPUs")
+    add("--gpu", required=True, help=f"kind of GPU: {', '.join(GPUS)}")
+    add("--train-tokens", help="token budget (the recipe's, or 5B)")
+    add("--batch-tokens", help="tokens of an optimizer step (the recipe's, or 4194304)")
+    add("--precision", choices=PRECISIONS, default="bf16", help="of the linear layers (bf16)")
+    add("--attention", choices=ATTENTION_KERNELS, default="cudnn", help="kernel (cudnn)")
+    add("--top", type=int, default=10, help="layouts to list (10)")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def read_task(arguments: argparse.Namespace) -> Task:
+    """What is asked for; a recipe gives the window and the budgets that no flag does.
+
+    Raises: ConfigError: no model is given, or two.
+    """
+    if bool(arguments.hf_config) == bool(arguments.recipe):
+        raise ConfigError("give the model by one of --hf-config and --recipe")
+    given: dict[str, Any] = {"seq_length": arguments.seq_length}
+    for name in ("batch_tokens", "train_tokens"):
+        text = getattr(arguments, name)
+        given[name] = parse_token_count(text, f"--{name.replace('_', '-')}") if text else None
+    if arguments.recipe:
+        recipe = build_recipe(arguments.recipe)
+        model = recipe.model
+        values = {
+            "seq_length": recipe.seq_length,
+            "batch_tokens": recipe.tokens_per_batch,
+            "train_tokens": recipe.train_tokens,
+        }
+    else:
+        model, values = geometry_from_hf(arguments.hf_config), {"seq_length": 131_072}
+    values |= {name: value for name, value in given.items() if value is not None}
+    return Task(
+        model=model,
+        num_gpus=arguments.gpus,
+        gpu=find_gpu(arguments.gpu),
+        precisions=PRECISIONS[arguments.precision],
+        attention=arguments.attention,
+        **values,
+    )
+
+
+def storage(run: RunShape) -> str:
+    """What the checkpoints of a run take, whatever its layout."""
+    size = checkpoint_bytes(run.parameters)
+    host = host_memory_of_save(size, run.num_gpus, min(run.num_gpus, GPUS_PER_NODE))
+    return (
+        f"\nA checkpoint with optimizer takes {gigabytes(size)} of disk; a save copies {gigabytes(host)} to "
+        "the host memory of each node."
+    )
+
+
+def as_table(plans: list[Plan]) -> str:
+    """One line a plan."""
+    lines = ["   tp  cp  pp  dp  cp by    recompute  precision    GiB  s/step  TFLOP/s/GPU  hours"]
+    for rank, plan in enumerate(plans, 1):
+        run, layout = plan.run, plan.run.layout
+        kind = layout.context_communication if layout.context > 1 else "-"
+        lines.append(
+            f"{rank:2}{layout.tensor:3}{layout.context:4}{layout.pipeline:4}{run.data_parallel:4}"
+            f"  {kind:7}  {run.recompute:9}  {'fp8' if run.fp8 else 'bf16':9}"
+            f"{plan.memory.total_gib:7.0f}{plan.time.total_s:8.1f}{plan.tflops:13.0f}{plan.hours:7.1f}"
+        )
+    return "\n".join(lines)
+
+
+def as_record(plan: Plan) -> dict:
+    """All that is predicted of a plan, with the parts of its sums."""
+    return {
+        "flags": plan.to_argv(),
+        "hours": plan.hours,
+        "tokens_per_second_per_gpu": plan.tokens_per_second,
+        "tflops_per_gpu": plan.tflops,
+        "checkpoint_bytes": checkpoint_bytes(plan.run.parameters),
+        "step_seconds": {"total": plan.time.total_s, **vars(plan.time)},
+        "peak_gib": {
+            "total": plan.memory.total_gib,
+            **{name: size / 2**30 for name, size in vars(plan.memory).items()},
+        },
+    }

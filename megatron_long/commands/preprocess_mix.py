@@ -1,0 +1,211 @@
+"""Make a training dataset from a corpus: tokenize it and mix it by source and document length.
+
+    python tools/preprocess_mix.py --input corpus/ --tokenizer tokenizer.model --output dataset \\
+        --train-tokens 64M
+
+Killed and started again with the same command, it goes on where it was. docs/data_format.md describes what is
+read and what is written, docs/preprocess_at_scale.md how to run it on a cluster.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from megatron_long.cli import length_tokens, tool_parser
+from megatron_long.corpus.documents import (
+    DEFAULT_SOURCE_KEYS,
+    DEFAULT_TEXT_KEY,
+    SOURCE_FROM_FOLDER,
+    RecordKeys,
+    canonical_source,
+)
+from megatron_long.corpus.inputs import is_url
+from megatron_long.dataset.tables import print_sources
+from megatron_long.errors import ConfigError
+from megatron_long.files import refuse_overwrite
+from megatron_long.mixture.mixture import STRATEGIES, Mixture
+from megatron_long.mixture.shares import NATURAL, SLIMPAJAMA, parse_token_count, read_shares
+from megatron_long.preprocess.dry_run import plan_dataset
+from megatron_long.preprocess.executors import EXECUTORS, ExecutorOptions
+from megatron_long.preprocess.preprocess import preprocess
+from megatron_long.preprocess.preprocess_config import PreprocessConfig
+from megatron_long.preprocess.progress_bar import ProgressBars
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    config = _config(args)
+    if args.dry_run:
+        sources, fraction = plan_dataset(config)
+        print_sources(sources)
+        read = "all" if fraction == 1 else f"an estimate from {fraction:.2%}"
+        print(f"dry run: {read} of the corpus was read, nothing was written")
+        return
+    if not is_url(args.output):
+        refuse_overwrite(Path(args.output), force=args.force)
+        if not Path(args.output).absolute().parent.exists():
+            print(
+                f"--output: {Path(args.output).absolute().parent} does not exist and will be made"
+            )
+    with ProgressBars() as bars:
+        manifest = preprocess(config, args.output, bars.update)
+    print_sources(manifest.sources)
+    for warning in manifest.warnings:
+        print(f"warning: {warning}")
+    if manifest.documents_bad:
+        print(
+            f"{manifest.documents_bad:,} bad documents were left out; manifest.json lists the first"
+        )
+    print(
+        f"{args.output}: {manifest.train.num_tokens:,} training tokens in "
+        f"{manifest.train.num_documents:,} documents; fingerprint {manifest.fingerprint[:16]}"
+    )
+
+
+def _config(args: argparse.Namespace) -> PreprocessConfig:
+    shares, missing = args.source_shares, "error"
+    if shares not in (NATURAL, SLIMPAJAMA):
+        shares, missing = read_shares(Path(shares))
+    strategy, *named = args.strategy
+    mixture = Mixture(
+        train_tokens=parse_token_count(args.train_tokens),
+        strategy=strategy,
+        short_keep_ratio=args.short_keep_ratio,
+        long_token_share=args.long_token_share,
+        long_threshold_tokens=args.long_threshold,
+        cut_length_tokens=args.cut_length,
+        upsampled_shares=_parse_shares(named),
+        source_shares=shares,
+        missing_sources=args.missing_sources or missing,
+        valid_tokens_per_source=parse_token_count(
+            args.valid_tokens_per_source, "--valid-tokens-per-source"
+        ),
+        allow_repeat=args.allow_repeat,
+    )
+    return PreprocessConfig(
+        inputs=args.input,
+        tokenizer=args.tokenizer,
+        mixture=mixture,
+        seed=args.seed,
+        keys=_keys(args),
+        workers=args.workers,
+        engine=args.engine,
+        on_bad_document=args.on_bad_document,
+        token_dtype=args.token_dtype,
+        execution=_execution(args),
+        work_dir=args.work_dir,
+        keep_work=args.keep_work,
+        force=args.force,
+    )
+
+
+def _keys(args: argparse.Namespace) -> RecordKeys:
+    if args.source_from_folder and args.source_key:
+        raise ConfigError("--source-from-folder and --source-key exclude each other; give one")
+    source = SOURCE_FROM_FOLDER if args.source_from_folder else args.source_key
+    keys = RecordKeys(text=args.text_key)
+    return dataclasses.replace(keys, source=source) if source else keys
+
+
+def _execution(args: argparse.Namespace) -> ExecutorOptions:
+    slurm_args = dict(word.partition("=")[::2] for word in args.slurm_args)
+    return ExecutorOptions(
+        executor=args.executor,
+        workers=args.workers,
+        tasks=args.tasks,
+        slurm_partition=args.slurm_partition,
+        slurm_time=args.slurm_time,
+        memory_gb=args.task_memory_gb,
+        slurm_args=slurm_args,
+    )
+
+
+def _parse_shares(words: list[str]) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for word in words:
+        name, _, share = word.rpartition("=")
+        try:
+            shares[canonical_source(name)] = float(share)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ConfigError(
+                f"--strategy ... {word}: write NAME=SHARE after upsample-sources, such as ArXiv=0.2"
+            )
+    return shares
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = tool_parser(__doc__)
+    _add_corpus(parser.add_argument_group("corpus").add_argument)
+    _add_mixture(parser.add_argument_group("mixture").add_argument)
+    _add_run(parser.add_argument_group("run").add_argument)
+    return parser
+
+
+def _add_corpus(add) -> None:  # type: ignore[no-untyped-def]
+    files = ".jsonl[.gz|.zst] and .parquet files, folders of them, or URLs (s3://, gs://, ...)"
+    add("--input", nargs="+", required=True, help=files)
+    add(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="*.model (SentencePiece, or Llama-3's tiktoken), tokenizer.json, or their folder",
+    )
+    add(
+        "--engine",
+        default="auto",
+        help="what makes the tokens: auto (the fastest exact), reference",
+    )
+    key = f"where a record keeps its source; default: {' or '.join(DEFAULT_SOURCE_KEYS)}"
+    add("--source-key", metavar="PATH", help=key)
+    folder = "the source of a file is its first folder below --input (or the --input folder itself)"
+    add("--source-from-folder", action="store_true", help=folder)
+    add("--text-key", default=DEFAULT_TEXT_KEY, metavar="PATH", help="default: %(default)s")
+    bad = "skip leaves out what cannot be read and lists it in the manifest; default: %(default)s"
+    add("--on-bad-document", choices=("stop", "skip"), default="stop", help=bad)
+
+
+def _add_mixture(add) -> None:  # type: ignore[no-untyped-def]
+    add(
+        "--train-tokens",
+        required=True,
+        metavar="N",
+        help="training tokens: 5B, 64M, 200K (K is 1,000)",
+    )
+    strategy = f"{', '.join(STRATEGIES)} NAME=SHARE ...; default: per-source"
+    add("--strategy", nargs="+", default=["per-source"], metavar="NAME", help=strategy)
+    add("--short-keep-ratio", type=float, default=0.1, metavar="P", help="default: %(default)s")
+    solved = "instead: thin the short documents of each source until long ones have this share"
+    add("--long-token-share", type=float, metavar="SHARE", help=solved)
+    long = "long from here (K is 1,024): %(default)s"
+    add("--long-threshold", type=length_tokens, default="4K", metavar="TOKENS", help=long)
+    cut = "length of pieces under --strategy cut; default: %(default)s"
+    add("--cut-length", type=length_tokens, default="4K", metavar="TOKENS", help=cut)
+    shares = f"{NATURAL} (the corpus's own, default), {SLIMPAJAMA}, or a YAML file"
+    add("--source-shares", default=NATURAL, metavar="SHARES", help=shares)
+    missing = "what to do with shares of sources that the corpus lacks; default: error"
+    add("--missing-sources", choices=("error", "drop"), help=missing)
+    valid = "tokens each source holds out, in whole documents; default: %(default)s"
+    add("--valid-tokens-per-source", default="200K", metavar="N", help=valid)
+    repeat = "how many times a document may be used; default: %(default)s"
+    add("--allow-repeat", type=int, default=1, metavar="N", help=repeat)
+    add("--seed", type=int, default=0)
+
+
+def _add_run(add) -> None:  # type: ignore[no-untyped-def]
+    add("--output", required=True, help="dataset folder to make, or a URL to copy it to")
+    add("--work-dir", type=Path, help="unfinished work; default: OUTPUT.work")
+    add("--keep-work", action="store_true", help="do not remove it at the end")
+    add("--token-dtype", choices=("auto", "uint16", "int32"), default="auto")
+    add("--executor", choices=EXECUTORS, default="local", help="default: %(default)s")
+    add("--workers", type=int, default=1, help="processes at a time; default: %(default)s")
+    add("--tasks", type=int, default=1000, help="tasks of a stage on a cluster: %(default)s")
+    add("--task-memory-gb", type=int, default=4, metavar="GB", help="default: %(default)s")
+    add("--slurm-partition", metavar="NAME", help="needed for --executor slurm")
+    add("--slurm-time", default="24:00:00", metavar="H:M:S", help="of a task; default: %(default)s")
+    more = "more flags of sbatch, without dashes"
+    add("--slurm-args", nargs="*", default=[], metavar="NAME=VALUE", help=more)
+    add("--dry-run", action="store_true", help="print the table from a sample, write nothing")
+    force = "replace --output if it exists, and unfinished work of another command"
+    add("--force", action="store_true", help=force)
