@@ -16,6 +16,8 @@ import pytest
 
 from tests.warm_jobs import REPOSITORY, WarmJobs
 
+pytest_plugins = ["tests.corpus_fixtures", "tests.job_fixtures"]
+
 WORDS = (
     "context window model token layer head query key value stretch long short book code paper page "
     "train batch step loss depth needle source share document mixture sequence parallel shard rank"

@@ -1,6 +1,6 @@
 """What is changed where Megatron loads: which checkpoint, and which of its weights.
 
-As `megatron_hooks`: a contract for each symbol is in `tests/training/test_megatron_adapter.py`.
+As `megatron_hooks`: a contract for each symbol is in `tests/engine/test_megatron_adapter.py`.
 """
 
 import functools

@@ -2,7 +2,7 @@
 
 Next to `megatron_hooks`, which changes the running loop, and `old_format`, the only file that imports it.
 Nothing of `megatron.training` is declared stable, so the version is checked first, each changed symbol is
-listed in `PATCHED_SYMBOLS`, and `tests/training/test_megatron_adapter.py` holds a contract for each. Import
+listed in `PATCHED_SYMBOLS`, and `tests/engine/test_megatron_adapter.py` holds a contract for each. Import
 this module after `host_backend.install()`.
 """
 

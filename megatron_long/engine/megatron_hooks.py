@@ -2,7 +2,7 @@
 
 The loop calls its own functions by their names in its modules; each `install_*` replaces some of them by one
 of ours. `megatron_adapter` and `loading_hooks` change the rest of `megatron.training`; a contract for each
-symbol is in `tests/training/test_megatron_adapter.py`.
+symbol is in `tests/engine/test_megatron_adapter.py`.
 """
 
 import atexit

@@ -14,7 +14,7 @@ import torch
 
 from megatron_long.checkpoint.choosing import check_whole
 from tests.gpu.test_exact_resume import FLAGS
-from tests.training.launched import (
+from tests.launched import (
     count_lines,
     end_all,
     start_launcher,

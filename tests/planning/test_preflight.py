@@ -14,9 +14,9 @@ from megatron_long.flags.backend import GPU, HOST
 from megatron_long.planning import machine, preflight
 from megatron_long.planning.hardware import GPUS
 from megatron_long.planning.machine import Room
+from tests.checkpoint.test_saving import NAMESPACE, can_mount
 from tests.fake_checkpoints import write_fake_checkpoint
-from tests.training.launched import REPOSITORY
-from tests.training.test_saving import NAMESPACE, can_mount
+from tests.launched import REPOSITORY
 
 host_backend.install()
 

@@ -14,7 +14,7 @@ from megatron_long.errors import ConfigError, DataError
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess.preprocess import PreprocessConfig, preprocess
 from tests.fake_checkpoints import write_fake_checkpoint
-from tests.training.conftest import FLAGS
+from tests.job_fixtures import FLAGS
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from megatron_long import pretrain
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import geometry_from_args, geometry_from_hf
-from tests.training.conftest import FLAGS
+from tests.job_fixtures import FLAGS
 
 BASE = 50_000
 

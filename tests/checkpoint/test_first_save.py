@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from megatron_long.checkpoint.choosing import check_whole, saved_iterations
-from tests.training.conftest import FLAGS
-from tests.training.launched import REPOSITORY, tracked
+from tests.job_fixtures import FLAGS
+from tests.launched import REPOSITORY, tracked
 
 KILL = {"kind": "kill-at-write", "ranks": [0], "name": "/.metadata.tmp"}
 FULL = {"kind": "full-disk", "ranks": [0], "name": ".distcp"}

@@ -17,7 +17,7 @@ from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess import preprocess as preprocess_module
 from megatron_long.preprocess.preprocess import PreprocessConfig, preprocess
 from megatron_long.preprocess.stages import split_parts
-from tests.data.conftest import files_of
+from tests.corpus_fixtures import files_of
 
 KILLS = 20
 fork = multiprocessing.get_context("fork")

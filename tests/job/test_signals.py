@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from megatron_long.job.signals import LEAVE_SIGNALS
-from tests.training.launched import wait_until
+from tests.launched import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_HELPERS = """

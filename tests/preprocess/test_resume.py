@@ -21,7 +21,7 @@ from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 from megatron_long.preprocess.stages import TokenizeStage, WriteStage, split_parts
 from megatron_long.preprocess.workdir import only_run, open_work
-from tests.data.conftest import files_of
+from tests.corpus_fixtures import files_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_FILES = 12

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from tests.training.conftest import FLAGS
+from tests.job_fixtures import FLAGS
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 TRACKER = "latest_checkpointed_iteration.txt"
 GRACE_S = 300
 OF_OTHERS = re.compile(r"^torchinductor_|wandb-(artifacts|media)$")

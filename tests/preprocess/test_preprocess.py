@@ -14,7 +14,7 @@ from megatron_long.preprocess.dry_run import plan_dataset
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 from megatron_long.tokenizer.loading import load_tokenizer
-from tests.data.conftest import files_of
+from tests.corpus_fixtures import files_of
 
 TRAIN_TOKENS = 9000
 

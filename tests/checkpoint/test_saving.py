@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_long.checkpoint.choosing import check_whole, saved_iterations
-from tests.training.conftest import FLAGS
-from tests.training.launched import REPOSITORY, count_lines, tracked, wait_until
+from tests.job_fixtures import FLAGS
+from tests.launched import REPOSITORY, count_lines, tracked, wait_until
 from tests.training.test_exact_resume import differing, read_state
 
 NAMESPACE = ("unshare", "--map-root-user", "--user", "--mount")

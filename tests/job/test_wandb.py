@@ -8,7 +8,7 @@ import pytest
 
 from megatron_long.checkpoint.choosing import check_whole
 from tests.evaluation.fakes import make_story
-from tests.training.launched import (
+from tests.launched import (
     GRACE_S,
     count_lines,
     end_all,

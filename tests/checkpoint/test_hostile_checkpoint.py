@@ -11,7 +11,7 @@ import torch
 from megatron_long.engine import megatron_adapter
 from megatron_long.errors import DataError
 from tests import hostile
-from tests.training.conftest import FLAGS
+from tests.job_fixtures import FLAGS
 
 NEWEST = "iter_0000004"
 RNG = "rng_state/shard_0.0_1.1"

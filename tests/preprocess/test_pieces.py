@@ -17,7 +17,7 @@ from megatron_long.preprocess.file_pieces import find_pieces, split_inputs
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 from megatron_long.preprocess.workdir import _known_hashes
-from tests.data.conftest import files_of
+from tests.corpus_fixtures import files_of
 
 
 def read_all(items):

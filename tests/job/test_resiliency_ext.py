@@ -19,7 +19,7 @@ from megatron_long.checkpoint.choosing import check_whole, saved_iterations
 from megatron_long.engine import megatron_adapter
 from megatron_long.errors import ConfigError
 from megatron_long.job import hang_monitor
-from tests.training.launched import GRACE_S, count_lines, start_launcher, tracked, wait_until
+from tests.launched import GRACE_S, count_lines, start_launcher, tracked, wait_until
 
 IS_INSTALLED = importlib.util.find_spec("nvidia_resiliency_ext") is not None
 installed = pytest.mark.skipif(not IS_INSTALLED, reason="nvidia-resiliency-ext is not installed")

@@ -17,7 +17,7 @@ from megatron_long.conversion.export import megatron_to_hf
 from megatron_long.conversion.options import Options
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.input_checks import find_checkpoint
-from tests.training.conftest import FLAGS
+from tests.job_fixtures import FLAGS
 
 TRACKER = "latest_checkpointed_iteration.txt"
 NEWEST = "iter_0000004"

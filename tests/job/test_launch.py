@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from megatron_long import launch
-from tests.training.launched import REPOSITORY
+from tests.launched import REPOSITORY
 
 
 def test_the_status_and_the_message_are_those_of_the_rank():

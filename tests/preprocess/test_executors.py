@@ -16,7 +16,7 @@ from megatron_long.preprocess.executors import ExecutorOptions, _private_folder
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 from tests import slurm_cluster
-from tests.data.conftest import files_of
+from tests.corpus_fixtures import files_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from megatron_long.checkpoint.choosing import check_whole
-from tests.training.launched import (
+from tests.launched import (
     GRACE_S,
     TRACKER,
     Launched,
