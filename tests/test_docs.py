@@ -1,4 +1,4 @@
-"""What the pages for contributors name is there, and rooms import in the order that docs/design.md gives."""
+"""What the pages for contributors name is there, and docs/design.md has each room in the order of imports."""
 
 import ast
 import re
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.test_rooms import FLOORS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "megatron_long"
@@ -90,37 +92,10 @@ def test_links_lead_somewhere(page):
     assert not [link for link in links if not (folder / link).exists()]
 
 
-def imports_of(path: Path) -> set[str]:
-    """Rooms that a file imports from, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "megatron_long":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} if node.module.startswith("megatron_long.") else set()
-        elif isinstance(node, ast.Import):
-            found |= {a.name for a in node.names if a.name.startswith("megatron_long.")}
-    return {name.removeprefix("megatron_long.").split(".")[0] for name in found}
-
-
-def test_each_room_is_told():
-    there = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
-    there |= {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert sorted(ROOMS) == sorted(there)
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_from_rooms_above_it(room):
-    files = [PACKAGE / f"{room}.py"]
-    if not files[0].exists():
-        files = sorted((PACKAGE / room).rglob("*.py"))
-    allowed = {*ROOMS[: ROOMS.index(room)], room}
-    wrong = [
-        f"{path.relative_to(PACKAGE)}: {other}"
-        for path in files
-        for other in sorted(imports_of(path) - allowed)
-    ]
-    assert not wrong
+def test_each_room_is_told_in_the_order_of_imports():
+    place = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}
+    assert sorted(ROOMS) == sorted(place)
+    assert [place[room] for room in ROOMS] == sorted(place.values())
 
 
 def test_changelog_is_kept():

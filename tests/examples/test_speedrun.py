@@ -1,12 +1,11 @@
 """examples/speedrun.sh: each command is one that its parser takes, and the whole runs on a tiny model."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -74,17 +73,8 @@ def record(tmp_path):
     return start
 
 
-def load(tool: str, monkeypatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(tool, REPOSITORY / "tools" / f"{tool}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, tool, module)  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-def parser_of(module: ModuleType):
+def parser_of(tool: str):
+    module = importlib.import_module(f"megatron_long.commands.{tool}")
     names = ("build_parser", "make_parser", "_parser")
     return next(getattr(module, name) for name in names if hasattr(module, name))()
 
@@ -101,10 +91,10 @@ def flags_after(command: list[str], program: str) -> list[str]:
         ({"RECIPE": "llama2_7b_80k", "LENGTH": "80K"}, "llama2_7b_80k", 81_920),
     ],
 )
-def test_each_command_is_taken(variables, recipe, length, record, monkeypatch, tiny_dataset):
+def test_each_command_is_taken(variables, recipe, length, record, tiny_dataset):
     from megatron_long.command_line import parse
     from megatron_long.engine import megatron_adapter
-    from megatron_long.evaluation.inputs import check_context_length
+    from megatron_long.evaluation.input_checks import check_context_length
 
     commands = record("--train-iters", "7", "--allow-repeat", **variables)
     (training,) = [command for command in commands if "megatron_long.pretrain" in command]
@@ -112,7 +102,7 @@ def test_each_command_is_taken(variables, recipe, length, record, monkeypatch, t
     assert len(others) == len(TOOLS)
     for tool, command in zip(TOOLS, others, strict=True):
         argv = flags_after(command, f"tools/{tool}.py")
-        args, layout = parser_of(load(tool, monkeypatch)).parse_known_args(argv)
+        args, layout = parser_of(tool).parse_known_args(argv)
         if tool.startswith("evaluate"):
             assert command[1:4] == ["--standalone", "--nproc-per-node", "8"]
             assert args.context_length == length
