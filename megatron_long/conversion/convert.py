@@ -33,8 +33,8 @@ from megatron_long.conversion.options import ConversionReport, Options, Progress
 from megatron_long.conversion.pieces import read_source, size_of
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.conversion.verify import verify_output
-from megatron_long.dataset.manifest import FileInfo
 from megatron_long.files import atomic_path
+from megatron_long.hashing import FileInfo
 from megatron_long.model.geometry import LlamaGeometry
 from megatron_long.model.mapping import Unit, checkpoint_shape, megatron_shape, units_of
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from megatron_long.errors import DataError
+from megatron_long.hashing import FileInfo, hash_file
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 FORMAT_VERSION = 1
@@ -31,14 +30,6 @@ class TokenizerInfo:
     bos_id: int | None
     eod_id: int
     vocabulary_sha256: str
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """Size and hash of one file of the dataset."""
-
-    size_bytes: int
-    xxh3_128: str
 
 
 @dataclass(frozen=True)
@@ -226,16 +217,6 @@ def hash_tokenizer_files(dataset_dir: Path) -> dict[str, FileInfo]:
 def documents_path(prefix: Path) -> Path:
     """Give the file that tells where the documents of a held-out split come from."""
     return prefix.with_name(prefix.name + ".documents.npy")
-
-
-def hash_file(path: Path) -> FileInfo:
-    """Give size and xxh3_128 of a file."""
-    digest, size_bytes = xxhash.xxh3_128(), 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            size_bytes += len(block)
-    return FileInfo(size_bytes, digest.hexdigest())
 
 
 def tokenizer_info(tokenizer: Tokenizer) -> TokenizerInfo:
