@@ -77,7 +77,7 @@ def hf_to_megatron(
             hashed = _write_megatron(folder, weights, geometry, stored, options.progress)
             hf_folder.write_config(folder / HF_CONFIG_NAME, config, geometry, stored)
             sources.copy_generation_config(input_path, folder / GENERATION_CONFIG_NAME)
-            sources.copy_tokenizer(input_path, folder / TOKENIZER_DIR_NAME)
+            sources.copy_model_tokenizer(input_path, folder / TOKENIZER_DIR_NAME)
             report = verify_output(
                 report,
                 folder,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,16 +23,6 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 class HfWeights(Weights):
@@ -256,15 +245,3 @@ def write_config(
         "torch_dtype": dtype_name,
     }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files that are there.
-
-    Returns: Their names.
-    """
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in names:
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
-    return names
