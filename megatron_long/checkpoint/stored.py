@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors' names of the types that are taken, and torch's."""
+STORED_NAMES = {name: stored for stored, name in STORED_DTYPES.items()}
 LOOKAHEAD_BYTES = 2**29
 READERS = 2
 """Threads that read; the disk is busier with two requests than with one."""

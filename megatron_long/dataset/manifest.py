@@ -6,6 +6,7 @@ It holds no path of the machine and no time, so equal inputs and options give eq
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ MANIFEST_FILE = "manifest.json"
 DOCUMENTS_FILE = "documents.npy"
 TRAIN_PREFIX = "train"
 TOKENIZER_FOLDER = "tokenizer"
+LENGTH_STEPS = tuple(2**k for k in (12, 14, 15, 16, 17))
+"""Lengths at which the share of tokens in documents at least as long is told: 4K to 128K."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,16 @@ def hash_tokenizer_files(dataset_dir: Path) -> dict[str, FileInfo]:
     """Give what the manifest keeps of the tokenizer's copy in a dataset folder."""
     paths = sorted((dataset_dir / TOKENIZER_FOLDER).iterdir())
     return {f"{TOKENIZER_FOLDER}/{path.name}": hash_file(path) for path in paths}
+
+
+def share_at_least(tokens_by_length: Sequence[int], length_tokens: int) -> float:
+    """Give the share of tokens in documents of at least so many tokens, a power of two.
+
+    >>> share_at_least([0, 10, 30], 4)
+    0.75
+    """
+    total = sum(tokens_by_length)
+    return sum(tokens_by_length[length_tokens.bit_length() - 1 :]) / total if total else 0.0
 
 
 def documents_path(prefix: Path) -> Path:

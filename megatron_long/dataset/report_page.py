@@ -12,14 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_long.dataset.manifest import Manifest, SourceInfo
+from megatron_long.dataset.manifest import LENGTH_STEPS, Manifest, SourceInfo, share_at_least
 from megatron_long.dataset.tables import add_sources, plot_sources
 
 REPORT_FOLDER = "report"
 FIGURE_FILE = "lengths_and_sources.png"
 PAGE_FILE = "index.html"
-LENGTH_STEPS = tuple(2**k for k in (12, 14, 15, 16, 17))
-"""Lengths at which the share of tokens in documents at least as long is told: 4K to 128K."""
 MAX_INPUTS = 500
 """Input files listed; a corpus may have 59,166."""
 STYLE = """
@@ -86,16 +84,6 @@ def report_page(manifest: Manifest, figure_png: bytes) -> str:
         f"{manifest.fingerprint[:16]}</title><style>{STYLE}</style></head>\n<body>\n{body}\n"
         "</body></html>\n"
     )
-
-
-def share_at_least(tokens_by_length: Sequence[int], length_tokens: int) -> float:
-    """Give the share of tokens in documents of at least so many tokens, a power of two.
-
-    >>> share_at_least([0, 10, 30], 4)
-    0.75
-    """
-    total = sum(tokens_by_length)
-    return sum(tokens_by_length[length_tokens.bit_length() - 1 :]) / total if total else 0.0
 
 
 def _sources_table(sources: Mapping[str, SourceInfo]) -> str:

@@ -132,8 +132,8 @@ def _check_command(work: Path, command: Mapping[str, Any]) -> None:
 
 def _check_inputs(work: Path, files: Sequence[InputFile]) -> None:
     before = [
-        InputFile(row[0], "", row[1], row[2])
-        for row in orjson.loads((work / INPUTS_FILE).read_bytes())
+        InputFile(name, "", size_bytes, version)
+        for name, size_bytes, version in orjson.loads((work / INPUTS_FILE).read_bytes())
     ]
     now = {item.name: item for item in files}
     hashes = functools.cache(lambda: _known_hashes(work))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_long.checkpoint.direct_io import FileWriter
-from megatron_long.checkpoint.stored import STORED_DTYPES, StoredTensor, find_tensors
+from megatron_long.checkpoint.stored import STORED_NAMES, StoredTensor, find_tensors
 from megatron_long.conversion.formats.weights import Weights
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.geometry import LlamaGeometry
@@ -200,12 +200,11 @@ def _write_file(
     """Write one file: length of the header, header, bytes. The library can only write a dictionary."""
     import torch
 
-    names = {torch_name: stored for stored, torch_name in STORED_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in planned:
         start, end = end, end + tensor.size_bytes
-        stored = names[str(tensor.dtype).removeprefix("torch.")]
+        stored = STORED_NAMES[str(tensor.dtype).removeprefix("torch.")]
         entry = {"dtype": stored, "shape": list(tensor.shape), "data_offsets": [start, end]}
         header[tensor.name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
