@@ -7,6 +7,7 @@ The loop is Megatron's own `megatron.training.pretrain`. Its flags work, but for
 
 import argparse
 import functools
+import shutil
 import sys
 import tempfile
 import time
@@ -24,8 +25,8 @@ if __name__ == "__main__":
 
 from megatron_long.checkpoint.saving import CheckpointKeeper, Job
 from megatron_long.checkpoint.sidecars import (
+    add_tokenizer,
     copy_generation_config,
-    copy_tokenizer,
     write_hf_config,
     write_run,
 )
@@ -156,7 +157,7 @@ def write_sidecars(
             copy_generation_config(folder, Path(start))
     tokenizer = tokenizer_dir(arguments, args)
     if tokenizer is not None:
-        copy_tokenizer(folder, tokenizer)
+        add_tokenizer(folder, functools.partial(shutil.copytree, tokenizer, dirs_exist_ok=True))
     fingerprint = read_manifest(Path(arguments.dataset)).fingerprint if arguments.dataset else None
     run = {"argv": list(argv), "world_size": args.world_size, "dataset_fingerprint": fingerprint}
     write_run(folder, run)

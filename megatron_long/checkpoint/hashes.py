@@ -24,9 +24,9 @@ from megatron_long.checkpoint.sidecars import (
     RUN_NAME,
     TOKENIZER_DIR_NAME,
 )
-from megatron_long.dataset.manifest import FileInfo, hash_file
 from megatron_long.errors import DataError
 from megatron_long.files import atomic_path
+from megatron_long.hashing import FileInfo, hash_file
 
 HASHES_NAME = "hashes.json"
 READERS = 8

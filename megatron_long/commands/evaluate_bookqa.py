@@ -29,7 +29,7 @@ from megatron_long.evaluation.bookqa import (
     read_questions,
     summarize_answers,
 )
-from megatron_long.evaluation.fingerprint import fingerprint, hash_file
+from megatron_long.evaluation.fingerprint import fingerprint, sha256_of
 from megatron_long.evaluation.input_checks import (
     check_output,
     find_hf_folder,
@@ -83,7 +83,7 @@ def main() -> None:
         "weights_sha256": fingerprint(choice.folder),
         "vocabulary_sha256": tokenizer.vocabulary_sha256,
         "data": str(args.data),
-        "data_sha256": hash_file(args.data),
+        "data_sha256": sha256_of(args.data),
         "num_questions": len(questions),
         "context_length": args.context_length,
         "precision": args.precision,

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.batches import NOT_SCORED
-from megatron_long.evaluation.scoring import TokenScores
+from megatron_long.evaluation.batches import TokenScores
+from megatron_long.model.labels import UNSCORED
 from megatron_long.pickles import UnpicklingError, guard_checkpoints
 
 POSITIONS_PER_CHUNK = 1024
@@ -43,7 +43,7 @@ class HFScorer:
     def score(self, tokens: Tensor, labels: Tensor) -> TokenScores:
         """Score a batch of tokens and labels [b, s]; see `Scorer.score`."""
         device = self.model.device
-        asked = labels.to(device) != NOT_SCORED
+        asked = labels.to(device) != UNSCORED
         losses = torch.zeros(labels.shape, device=device)
         is_greedy = torch.ones(labels.shape, dtype=torch.bool, device=device)
         with torch.no_grad():

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.batches import NOT_SCORED, Row
+from megatron_long.evaluation.batches import Row
 from megatron_long.evaluation.needle.haystack import (
     Haystack,
     encode_continuations,
@@ -42,6 +42,7 @@ from megatron_long.evaluation.needle.probes import (
     one_line,
     refuse_present,
 )
+from megatron_long.model.labels import UNSCORED
 
 if TYPE_CHECKING:
     from megatron_long.tokenizer.tokenizer_types import Tokenizer
@@ -108,7 +109,7 @@ class NeedleCase:
     def row(self) -> Row:
         """Give the tokens, labelled where the model must produce the answer."""
         tokens = np.concatenate(self._pieces)
-        labels = np.full(len(tokens), NOT_SCORED, dtype=np.int64)
+        labels = np.full(len(tokens), UNSCORED, dtype=np.int64)
         answer = slice(len(tokens) - self.num_answer_tokens, None)
         labels[answer.start - 1 : -1] = tokens[answer]
         return Row(tokens, labels)
