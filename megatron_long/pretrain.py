@@ -144,7 +144,7 @@ def prepare(
 def write_sidecars(
     folder: Path, arguments: LongContextArguments, args: argparse.Namespace, argv: Sequence[str]
 ) -> None:
-    """Put next to the checkpoints what evaluation and export need (see `checkpoint_folder`)."""
+    """Put next to the checkpoints what evaluation and export need (see `checkpoint.sidecars`)."""
     folder.mkdir(parents=True, exist_ok=True)
     source = model_source(arguments, args)
     model_type = read_source_geometry(source).model_type if source else None

@@ -1,1 +1,1 @@
-"""From a recipe to a running Megatron job: flags, data, host backend, the Megatron adapter."""
+"""One run: where it starts, its data, its micro-batches, its loss."""

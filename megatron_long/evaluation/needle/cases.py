@@ -119,17 +119,6 @@ class NeedleCase:
         return np.concatenate([*self.book, self.question_tokens])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """Which cells there are."""
-
-    context_lengths: tuple[int, ...]
-    """Tokens of the whole case, the answer included."""
-    depths: tuple[float, ...]
-    num_seeds: int = 1
-    """Repetitions, each with another stretch of the haystack and other random names."""
-
-
 def build_cases(
     text: str,
     tokenizer: Tokenizer,
