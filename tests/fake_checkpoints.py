@@ -10,8 +10,8 @@ from megatron_long.checkpoint.sidecars import TRACKER_NAME
 def write_fake_checkpoint(folder: Path, iteration: int | None) -> Path:
     """Make the smallest checkpoint that is chosen, and the tracker file that names it.
 
-    A checkpoint has both files of metadata (`checkpoint.choosing.has_metadata`); this one has no tensors and no
-    hashes, as one of another program.
+    A checkpoint has both files of metadata (`checkpoint.choosing.has_metadata`); this one has no tensors and
+    no hashes, as one of another program.
 
     Args:
         folder: The common folder, made where it is missing.
