@@ -101,7 +101,10 @@ def _read(
 
 
 def find_tensors(path: Path, names: Iterable[str]) -> dict[str, StoredTensor]:
-    """Give the places of tensors in a safetensors file, which the library has found whole."""
+    """Give the places of tensors in a safetensors file, which the library has found whole.
+
+    The library tells no offsets, and its own reading goes through memory maps.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -18,7 +18,6 @@ depths grid). They generate and count words of the answer; exact match is strict
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from megatron_long.evaluation.needle.probes import (
     one_line,
     refuse_present,
 )
+from megatron_long.job.rendezvous import is_first_process
 from megatron_long.model.labels import UNSCORED
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def build_cases(
         _build_case(draft, parts, haystack, num_seeds, tolerance)
         for draft, parts in zip(drawn, fixed, strict=True)
     ]
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         _warn_of_depths(cases, tolerance)
         _warn_of_seeds(haystack, num_wanted, num_seeds)
     return cases
