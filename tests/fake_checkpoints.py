@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from megatron_long.checkpoint.choosing import INDEX_NAME, METADATA_NAME, iteration_folder
-from megatron_long.checkpoint.megatron_folder import find_iteration, merge_geometry
+from megatron_long.checkpoint.megatron_folder import merge_geometry
+from megatron_long.checkpoint.opening import CONVERSION, open_checkpoint
 from megatron_long.checkpoint.sidecars import HF_CONFIG_NAME, TRACKER_NAME
 from megatron_long.checkpoint.torch_dist import read_common_state
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
@@ -27,6 +28,11 @@ def write_fake_checkpoint(folder: Path, iteration: int | None) -> Path:
     (path / INDEX_NAME).write_bytes(b"index")
     (folder / TRACKER_NAME).write_text("release" if iteration is None else str(iteration))
     return path
+
+
+def find_iteration(folder: Path, iteration: int | None = None) -> Path:
+    """Give the folder of the checkpoint that `megatron-to-hf` takes."""
+    return open_checkpoint(folder, iteration, reader=CONVERSION).path
 
 
 def read_geometry(folder: Path) -> LlamaGeometry:

@@ -110,9 +110,13 @@ def newest_iteration(folder: Path, flag: str = "--ckpt-step") -> tuple[int | Non
         )
     newest = recorded if recorded is not None else tracked
     if newest is None:
-        newest = next(iter(saved_iterations(folder)), None)
-    if newest is None and has_metadata(folder / RELEASE):
-        newest = RELEASE
+        there = saved_iterations(folder)
+        newest = there[0] if there else RELEASE if has_metadata(folder / RELEASE) else None
+        if len(there) > 1:
+            reports.append(
+                f"no record in {folder} names its newest checkpoint: {newest} is taken, the highest of those "
+                f"there; to take another one, give {flag}"
+            )
     if newest is not None:
         return (None if newest == RELEASE else int(newest)), reports
     raise ConfigError(

@@ -17,17 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_long.checkpoint.choosing import (
-    RELEASE,
-    has_checkpoint,
-    has_metadata,
-    iteration_folder,
-    newest_iteration,
-    no_metadata,
-    saved_iterations,
-)
-from megatron_long.checkpoint.hashes import HASHES_NAME
-from megatron_long.checkpoint.sidecars import HF_CONFIG_NAME, TRACKER_NAME, no_checkpoint
+from megatron_long.checkpoint.sidecars import HF_CONFIG_NAME
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.geometry import LlamaGeometry
 from megatron_long.model.mapping import EXTRA_STATE_MODULES, RULES, checkpoint_shape, rules_of
@@ -62,61 +52,6 @@ _FIXED_ARGUMENTS = {
     "num_experts": None,
 }
 """Arguments that are the same for every family."""
-
-
-def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
-    """Give the folder of one iteration.
-
-    Args:
-        checkpoint_dir: The folder given to Megatron's `--save`.
-        iteration: Which; the latest if None.
-    Raises: ConfigError: no such folder or iteration.
-        DataError: the tracker file is damaged or names what is not there.
-    """
-    if not has_checkpoint(checkpoint_dir):
-        remedy = "it can be used as it is, or converted with hf-to-megatron"
-        raise no_checkpoint(checkpoint_dir, "--input", remedy, "--iteration")
-    if iteration is not None:
-        folder = checkpoint_dir / f"iter_{iteration:07d}"
-        if not has_metadata(folder):
-            raise ConfigError(
-                f"--iteration {iteration} is not in {checkpoint_dir} ({no_metadata(folder)}); there: "
-                f"{', '.join(_saved(checkpoint_dir)) or 'no iteration'}"
-            )
-        return folder
-    if (
-        checkpoint_dir / HASHES_NAME
-    ).exists():  # it records the newest, whatever became of the tracker
-        newest, reports = newest_iteration(checkpoint_dir, "--iteration")
-        for report in reports:
-            logger.warning("%s", report)
-        return _existing(checkpoint_dir, iteration_folder(checkpoint_dir, newest), HASHES_NAME)
-    tracker = checkpoint_dir / TRACKER_NAME
-    if not tracker.is_file():
-        raise ConfigError(
-            f"--input {checkpoint_dir} has lost its {TRACKER_NAME}; choose with --iteration one of: "
-            f"{', '.join(_saved(checkpoint_dir))}"
-        )
-    word = tracker.read_text(encoding="utf-8").strip()
-    if word != RELEASE and not word.isdecimal():
-        raise DataError(f"{tracker} holds {word!r}; it must hold a number or {RELEASE!r}")
-    folder = iteration_folder(checkpoint_dir, None if word == RELEASE else int(word))
-    return _existing(checkpoint_dir, folder, TRACKER_NAME)
-
-
-def _existing(checkpoint_dir: Path, folder: Path, record: str) -> Path:
-    if has_metadata(folder):
-        return folder
-    raise DataError(
-        f"{checkpoint_dir / record} names {folder.name}, and {no_metadata(folder)}; choose with "
-        f"--iteration one of: {', '.join(_saved(checkpoint_dir)) or 'none saved'}"
-    )
-
-
-def _saved(checkpoint_dir: Path) -> list[str]:
-    numbers = [str(number) for number in reversed(saved_iterations(checkpoint_dir))]
-    is_released = has_metadata(checkpoint_dir / RELEASE)
-    return numbers + ([f"{RELEASE} (without --iteration)"] if is_released else [])
 
 
 def make_arguments(geometry: LlamaGeometry, stored: dtype) -> Namespace:

@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_long.checkpoint.choosing import RELEASE
 from megatron_long.checkpoint.hashes import (
     files_within,
     hash_files,
     write_hashes,
     write_sidecar_hashes,
 )
-from megatron_long.checkpoint.megatron_folder import RELEASE, common_state, extra_states
+from megatron_long.checkpoint.megatron_folder import common_state, extra_states
 from megatron_long.checkpoint.sidecars import (
     GENERATION_CONFIG_NAME,
     HF_CONFIG_NAME,

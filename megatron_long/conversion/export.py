@@ -20,10 +20,10 @@ from megatron_long.checkpoint.megatron_folder import (
     check_same_rope,
     check_tensors,
     describe_weights,
-    find_iteration,
     find_weights,
     merge_geometry,
 )
+from megatron_long.checkpoint.opening import CONVERSION, open_checkpoint
 from megatron_long.checkpoint.sidecars import (
     GENERATION_CONFIG_NAME,
     HF_CONFIG_NAME,
@@ -90,7 +90,7 @@ def megatron_to_hf(
     from megatron_long.checkpoint.torch_dist import TorchDistReader, read_common_state
 
     options = options or Options()
-    source = find_iteration(input_dir, iteration)
+    source = open_checkpoint(input_dir, iteration, reader=CONVERSION).path
     check_folders(input_dir, output_dir, force=options.force)
     is_hashed = not options.check_hashes or _check_hashes(input_dir, source, hf_config)
     TorchDistReader(source)  # its files are all there, before anything else is said of it

@@ -13,7 +13,6 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from megatron_long.checkpoint.choosing import RELEASE, iteration_folder
 from megatron_long.checkpoint.hashes import HASHES_NAME
 from megatron_long.evaluation.input_checks import CheckpointFolder
 
@@ -29,9 +28,8 @@ def fingerprint(model: CheckpointFolder) -> str:
         known += [sha256_of(generation)] if generation.is_file() else []
         weights = (path for path in model.path.iterdir() if path.name.endswith(HF_WEIGHT_SUFFIXES))
         known += _listed(weights)
-    elif model.iteration != "random":
-        number = None if model.iteration == RELEASE else int(model.iteration)
-        folder = iteration_folder(model.path, number)
+    elif model.checkpoint is not None:
+        folder = model.checkpoint.path
         hashes = folder / HASHES_NAME
         known += [sha256_of(hashes)] if hashes.is_file() else _listed(folder.rglob("*"))
     return sha256(json.dumps(known).encode()).hexdigest()

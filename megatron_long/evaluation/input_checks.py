@@ -11,20 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_long.checkpoint.choosing import (
-    RELEASE,
-    has_checkpoint,
-    has_metadata,
-    iteration_folder,
-    newest_iteration,
-    no_metadata,
-    saved_iterations,
-)
+from megatron_long.checkpoint.choosing import RELEASE
 from megatron_long.checkpoint.hashes import check_sidecars
-from megatron_long.checkpoint.sidecars import HF_CONFIG_NAME, TOKENIZER_DIR_NAME, no_checkpoint
+from megatron_long.checkpoint.opening import EVALUATION, Checkpoint, open_checkpoint
+from megatron_long.checkpoint.sidecars import HF_CONFIG_NAME, TOKENIZER_DIR_NAME
 from megatron_long.errors import ConfigError
 from megatron_long.files import refuse_overwrite
-from megatron_long.job.rendezvous import is_first_process
 
 if TYPE_CHECKING:
     from megatron_long.tokenizer.tokenizer_types import Tokenizer
@@ -50,6 +42,13 @@ class CheckpointFolder:
     max_positions: int | None = None
     """Longest context the model was made for, tokens, where known."""
 
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """Which of Megatron's checkpoints; None for other models."""
+        if self.iteration in ("hf", "random"):
+            return None
+        return Checkpoint(self.path, None if self.iteration == RELEASE else int(self.iteration))
+
     @classmethod
     def of_config(cls, path: Path) -> CheckpointFolder:
         """A model that is nothing but a config, a Hugging Face folder or its config.json.
@@ -72,31 +71,18 @@ def find_checkpoint(
     Args:
         megatron_argv: Flags for Megatron, among which may be `--ckpt-step`.
         check_hashes: Whether the files next to the checkpoints are compared with their hashes.
-    Raises: ConfigError: no Megatron checkpoint there. DataError: a file next to it is damaged.
+    Raises: ConfigError, DataError: see `open_checkpoint`; a file next to it is damaged.
     """
-    if not has_checkpoint(path):
-        raise no_checkpoint(path, "--checkpoint", "give --backend hf too")
-    newest, reports = newest_iteration(path)
     step = read_flag(megatron_argv, "--ckpt-step")
     if step is not None and not step.isdecimal():
         raise ConfigError(f"--ckpt-step {step} is not an iteration; give a number")
-    iteration = newest if step is None else int(step)
-    if step is None and is_first_process():
-        for report in reports:
-            _log.warning("%s", report)
-    chosen = iteration_folder(path, iteration)
-    if not has_metadata(chosen):
-        there = ", ".join(map(str, saved_iterations(path))) or "none"
-        raise ConfigError(
-            f"--checkpoint {path} has no whole {chosen.name} ({no_metadata(chosen)}); copy the checkpoint "
-            f"again, or name an iteration that is there with --ckpt-step ({there})"
-        )
+    found = open_checkpoint(path, None if step is None else int(step), reader=EVALUATION)
     if check_hashes:
         check_sidecars(path)
     tokenizer, config = path / TOKENIZER_DIR_NAME, path / HF_CONFIG_NAME
     return CheckpointFolder(
         path,
-        RELEASE if iteration is None else str(iteration),
+        found.name,
         tokenizer if tokenizer.is_dir() else None,
         config if config.is_file() else None,
         *_read_sizes(config),

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_long.checkpoint.choosing import RELEASE, SKIP_HASH_CHECK, iteration_folder
+from megatron_long.checkpoint.choosing import SKIP_HASH_CHECK
 from megatron_long.checkpoint.megatron_folder import WEIGHTS, choose_weights
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.batches import TokenScorer
@@ -66,12 +66,11 @@ class ModelChoice:
 
         Raises: ConfigError: `--weights main`, or weights rounded to FP8, and no main copy in the checkpoint.
         """
-        if self.random_weights or self.backend == HF:
+        checkpoint = self.folder.checkpoint
+        if checkpoint is None:
             return "model"
-        step = self.folder.iteration
-        path = iteration_folder(self.folder.path, None if step == RELEASE else int(step))
         try:
-            prefix, _ = choose_weights(path, self.weights)
+            prefix, _ = choose_weights(checkpoint.path, self.weights)
         except DataError:  # the comparison with its hashes says more when it is loaded
             return "model"
         return "main" if prefix else "model"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_long.checkpoint import choosing
 from megatron_long.checkpoint.megatron_folder import choose_weights
+from megatron_long.checkpoint.opening import EVALUATION, open_checkpoint
 from megatron_long.engine import loading_hooks
 from megatron_long.job import rendezvous
 
@@ -16,7 +17,7 @@ def pin_checkpoint(
     """Let Megatron load one checkpoint, the same on every rank, checked; gives its own folder."""
     # A run that saves here meanwhile gives the ranks different newest ones.
     (agreed,) = rendezvous.from_first(
-        lambda: [iteration or _iteration_to_load(folder, args.ckpt_step)]
+        lambda: [iteration or open_checkpoint(folder, args.ckpt_step, reader=EVALUATION).name]
     )
     number = None if agreed == choosing.RELEASE else int(agreed)
     path = choosing.iteration_folder(folder, number)
@@ -33,9 +34,3 @@ def pin_weights(iteration: Path, wanted: str) -> None:
         loading_hooks.load_main_copy(iteration, prefix)
     if said and rendezvous.share()[0] == 0:
         print(f"{iteration}: scoring {said}", file=sys.stderr)
-
-
-def _iteration_to_load(folder: Path, step: int | None) -> str:
-    """What `--ckpt-step` names, or what the run recorded as its newest."""
-    number = choosing.newest_iteration(folder)[0] if step is None else step
-    return choosing.RELEASE if number is None else str(number)

@@ -11,12 +11,12 @@ import pytest
 
 from megatron_long import pretrain
 from megatron_long.checkpoint import choosing, hashes, torch_dist
-from megatron_long.checkpoint.megatron_folder import find_iteration
 from megatron_long.checkpoint.run_identity import check_same_optimizer
 from megatron_long.conversion.export import megatron_to_hf
 from megatron_long.conversion.options import Options
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.input_checks import find_checkpoint
+from tests.fake_checkpoints import find_iteration
 from tests.job_fixtures import FLAGS
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from megatron_long import command_line
-from megatron_long.checkpoint.megatron_folder import find_iteration
 from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.input_checks import find_checkpoint
 from megatron_long.flags.backend import HOST
 from megatron_long.flags.flag_help import UNITS
+from tests.fake_checkpoints import find_iteration
 
 host_backend.install()
 REPOSITORY = Path(__file__).resolve().parents[2]
