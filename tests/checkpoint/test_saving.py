@@ -64,7 +64,7 @@ def test_a_full_disk_does_not_end_training(more, tiny_dataset, read_log, tmp_pat
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert [step["iteration"] for step in read_log(log)] == list(range(1, 31))

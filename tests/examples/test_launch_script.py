@@ -273,7 +273,7 @@ def test_time_limit_saves_queues_again_and_goes_on(slurm, tmp_path, tiny_dataset
     job = slurm(tmp_path / "start", output, *small, "--train-iters", 100_000)
     wait_for(lambda: len(losses(output)) >= 2, job)
     job.send_signal(signal.SIGUSR1)  # to the shell alone, as --signal=B:USR1@300 does
-    text, _ = job.communicate(timeout=100)
+    text, _ = job.communicate(timeout=600)
     logs = sorted(path.name for path in (output / "logs").iterdir())
     assert logs == [f"{os.getpid()}-node0.log", f"{os.getpid()}-node1.log", "start.log"]
     said = "".join(path.read_text() for path in (output / "logs").iterdir())
@@ -285,7 +285,7 @@ def test_time_limit_saves_queues_again_and_goes_on(slurm, tmp_path, tiny_dataset
     assert saved == steps >= 2, said
 
     again = slurm(tmp_path / "start", output, *small, "--train-iters", saved + 2)
-    text, _ = again.communicate(timeout=200)
+    text, _ = again.communicate(timeout=600)
     assert again.returncode == 0, text
     assert [record["iteration"] for record in losses(output)] == list(range(1, saved + 3))
     assert int((output / "latest_checkpointed_iteration.txt").read_text()) == saved + 2
@@ -304,7 +304,7 @@ def test_time_limit_ends_a_job_that_waits_for_a_node(slurm, tmp_path, paths):
     log = output / "logs" / f"{os.getpid()}-node0.log"
     wait_for(lambda: answers(20_000 + os.getpid() % 20_000), job)
     job.send_signal(signal.SIGUSR1)
-    text, _ = job.communicate(timeout=60)
+    text, _ = job.communicate(timeout=600)
     assert job.returncode == 0, text
     assert "SIGUSR1 came while no rank was running" in log.read_text()
     assert "queued again" in text
@@ -314,7 +314,7 @@ def test_time_limit_ends_a_job_that_waits_for_a_node(slurm, tmp_path, paths):
 @pytest.mark.slow
 def test_failed_job_is_not_queued_again(slurm, tmp_path, paths):
     job = slurm(paths["CHECKPOINT"], tmp_path / "output", "--context-parallel-size", 3)
-    text, _ = job.communicate(timeout=100)
+    text, _ = job.communicate(timeout=600)
     assert job.returncode == 2
     assert "cannot hold whole replicas" in " ".join(text.split())
     assert not (tmp_path / "slurm" / "requeued").exists()

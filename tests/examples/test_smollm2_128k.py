@@ -356,7 +356,7 @@ def test_rehearsal(tiny_model, tmp_path):
     command += ["--gguf", str(tiny_model), *(w for pair in numbers.items() for w in pair)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=3000
     )
     assert result.returncode == 0, result.stdout + result.stderr
     text = (work / "results" / "summary.md").read_text()

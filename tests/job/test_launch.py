@@ -15,7 +15,7 @@ def test_the_status_and_the_message_are_those_of_the_rank():
     command = ["-m", "megatron_long.launch", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "megatron_long.pretrain", "--recipe", "tiny_debug", "--nonsense"]
     result = subprocess.run(
-        [sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+        [sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 2
     assert result.stderr.count("unrecognized arguments: --nonsense") == 1

@@ -16,7 +16,7 @@ def run_tool(name, *words):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, f"tools/{name}.py", *map(str, words)]
     return subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600
     )
 
 
