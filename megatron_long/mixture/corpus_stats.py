@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron_long.mixture.rows import INFO_FILE, StratumCounts, read_strata
+from megatron_long.mixture.rows import INFO_FILE, LengthCount, StratumCounts, read_strata
 
 NUM_BUCKETS = 48
 DEFAULT_BYTES_PER_TOKEN = 4.0
@@ -69,13 +69,13 @@ def gather_stats(infos: Iterable[Mapping[str, Any]], max_listed: int = 1000) -> 
     for info in infos:
         names = info["sources"]
         for stratum, counts in read_strata(info):
-            key, mine = stratum[1:], strata[names[stratum.source]]
+            key = stratum.is_proven_short, stratum.size_bucket
+            mine = strata[names[stratum.source]]
             mine[key] = mine.get(key, 0) + np.array(counts, np.int64)
-        for source, proven, bucket, length_bucket, tokens in info["lengths"]:
-            cells = lengths[names[source]].setdefault(
-                (proven, bucket), np.zeros(NUM_BUCKETS, np.int64)
-            )
-            cells[length_bucket] += tokens
+        for count in map(LengthCount._make, info["lengths"]):
+            key, mine = (count.is_proven_short, count.size_bucket), lengths[names[count.source]]
+            cells = mine.setdefault(key, np.zeros(NUM_BUCKETS, np.int64))
+            cells[count.length_bucket] += count.tokens
         empty += info["documents_empty"]
         num_bad += info["documents_bad"]
         text_bytes += info["text_bytes"]

@@ -42,6 +42,17 @@ class StratumCounts[Value](NamedTuple):
     """Tokens of long documents among those tokenized."""
 
 
+class LengthCount(NamedTuple):
+    """A row of `lengths` in an `info.json`: tokens in documents of one stratum and about one length."""
+
+    source: int
+    is_proven_short: int
+    size_bucket: int
+    length_bucket: int
+    """Log2 of their tokens, rounded down."""
+    tokens: int
+
+
 def read_strata(info: Mapping[str, Any]) -> Iterator[tuple[Stratum, StratumCounts[int]]]:
     """Give the rows of `strata` in an `info.json`."""
     for source, is_proven_short, size_bucket, *counts in info["strata"]:

@@ -12,6 +12,7 @@ import orjson
 
 from megatron_long.corpus.inputs import InputFile
 from megatron_long.mixture.corpus_stats import read_info
+from megatron_long.mixture.rows import LengthCount
 
 POLL_SECONDS = 0.5
 
@@ -114,8 +115,8 @@ class Monitor:
 
 def _summary(info: dict[str, Any]) -> dict[str, Any]:
     by_source: dict[str, int] = defaultdict(int)
-    for source, _, _, _, tokens in info["lengths"]:
-        by_source[info["sources"][source]] += tokens
+    for count in map(LengthCount._make, info["lengths"]):
+        by_source[info["sources"][count.source]] += count.tokens
     return {
         "read_bytes": info["piece_bytes"],
         "text_bytes": info["text_bytes"],

@@ -118,9 +118,7 @@ def hash_tokenizer(path: Path) -> str:
 def _check_command(work: Path, command: Mapping[str, Any]) -> None:
     before = orjson.loads((work / COMMAND_FILE).read_bytes())
     found = differences(before, command, sorted({*before, *command}))
-    if [item.name for item in found] == ["on_bad_document"] and command[
-        "on_bad_document"
-    ] == "skip":
+    if [(item.name, item.now) for item in found] == [("on_bad_document", "skip")]:
         write_json(work / COMMAND_FILE, command)  # what is done so far held no bad document
         return
     if found:

@@ -200,15 +200,6 @@ class GgufWeights(Weights):
             if tensor.name != _ROPE_FACTORS
         }
 
-    def close(self) -> None:
-        """Let go of the files."""
-        self._tensors.clear()
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors."""
-        return list(self._tensors)
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Give the shape of a tensor; GGUF counts its axes from the last."""
         return tuple(int(size) for size in reversed(self._tensors[name].shape))

@@ -37,7 +37,7 @@ class HfWeights(Weights):
         self.location = folder
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
-        self._stored: dict[str, StoredTensor] = {}
+        self._tensors: dict[str, StoredTensor] = {}
         try:
             for path, names in weight_files(folder).items():
                 self._open(path, names)
@@ -62,28 +62,24 @@ class HfWeights(Weights):
                     "download the model again"
                 )
         self._files.update(dict.fromkeys(names or held, opened))
-        self._stored.update(find_tensors(path, names or held))
+        self._tensors.update(find_tensors(path, names or held))
 
     def close(self) -> None:
         """Let go of the files."""
+        super().close()
         self._stack.close()
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors."""
-        return list(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Give the shape of a tensor from its file's header."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._tensors[name].shape
 
     def stored_dtype(self, name: str) -> str:
         """Give safetensors' name of the type in which a tensor is stored, such as `BF16`."""
-        return str(self._files[name].get_slice(name).get_dtype())
+        return self._tensors[name].stored_dtype
 
     def read(self, name: str) -> Tensor:
         """Give a whole tensor."""
-        return self._stored[name].tensor()
+        return self._tensors[name].tensor()
 
     def read_slice(self, name: str, rows: slice, columns: slice | None) -> Tensor:
         """Give a part of a tensor; `columns` is None for a vector."""

@@ -32,7 +32,7 @@ class PickleWeights(Weights):
             DataError: a file is missing, damaged, or holds what is no tensor.
         """
         self.location = folder
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors = {}
         for path, names in weight_files(folder, SINGLE_FILE, INDEX_FILE).items():
             self._open(path, names)
 
@@ -53,15 +53,6 @@ class PickleWeights(Weights):
             if not isinstance(held.get(name), torch.Tensor):
                 raise DataError(f"{path} holds no tensor {name}; download the model again")
             self._tensors[name] = held[name]
-
-    def close(self) -> None:
-        """Let go of the files."""
-        self._tensors.clear()
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors."""
-        return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Give the shape of a tensor."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,11 +15,13 @@ class Weights(ABC):
 
     location: Path
     """File or folder, for messages."""
+    _tensors: dict[str, Any]
+    """Each tensor, or where it lies, by name."""
 
     @property
-    @abstractmethod
     def names(self) -> list[str]:
         """Names of all tensors."""
+        return list(self._tensors)
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
@@ -37,9 +39,9 @@ class Weights(ABC):
     def read_slice(self, name: str, rows: slice, columns: slice | None) -> Tensor:
         """Give a part of a tensor; `columns` is None for a vector."""
 
-    @abstractmethod
     def close(self) -> None:
         """Let go of the files."""
+        self._tensors.clear()
 
     def __enter__(self) -> Self:
         return self

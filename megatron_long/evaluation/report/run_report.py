@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -170,30 +170,27 @@ def _rate_captions(curves: Sequence[Curve]) -> list[str]:
 
 
 def _loss_figure(curves: Sequence[Curve]) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
-    for place, curve in enumerate(curves):
-        colour = SOURCE_COLOURS[place % len(SOURCE_COLOURS)]
-        axes.plot(curve.steps, curve.losses, color=colour, linewidth=1.2, label=curve.name)
-    axes.set(xlabel="step", ylabel="training loss (nats per token)")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9)
-    return figure
+    lines = [(curve.name, curve.steps, curve.losses) for curve in curves]
+    return _curves_figure(lines, "training loss (nats per token)", height=4)
 
 
 def _rate_figure(curves: Sequence[Curve]) -> Figure:
+    lines = [(curve.name, *zip(*curve.tokens_per_second, strict=True)) for curve in curves]
+    figure = _curves_figure(lines, "tokens a second", height=3)
+    figure.axes[0].set_ylim(bottom=0)
+    return figure
+
+
+def _curves_figure(lines: Sequence[tuple[Any, ...]], label: str, height: float) -> Figure:
+    """Draw lines over steps; of each its name, steps and values."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3), layout="constrained")
+    figure = Figure(figsize=(9, height), layout="constrained")
     axes = figure.subplots()
-    for place, curve in enumerate(curves):
-        steps, rates = zip(*curve.tokens_per_second, strict=True)
+    for place, (name, steps, values) in enumerate(lines):
         colour = SOURCE_COLOURS[place % len(SOURCE_COLOURS)]
-        axes.plot(steps, rates, color=colour, linewidth=1.2, label=curve.name)
-    axes.set(xlabel="step", ylabel="tokens a second")
-    axes.set_ylim(bottom=0)
+        axes.plot(steps, values, color=colour, linewidth=1.2, label=name)
+    axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
     return figure
