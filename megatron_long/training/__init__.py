@@ -1,1 +1,1 @@
-"""From a recipe to a running Megatron job: flags, data, host backend, the Megatron adapter."""
+"""Training: where a run starts, its batches, its loss, and the callbacks that watch it."""
