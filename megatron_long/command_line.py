@@ -5,7 +5,6 @@ line. Megatron's own parser reads them all; everything that can be wrong is foun
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -43,6 +42,7 @@ from megatron_long.flags.recipe_flags import follow_user, keep_budget
 from megatron_long.flags.unsupported_flags import check_supported
 from megatron_long.job import rendezvous
 from megatron_long.job.hang_monitor import check_monitor
+from megatron_long.job.rendezvous import is_first_process
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_args
 from megatron_long.model.rope_stretch import stretch_rope
 
@@ -251,7 +251,7 @@ def _first_argv(
         return [*backend.to_argv(own_loss=own_loss), *shape, *_validation_argv(user_argv)]
     argv = follow_user(recipe.to_argv(backend, own_loss=own_loss), user_argv)
     argv, note = keep_budget(recipe, argv, user_argv)
-    if note and os.environ.get("RANK", "0") == "0":
+    if note and is_first_process():
         print(f"note: {note}", file=sys.stderr)
     return argv
 

@@ -126,7 +126,8 @@ def make_dataset(
     import numpy as np
 
     from megatron_long.dataset.indexed import IndexedDatasetWriter
-    from megatron_long.dataset.manifest import hash_file, read_manifest, write_manifest
+    from megatron_long.dataset.manifest import read_manifest, write_manifest
+    from megatron_long.hashing import hash_file
 
     def make(lengths: Sequence[int]) -> Path:
         folder = tmp_path_factory.mktemp("documents") / "data"

@@ -35,7 +35,7 @@ def write_stream(path: Path, size_bytes: int) -> None:
 
 def hash_stream(path: Path) -> str:
     """Hash a file as checkpoints are hashed."""
-    from megatron_long.dataset.manifest import hash_file
+    from megatron_long.hashing import hash_file
 
     return hash_file(path).xxh3_128
 

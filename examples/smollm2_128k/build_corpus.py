@@ -56,7 +56,7 @@ from examples.smollm2_128k.corpus.web_pages import PAGE_PACKAGES, read_pages
 from megatron_long.cli import run_tool, tool_parser
 from megatron_long.errors import ConfigError
 from megatron_long.files import atomic_path, refuse_overwrite
-from megatron_long.preprocess.executors import end_with_parent
+from megatron_long.job.signals import end_with_parent
 
 Reader = Callable[[Path, str], Iterable[Text]]
 
@@ -116,7 +116,7 @@ def read_task(task: tuple[Reader, Path, str]) -> list[Text]:
 def read_all(cache: Path, jobs: int) -> list[Text]:
     """Read every package; the order does not depend on the number of jobs."""
     tasks = [(reader, cache, package) for reader, names in READERS for package in names]
-    with ProcessPoolExecutor(jobs, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(jobs, initializer=end_with_parent) as pool:
         parts = tqdm(pool.map(read_task, tasks), "packages", len(tasks), unit="")
         return [text for part in parts for text in part]
 

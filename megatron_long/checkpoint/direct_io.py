@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import xxhash
 
-from megatron_long.dataset.manifest import FileInfo
+from megatron_long.hashing import FileInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,6 @@ lets Python's lock go), and in a job each process reads a share of the files.
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -24,9 +23,10 @@ from megatron_long.checkpoint.sidecars import (
     RUN_NAME,
     TOKENIZER_DIR_NAME,
 )
-from megatron_long.dataset.manifest import FileInfo, hash_file
 from megatron_long.errors import DataError
 from megatron_long.files import atomic_path
+from megatron_long.hashing import FileInfo, hash_file
+from megatron_long.job.rendezvous import is_first_process
 
 HASHES_NAME = "hashes.json"
 READERS = 8
@@ -149,7 +149,7 @@ def check_sidecars(folder: Path) -> None:
     for name, info in files.items():
         damage = _compare(folder / name, info)
         if damage and name == RUN_NAME:
-            if os.environ.get("RANK", "0") == "0":
+            if is_first_process():
                 logger.warning("%s; nothing needs it, and the next run here writes it anew", damage)
         elif damage:
             raise DataError(

@@ -29,7 +29,7 @@ from megatron_long.checkpoint.choosing import (
 from megatron_long.checkpoint.hashes import HASHES_NAME
 from megatron_long.checkpoint.sidecars import HF_CONFIG_NAME, TRACKER_NAME, no_checkpoint
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.model.geometry import LlamaGeometry, geometry_from_config, read_hf_config
+from megatron_long.model.geometry import LlamaGeometry
 from megatron_long.model.mapping import EXTRA_STATE_MODULES, RULES, checkpoint_shape, rules_of
 from megatron_long.model.rope import PLAIN_ROPE_ARGUMENTS, rope_from_arguments
 
@@ -188,22 +188,6 @@ def extra_states(geometry: LlamaGeometry) -> dict[str, None]:
         for index in range(count):
             states[f"{module}._extra_state/shard_{index}_{count}"] = None
     return states
-
-
-def read_geometry(checkpoint_dir: Path, iteration: int | None = None) -> LlamaGeometry:
-    """Give the shape of the model in a Megatron checkpoint folder, RoPE base as trained.
-
-    Raises: ConfigError: a file is missing, or the model is no Llama.
-        DataError: the checkpoint is damaged.
-    """
-    from megatron_long.checkpoint.torch_dist import read_common_state
-
-    folder = find_iteration(checkpoint_dir, iteration)
-    config_path = checkpoint_dir / HF_CONFIG_NAME
-    config = read_hf_config(config_path)
-    return merge_geometry(
-        geometry_from_config(config, name=str(config_path)), read_common_state(folder), folder
-    )
 
 
 def merge_geometry(hf: LlamaGeometry, state: Mapping[str, Any], folder: Path) -> LlamaGeometry:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_long.dataset.manifest import TOKENIZER_FOLDER, Manifest, dataset_files, verify_files
+from megatron_long.differences import differences, format_differences
 from megatron_long.errors import ConfigError, DataError
 
 _NAMES = {
@@ -68,13 +69,10 @@ def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], checkpoin
     Raises: ConfigError: names everything that differs, before and now.
     """
     compared = [name for name in _NAMES if name in before or name not in _NOT_ALWAYS_KEPT]
-    different = [name for name in compared if before.get(name) != now.get(name)]
-    if not before or not different:
+    found = [item._replace(name=_NAMES[item.name]) for item in differences(before, now, compared)]
+    if not before or not found:
         return
-    listed = "; ".join(
-        f"{_NAMES[name]}: {_short(before.get(name))} before, {_short(now.get(name))} now"
-        for name in different
-    )
+    listed = format_differences(found, _short)
     raise ConfigError(
         f"{checkpoint} was trained on other data ({listed}); its place in them means nothing here. Give the "
         "same --dataset and flags to go on, --finetune to start at step 0 from its weights, or "

@@ -23,8 +23,8 @@ from megatron_long.checkpoint.hashes import (
     write_sidecar_hashes,
 )
 from megatron_long.checkpoint.sidecars import TRACKER_NAME
-from megatron_long.dataset.manifest import FileInfo
 from megatron_long.files import atomic_path, move_into_place, remove_path
+from megatron_long.hashing import FileInfo
 
 TRAINING_NAME = "training.json"
 """In each checkpoint: what data it was trained on, and the state of the step guard."""

@@ -11,7 +11,7 @@ DIR/hashes.json       hashes of the files above but Megatron's, and which checkp
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,19 @@ def write_hf_config(
     _write_json(folder / HF_CONFIG_NAME, dict(original or {}) | geometry.to_hf_config())
 
 
-def copy_tokenizer(folder: Path, source: Path) -> None:
-    """Put the tokenizer's files next to the checkpoints, unless some are there."""
+def add_tokenizer(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Put a tokenizer's files next to the checkpoints, unless some are there.
+
+    Args:
+        fill: Writes the files, if there are any, into a folder.
+    """
     target = folder / TOKENIZER_DIR_NAME
     if target.exists():
         return
     with atomic_path(target, directory=True) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        fill(temporary)
+    if not any(target.iterdir()):
+        target.rmdir()
 
 
 def copy_generation_config(folder: Path, source: Path) -> None:

@@ -5,7 +5,6 @@ safetensors and torch's saved tensors both hold a tensor's bytes in row order at
 
 from __future__ import annotations
 
-import ctypes
 import io
 import json
 import os
@@ -28,24 +27,10 @@ if TYPE_CHECKING:
 
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors' names of the types that are taken, and torch's."""
+STORED_NAMES = {name: stored for stored, name in STORED_DTYPES.items()}
 LOOKAHEAD_BYTES = 2**29
 READERS = 2
 """Threads that read; the disk is busier with two requests than with one."""
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Let this process reuse the memory of one tensor for the next.
-
-    glibc gives large blocks back at once, and the system takes longer to make new pages than the disk to
-    fill them. For programs that read one large tensor after the other; elsewhere it does nothing.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for torch's tensors
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
-        mallopt(_M_ARENA_MAX, 1)  # what one thread frees the others can take
 
 
 def read_ahead[Found](
@@ -116,7 +101,10 @@ def _read(
 
 
 def find_tensors(path: Path, names: Iterable[str]) -> dict[str, StoredTensor]:
-    """Give the places of tensors in a safetensors file, which the library has found whole."""
+    """Give the places of tensors in a safetensors file, which the library has found whole.
+
+    The library tells no offsets, and its own reading goes through memory maps.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -38,8 +38,8 @@ from torch.futures import Future
 
 from megatron_long.checkpoint.direct_io import FileWriter
 from megatron_long.checkpoint.torch_dist import FORMAT, FORMAT_FILE
-from megatron_long.dataset.manifest import FileInfo
 from megatron_long.errors import DataError
+from megatron_long.hashing import FileInfo
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,14 @@
 """The model of a run that goes on: what was trained, RoPE included, not what a recipe begins with."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_long.checkpoint.choosing import has_checkpoint, newest_iteration
 from megatron_long.checkpoint.sidecars import HF_CONFIG_NAME
+from megatron_long.differences import differences, format_differences
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
 
@@ -23,6 +25,11 @@ _NAMES = {
     "tie_embeddings": "tied embeddings",
 }
 """What must stay, by field of `LlamaGeometry`."""
+_SHOWN: dict[str, Callable[[Any], str]] = {
+    "rope": lambda rope: json.dumps(rope.to_hf(), sort_keys=True),
+    "rotary_base": lambda base: f"{base:,.12g}",
+}
+"""How values are written in messages; others as JSON."""
 
 
 def trained_model(load: str | None, *, finetune: bool) -> LlamaGeometry | None:
@@ -55,22 +62,17 @@ def check_same_model(trained: LlamaGeometry, now: LlamaGeometry, load: str) -> N
 
     Raises: ConfigError: names everything that differs, before and now.
     """
-    different = [name for name in _NAMES if getattr(trained, name) != getattr(now, name)]
-    if not different:
+    found = differences(vars(trained), vars(now), _NAMES)
+    if not found:
         return
     listed = "; ".join(
-        f"{_NAMES[name]}: {_shown(trained, name)} before, {_shown(now, name)} now"
-        for name in different
+        format_differences(
+            [item._replace(name=_NAMES[item.name])], _SHOWN.get(item.name, json.dumps)
+        )
+        for item in found
     )
     raise ConfigError(
         f"the model in --load {load} was trained with other flags ({listed}); drop them to go on with the "
         "model as it is, or give --finetune (and another --save) to change it on purpose: that starts at "
         "step 0 from its weights"
     )
-
-
-def _shown(model: LlamaGeometry, name: str) -> str:
-    value: Any = getattr(model, name)
-    if name == "rope":
-        return json.dumps(model.rope.to_hf(), sort_keys=True)
-    return f"{value:,.12g}" if name == "rotary_base" else json.dumps(value)

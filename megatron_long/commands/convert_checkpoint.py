@@ -15,13 +15,13 @@ from pathlib import Path
 
 from megatron_long.checkpoint.choosing import SKIP_HASH_CHECK
 from megatron_long.checkpoint.megatron_folder import WEIGHTS
-from megatron_long.checkpoint.stored import keep_freed_memory
 from megatron_long.cli import length_tokens, tool_parser
 from megatron_long.conversion.checks import DTYPES, KEEP
 from megatron_long.conversion.convert import hf_to_megatron
 from megatron_long.conversion.export import gguf_to_hf, megatron_to_hf
 from megatron_long.conversion.options import MAX_SHARD_BYTES, ConversionReport, Options
 from megatron_long.conversion.stretch import Stretch
+from megatron_long.freed_memory import keep_tensor_memory
 from megatron_long.job.unwinding import unwound_by_signals
 from megatron_long.model.rope import PLAIN_ROPE
 
@@ -157,7 +157,7 @@ def describe(report: ConversionReport, *, is_dry_run: bool) -> str:
 
 def main() -> None:
     """Parse, convert, print."""
-    keep_freed_memory()
+    keep_tensor_memory()
     args = make_parser().parse_args()
     with unwound_by_signals():
         report = convert(args)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from dataclasses import asdict
 from itertools import islice
@@ -29,7 +28,7 @@ from megatron_long.evaluation.bookqa import (
     read_questions,
     summarize_answers,
 )
-from megatron_long.evaluation.fingerprint import fingerprint, hash_file
+from megatron_long.evaluation.fingerprint import fingerprint, sha256_of
 from megatron_long.evaluation.input_checks import (
     check_output,
     find_hf_folder,
@@ -40,6 +39,7 @@ from megatron_long.evaluation.models import HF, ModelChoice, open_generator, war
 from megatron_long.evaluation.needle.needle_scores import Deadline
 from megatron_long.evaluation.progress_log import append_records, shared_log, start_log, writing
 from megatron_long.files import atomic_path
+from megatron_long.job.rendezvous import is_first_process
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def main() -> None:
         "weights_sha256": fingerprint(choice.folder),
         "vocabulary_sha256": tokenizer.vocabulary_sha256,
         "data": str(args.data),
-        "data_sha256": hash_file(args.data),
+        "data_sha256": sha256_of(args.data),
         "num_questions": len(questions),
         "context_length": args.context_length,
         "precision": args.precision,
@@ -97,7 +97,7 @@ def main() -> None:
         done = [known[question.number] for question in questions if question.number in known]
         if left:
             done += answer_left(args, choice, tokenizer, left, settings, done)
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             publish(args.output_dir / REPORT, settings, done, len(questions))
 
 

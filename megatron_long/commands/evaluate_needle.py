@@ -13,7 +13,6 @@ it was stopped. Flags that are not listed here go to Megatron, such as --context
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -67,6 +66,7 @@ from megatron_long.evaluation.needle.needle_tasks import (
 )
 from megatron_long.evaluation.progress_log import append_records, shared_log, start_log, writing
 from megatron_long.evaluation.work import count_work
+from megatron_long.job.rendezvous import is_first_process
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 CELLS, REPORT, HEATMAP = "cells.jsonl", "needle.json", "needle.png"
@@ -359,13 +359,13 @@ def measure(args: argparse.Namespace, preparation: Preparation, megatron_argv: l
             megatron_argv=megatron_argv,
             precision=args.precision,
         )
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(describe(preparation, args.micro_batch_size), flush=True)
     if args.dry_run:
         return
     if preparation.cases_left:
         score(args, preparation, megatron_argv)
-    elif os.environ.get("RANK", "0") == "0":
+    elif is_first_process():
         publish(args, preparation.settings, in_order(preparation.cases, preparation.done))
 
 

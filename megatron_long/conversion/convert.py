@@ -33,8 +33,8 @@ from megatron_long.conversion.options import ConversionReport, Options, Progress
 from megatron_long.conversion.pieces import read_source, size_of
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.conversion.verify import verify_output
-from megatron_long.dataset.manifest import FileInfo
 from megatron_long.files import atomic_path
+from megatron_long.hashing import FileInfo
 from megatron_long.model.geometry import LlamaGeometry
 from megatron_long.model.mapping import Unit, checkpoint_shape, megatron_shape, units_of
 
@@ -77,7 +77,7 @@ def hf_to_megatron(
             hashed = _write_megatron(folder, weights, geometry, stored, options.progress)
             hf_folder.write_config(folder / HF_CONFIG_NAME, config, geometry, stored)
             sources.copy_generation_config(input_path, folder / GENERATION_CONFIG_NAME)
-            sources.copy_tokenizer(input_path, folder / TOKENIZER_DIR_NAME)
+            sources.copy_model_tokenizer(input_path, folder / TOKENIZER_DIR_NAME)
             report = verify_output(
                 report,
                 folder,

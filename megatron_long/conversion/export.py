@@ -51,6 +51,7 @@ from megatron_long.model.geometry import (
     read_hf_config,
 )
 from megatron_long.model.mapping import Unit, units_of
+from megatron_long.tokenizer.tokenizer_files import copy_files
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -169,7 +170,7 @@ def gguf_to_hf(
         with atomic_path(output_dir, directory=True) as folder:
             _write_hf(folder, read, geometry, stored, options)
             hf_folder.write_config(folder / CONFIG_NAME, config, geometry, stored)
-            sources.copy_tokenizer(input_path, folder)
+            sources.copy_model_tokenizer(input_path, folder)
             if not options.verify:
                 return report
             with hf_folder.HfWeights(folder) as written:
@@ -235,6 +236,6 @@ def _restore_sidecars(folder: Path, checkpoint_dir: Path, hf_config: Path | None
         generation = hf_config / hf_folder.GENERATION_CONFIG
     if generation.is_file():
         shutil.copyfile(generation, folder / hf_folder.GENERATION_CONFIG)
-    copied = hf_folder.copy_tokenizer(checkpoint_dir / TOKENIZER_DIR_NAME, folder)
+    copied = copy_files(checkpoint_dir / TOKENIZER_DIR_NAME, folder)
     if hf_config and not copied:
-        hf_folder.copy_tokenizer(hf_config, folder)
+        copy_files(hf_config, folder)

@@ -3,15 +3,15 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_long.checkpoint.choosing import has_checkpoint
-from megatron_long.checkpoint.sidecars import GENERATION_CONFIG_NAME, TOKENIZER_DIR_NAME
+from megatron_long.checkpoint.sidecars import GENERATION_CONFIG_NAME, add_tokenizer
 from megatron_long.conversion.checks import check_hf_tensors
 from megatron_long.conversion.formats import sources
-from megatron_long.conversion.formats.hf_folder import TOKENIZER_FILES
-from megatron_long.files import atomic_path
+from megatron_long.tokenizer.tokenizer_files import HF_FILE, SENTENCEPIECE_FILE
 
 
 def starts_from_hf(model: str | None, load: str | None) -> bool:
@@ -65,21 +65,17 @@ def vocabulary_of(model: Path) -> str | None:
     from megatron_long.tokenizer.loading import load_tokenizer
 
     if not sources.is_gguf(model):
-        has_tokenizer = any((model / name).is_file() for name in TOKENIZER_FILES[:2])
+        has_tokenizer = any((model / name).is_file() for name in (HF_FILE, SENTENCEPIECE_FILE))
         return load_tokenizer(model, "reference").vocabulary_sha256 if has_tokenizer else None
     with tempfile.TemporaryDirectory() as folder:
-        sources.copy_tokenizer(model, Path(folder))
+        sources.copy_model_tokenizer(model, Path(folder))
         return load_tokenizer(Path(folder), "reference").vocabulary_sha256
 
 
 def write_start_sidecars(folder: Path, model: Path) -> None:
     """Put the model's tokenizer and generation settings next to the checkpoints, unless some are there."""
-    tokenizer, generation = folder / TOKENIZER_DIR_NAME, folder / GENERATION_CONFIG_NAME
-    if not tokenizer.exists():
-        with atomic_path(tokenizer, directory=True) as temporary:
-            copied = sources.copy_tokenizer(model, temporary)
-        if not copied:
-            tokenizer.rmdir()
+    generation = folder / GENERATION_CONFIG_NAME
+    add_tokenizer(folder, partial(sources.copy_model_tokenizer, model))
     if not generation.exists() and not sources.is_gguf(model):
         sources.copy_generation_config(model, generation)
 

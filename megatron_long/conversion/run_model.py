@@ -1,14 +1,16 @@
 """What model a run trains, and what of it is written next to the checkpoints."""
 
+import shutil
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_long.checkpoint.sidecars import (
     HF_CONFIG_NAME,
     TOKENIZER_DIR_NAME,
+    add_tokenizer,
     copy_generation_config,
-    copy_tokenizer,
     write_hf_config,
     write_run,
 )
@@ -50,7 +52,7 @@ def tokenizer_dir(arguments: LongContextArguments, args: Namespace) -> Path | No
 def write_sidecars(
     folder: Path, arguments: LongContextArguments, args: Namespace, argv: Sequence[str]
 ) -> None:
-    """Put next to the checkpoints what evaluation and export need (see `checkpoint.megatron_folder`).
+    """Put next to the checkpoints what evaluation and export need (see `checkpoint.sidecars`).
 
     Args:
         argv: Words of the command line, for the record.
@@ -67,7 +69,7 @@ def write_sidecars(
             copy_generation_config(folder, Path(start))
     tokenizer = tokenizer_dir(arguments, args)
     if tokenizer is not None:
-        copy_tokenizer(folder, tokenizer)
+        add_tokenizer(folder, partial(shutil.copytree, tokenizer, dirs_exist_ok=True))
     fingerprint = read_manifest(Path(arguments.dataset)).fingerprint if arguments.dataset else None
     run = {"argv": list(argv), "world_size": args.world_size, "dataset_fingerprint": fingerprint}
     write_run(folder, run)

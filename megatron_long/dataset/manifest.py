@@ -6,13 +6,13 @@ It holds no path of the machine and no time, so equal inputs and options give eq
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from megatron_long.errors import DataError
+from megatron_long.hashing import FileInfo, hash_file
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 FORMAT_VERSION = 1
@@ -20,6 +20,8 @@ MANIFEST_FILE = "manifest.json"
 DOCUMENTS_FILE = "documents.npy"
 TRAIN_PREFIX = "train"
 TOKENIZER_FOLDER = "tokenizer"
+LENGTH_STEPS = tuple(2**k for k in (12, 14, 15, 16, 17))
+"""Lengths at which the share of tokens in documents at least as long is told: 4K to 128K."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,6 @@ class TokenizerInfo:
     bos_id: int | None
     eod_id: int
     vocabulary_sha256: str
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """Size and hash of one file of the dataset."""
-
-    size_bytes: int
-    xxh3_128: str
 
 
 @dataclass(frozen=True)
@@ -223,19 +217,19 @@ def hash_tokenizer_files(dataset_dir: Path) -> dict[str, FileInfo]:
     return {f"{TOKENIZER_FOLDER}/{path.name}": hash_file(path) for path in paths}
 
 
+def share_at_least(tokens_by_length: Sequence[int], length_tokens: int) -> float:
+    """Give the share of tokens in documents of at least so many tokens, a power of two.
+
+    >>> share_at_least([0, 10, 30], 4)
+    0.75
+    """
+    total = sum(tokens_by_length)
+    return sum(tokens_by_length[length_tokens.bit_length() - 1 :]) / total if total else 0.0
+
+
 def documents_path(prefix: Path) -> Path:
     """Give the file that tells where the documents of a held-out split come from."""
     return prefix.with_name(prefix.name + ".documents.npy")
-
-
-def hash_file(path: Path) -> FileInfo:
-    """Give size and xxh3_128 of a file."""
-    digest, size_bytes = xxhash.xxh3_128(), 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            size_bytes += len(block)
-    return FileInfo(size_bytes, digest.hexdigest())
 
 
 def tokenizer_info(tokenizer: Tokenizer) -> TokenizerInfo:

@@ -5,24 +5,39 @@ The page holds its figure and its style, so it can be mailed and opened without 
 
 import base64
 import dataclasses
-import html
 import io
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_long.dataset.manifest import Manifest, SourceInfo
+from megatron_long.dataset.manifest import (
+    LENGTH_STEPS,
+    InputInfo,
+    Manifest,
+    SourceInfo,
+    share_at_least,
+)
 from megatron_long.dataset.tables import add_sources, plot_sources
 
 REPORT_FOLDER = "report"
 FIGURE_FILE = "lengths_and_sources.png"
 PAGE_FILE = "index.html"
-LENGTH_STEPS = tuple(2**k for k in (12, 14, 15, 16, 17))
-"""Lengths at which the share of tokens in documents at least as long is told: 4K to 128K."""
 MAX_INPUTS = 500
 """Input files listed; a corpus may have 59,166."""
-STYLE = """
+TEMPLATE = """\
+{% macro show(table) %}
+<div class="scroll"><table><thead><tr>\
+{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in table.rows %}\
+<tr{% if table.ends_with_total and loop.last %} class="total"{% endif %}>\
+{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endmacro %}
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Dataset {{ manifest.fingerprint[:16] }}</title><style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto;
        padding: 0 1em; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; }
@@ -33,7 +48,34 @@ th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 1px solid #888; } tbody tr:nth-child(even) { background: #f4f4f4; }
 tr.total { font-weight: bold; border-top: 1px solid #888; }
 code { font-size: .9em; }
+</style></head>
+<body>
+<h1>Dataset</h1>
+<p>{{ count(manifest.train.num_tokens) }} training tokens in \
+{{ count(manifest.train.num_documents) }} documents; \
+strategy <code>{{ manifest.mixture.strategy }}</code>, seed {{ manifest.seed }}; \
+fingerprint <code>{{ manifest.fingerprint }}</code>.</p>
+<img alt="Token shares by document length and by source" src="data:image/png;base64,{{ figure }}">
+{% for title, table in tables.items() if table.rows %}
+<h2>{{ title }}</h2>
+{{ show(table) -}}
+{% endfor %}
+<h2>Corpus</h2><p>{{ count(manifest.inputs | length) }} files, \
+{{ count(manifest.inputs | sum("size_bytes")) }} bytes\
+{% if manifest.inputs | length > most %}; the first {{ most }} are listed{% endif %}.</p>
+{{ show(inputs) -}}
+</body></html>
 """
+"""Filled by Jinja2, which escapes whatever comes from files."""
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table of the page, as text."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    ends_with_total: bool = False
 
 
 def write_report(folder: Path, manifest: Manifest) -> None:
@@ -55,50 +97,29 @@ def write_report(folder: Path, manifest: Manifest) -> None:
 
 def report_page(manifest: Manifest, figure_png: bytes) -> str:
     """Give the page as one HTML text."""
-    encoded = base64.b64encode(figure_png).decode("ascii")
-    mixture = manifest.mixture
-    parts = [
-        "<h1>Dataset</h1>",
-        f"<p>{manifest.train.num_tokens:,} training tokens in {manifest.train.num_documents:,} "
-        f"documents; strategy <code>{_text(mixture['strategy'])}</code>, seed {manifest.seed}; "
-        f"fingerprint <code>{manifest.fingerprint}</code>.</p>",
-        f'<img alt="Token shares by document length and by source" src="data:image/png;base64,{encoded}">',
-        "<h2>Sources</h2>",
-        _sources_table(manifest.sources),
-        "<h2>Share of tokens in long documents</h2>",
-        _lengths_table(manifest.sources),
-        "<h2>Mixture</h2>",
-        _pairs_table(mixture),
-        "<h2>Tokenizer</h2>",
-        _pairs_table(dataclasses.asdict(manifest.tokenizer) | {"dtype": manifest.dtype}),
-        *_other_parts(manifest),
-        "<h2>Files</h2>",
-        _files_table(manifest),
-        f"<h2>Corpus</h2><p>{len(manifest.inputs):,} files, "
-        f"{sum(item.size_bytes for item in manifest.inputs):,} bytes"
-        + (f"; the first {MAX_INPUTS} are listed" if len(manifest.inputs) > MAX_INPUTS else "")
-        + ".</p>",
-        _records_table([dataclasses.asdict(item) for item in manifest.inputs[:MAX_INPUTS]]),
-    ]
-    body = "\n".join(parts)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Dataset '
-        f"{manifest.fingerprint[:16]}</title><style>{STYLE}</style></head>\n<body>\n{body}\n"
-        "</body></html>\n"
+    import jinja2
+
+    tokenizer = dataclasses.asdict(manifest.tokenizer) | {"dtype": manifest.dtype}
+    tables = {
+        "Sources": _sources_table(manifest.sources),
+        "Share of tokens in long documents": _lengths_table(manifest.sources),
+        "Mixture": _pairs_table(manifest.mixture),
+        "Tokenizer": _pairs_table(tokenizer),
+        "Making": _pairs_table(_other_fields(manifest)),
+        "Files": _files_table(manifest),
+    }
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(TEMPLATE).render(
+        manifest=manifest,
+        figure=base64.b64encode(figure_png).decode("ascii"),
+        tables=tables,
+        inputs=_inputs_table(manifest.inputs[:MAX_INPUTS]),
+        most=MAX_INPUTS,
+        count="{:,}".format,
     )
 
 
-def share_at_least(tokens_by_length: Sequence[int], length_tokens: int) -> float:
-    """Give the share of tokens in documents of at least so many tokens, a power of two.
-
-    >>> share_at_least([0, 10, 30], 4)
-    0.75
-    """
-    total = sum(tokens_by_length)
-    return sum(tokens_by_length[length_tokens.bit_length() - 1 :]) / total if total else 0.0
-
-
-def _sources_table(sources: Mapping[str, SourceInfo]) -> str:
+def _sources_table(sources: Mapping[str, SourceInfo]) -> PageTable:
     """Make a column a source, and a row a number; the last column adds them up."""
     columns = [dataclasses.asdict(info) for info in [*sources.values(), add_sources(sources)]]
     rows = []
@@ -107,10 +128,10 @@ def _sources_table(sources: Mapping[str, SourceInfo]) -> str:
         if field.name != "index" and not isinstance(values[0], list | dict):
             cells = [_number(field.name, value) for value in values]
             rows.append([field.name.replace("_", " "), *cells])
-    return _table(["", *sources, "all"], rows)
+    return PageTable(["", *sources, "all"], rows)
 
 
-def _lengths_table(sources: Mapping[str, SourceInfo]) -> str:
+def _lengths_table(sources: Mapping[str, SourceInfo]) -> PageTable:
     labels = [f"≥ {step // 1024}K" for step in LENGTH_STEPS]
     header = ["source", *(f"{label} {when}" for label in labels for when in ("before", "after"))]
     cells = []
@@ -120,46 +141,43 @@ def _lengths_table(sources: Mapping[str, SourceInfo]) -> str:
             for tokens in (info.tokens_by_length_before, info.tokens_by_length_after):
                 row.append(f"{100 * share_at_least(tokens, step):.2f}%")
         cells.append(row)
-    return _table(header, cells, total=True)
+    return PageTable(header, cells, ends_with_total=True)
 
 
-def _files_table(manifest: Manifest) -> str:
+def _files_table(manifest: Manifest) -> PageTable:
     cells = []
     for name, split in {"train": manifest.train, **manifest.valid}.items():
         for file, info in split.files.items():
             numbers = [f"{split.num_documents:,}", f"{split.num_tokens:,}", f"{info.size_bytes:,}"]
             cells.append([file, name, *numbers, info.xxh3_128])
-    return _table(["file", "split", "documents", "tokens", "bytes", "xxh3_128"], cells)
+    return PageTable(["file", "split", "documents", "tokens", "bytes", "xxh3_128"], cells)
 
 
-def _other_parts(manifest: Manifest) -> Iterable[str]:
-    """Show fields of the manifest that have no table of their own."""
+def _other_fields(manifest: Manifest) -> dict[str, Any]:
+    """Give fields of the manifest that have no table of their own."""
     known = {"seed", "mixture", "tokenizer", "dtype", "train", "valid", "sources", "inputs"}
     known.add("tokenizer_files")
-    rest = {
+    return {
         name: value
         for name, value in dataclasses.asdict(manifest).items()
         if name not in known and value not in (None, [], {}, ())
     }
-    return ["<h2>Making</h2>", _pairs_table(rest)] if rest else []
 
 
-def _records_table(records: Sequence[Mapping[str, Any]]) -> str:
-    if not records:
-        return ""
-    header = list(records[0])
-    rows = [[_number(key, record[key]) for key in header] for record in records]
-    return _table([key.replace("_", " ") for key in header], rows)
+def _inputs_table(inputs: Sequence[InputInfo]) -> PageTable:
+    names = [field.name for field in dataclasses.fields(InputInfo)]
+    rows = [[_number(name, getattr(item, name)) for name in names] for item in inputs]
+    return PageTable([name.replace("_", " ") for name in names], rows)
 
 
-def _pairs_table(pairs: Mapping[str, Any]) -> str:
+def _pairs_table(pairs: Mapping[str, Any]) -> PageTable:
     cells: list[list[str]] = []
     for name, value in pairs.items():
         if isinstance(value, dict):
             cells += [[f"{name}.{key}", _number(key, item)] for key, item in value.items()]
         else:
             cells.append([name, _number(name, value)])
-    return _table(["", ""], [[name.replace("_", " "), value] for name, value in cells])
+    return PageTable(["", ""], [[name.replace("_", " "), value] for name, value in cells])
 
 
 def _number(name: str, value: Any) -> str:
@@ -169,20 +187,3 @@ def _number(name: str, value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and not name.endswith("_id"):
         return f"{value:,}"
     return "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, total: bool = False) -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
-    lines = []
-    for number, row in enumerate(rows, 1):
-        mark = ' class="total"' if total and number == len(rows) else ""
-        lines.append(f"<tr{mark}>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>")
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n'
-        + "\n".join(lines)
-        + "\n</tbody></table></div>"
-    )
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))

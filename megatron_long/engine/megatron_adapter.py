@@ -1,7 +1,7 @@
 """How `megatron.training` is called, and the changes that it needs before it can be.
 
 Nothing of `megatron.training` is declared stable: the version is checked first, only files of `engine` import
-it, each of them lists the symbols that it changes in `CHANGED_SYMBOLS`, and
+it, each of them lists the symbols that it changes (`CHANGED_SYMBOLS`), and
 `tests/engine/test_megatron_adapter.py` holds a contract for each. Import this module after
 `host_backend.install()`.
 """
@@ -24,8 +24,10 @@ from packaging.version import Version
 from megatron_long.engine import host_backend
 from megatron_long.engine.fixes.adamw_resume import fix_torch_adamw_resume
 from megatron_long.engine.fixes.compiled_helpers import use_compiled_helpers
+from megatron_long.engine.fixes.flags_parsed_once import flags_parsed_once
 from megatron_long.engine.fixes.llama3_rope import Llama3RopeArguments, take_llama3_rope
 from megatron_long.engine.fixes.old_format import old_format_errors_raised
+from megatron_long.engine.fixes.rate_change import let_rates_change, schedule_error
 from megatron_long.engine.fixes.uncalled_output_layer import let_output_layer_be_built
 from megatron_long.engine.optimizer_shards import save_own_shards
 from megatron_long.errors import ConfigError, DataError
@@ -37,7 +39,7 @@ from megatron_long.pickles import UnpicklingError, guard_checkpoints
 
 SUPPORTED_VERSIONS = ("0.19.",)
 OLDEST_RESILIENCY = "0.6"
-CHANGED_SYMBOLS = {
+PATCHED_SYMBOLS = {
     "megatron.training.training": ("initialize_megatron", "set_jit_fusion_options"),
 }
 """What is replaced on the host backend, by module."""
@@ -213,6 +215,49 @@ def install_patches(*, output_layer_is_called: bool = True) -> None:
         )
         # Its warm-up of fused kernels would draw a layout-dependent amount of random numbers.
         training.set_jit_fusion_options = lambda *args, **kwargs: None
+
+
+def run_pretrain(
+    args: Namespace,
+    dataset_provider: Callable,
+    forward_step: Callable,
+    program_start: float,
+    fill_model: Callable[[list], None] | None = None,
+    *,
+    lengths_vary: bool = False,
+) -> None:
+    """Run Megatron's training to its end, and leave the process group; see `engine.run` for the arguments.
+
+    Raises: ConfigError: the run that is continued had another schedule, or its optimizer was not saved.
+    """
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.training import set_startup_timestamps
+
+    set_startup_timestamps(program_start=program_start, main_entry=program_start)
+    config = build_model_config(args)
+    config.variable_seq_lengths = lengths_vary
+    if fill_model is not None:
+        config.pre_wrap_hooks.append(lambda chunks: fill_model(chunks) or chunks)
+    container = pretrain_cfg_container_from_args(args, config)
+    let_rates_change(keep_saved=args.use_checkpoint_opt_param_scheduler)
+    try:
+        with refused_pickles_named(args.load), flags_parsed_once(args):
+            pretrain(container, dataset_provider, ModelType.encoder_or_decoder, forward_step)
+    except AssertionError as error:
+        refusal = schedule_error(args.load, str(error))
+        if refusal is None:
+            raise
+        raise refusal from error
+    except KeyError as error:
+        if error.args != ("optimizer",):
+            raise
+        raise ConfigError(
+            f"--load {args.load} holds no optimizer state, as after --no-save-optim; give --no-load-optim to "
+            "go on at its step with a new optimizer, or --finetune to start at step 0 from its weights"
+        ) from error
+    leave_process_group()
 
 
 @contextlib.contextmanager

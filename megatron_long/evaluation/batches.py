@@ -16,28 +16,24 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from megatron_long.model.labels import UNSCORED
+
 if TYPE_CHECKING:
     import torch
-
-NOT_SCORED = -1
-"""Label of a position that is not scored."""
 
 SHAPES_PER_OCTAVE = 32
 """Padded lengths between n and 2n: padding stays below 3%, and kernels meet few shapes to plan for."""
 
 
-class TokenScores(Protocol):
-    """What a scorer gives back; see `megatron_long.evaluation.scoring.TokenScores`."""
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model thinks of each label."""
 
-    @property
-    def losses(self) -> torch.Tensor:
-        """Loss of each label [b, s], float32, nats."""
-        ...
-
-    @property
-    def is_greedy(self) -> torch.Tensor:
-        """Whether each label is the most likely token [b, s], bool."""
-        ...
+    losses: torch.Tensor
+    """Negative log-likelihood of the label [b, s], float32, nats; 0 where not scored."""
+    is_greedy: torch.Tensor
+    """Whether the label is the most likely token of the real vocabulary [b, s], bool; True where not
+    scored."""
 
 
 class TokenScorer(Protocol):
@@ -76,7 +72,7 @@ class Row:
     tokens: np.ndarray
     """Token ids [n]."""
     labels: np.ndarray
-    """Next token at each position [n], or `NOT_SCORED`."""
+    """Next token at each position [n], or `UNSCORED`."""
 
 
 @dataclass(frozen=True)
@@ -183,14 +179,14 @@ def _score_batch(
 
 
 def pad_rows(rows: Sequence[Row], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Give tokens and labels [b, s], int64, padded with token 0 and `NOT_SCORED`.
+    """Give tokens and labels [b, s], int64, padded with token 0 and `UNSCORED`.
 
     >>> tokens, labels = pad_rows([Row(np.array([5, 6]), np.array([6, 7]))], (2, 3))
     >>> tokens.tolist(), labels.tolist()
     ([[5, 6, 0], [0, 0, 0]], [[6, 7, -1], [-1, -1, -1]])
     """
     tokens = np.zeros(shape, dtype=np.int64)
-    labels = np.full(shape, NOT_SCORED, dtype=np.int64)
+    labels = np.full(shape, UNSCORED, dtype=np.int64)
     for place, row in enumerate(rows):
         assert len(row.tokens) == len(row.labels) <= shape[1], "row longer than the context"
         tokens[place, : len(row.tokens)] = row.tokens

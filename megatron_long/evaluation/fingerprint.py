@@ -23,21 +23,21 @@ HF_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 def fingerprint(model: CheckpointFolder) -> str:
     """Give a SHA-256 of what tells a model from another one in the same place."""
-    known: list[Any] = [] if model.hf_config is None else [hash_file(model.hf_config)]
+    known: list[Any] = [] if model.hf_config is None else [sha256_of(model.hf_config)]
     if model.iteration == "hf":
         generation = model.path / HF_GENERATION_CONFIG
-        known += [hash_file(generation)] if generation.is_file() else []
+        known += [sha256_of(generation)] if generation.is_file() else []
         weights = (path for path in model.path.iterdir() if path.name.endswith(HF_WEIGHT_SUFFIXES))
         known += _listed(weights)
     elif model.iteration != "random":
         number = None if model.iteration == RELEASE else int(model.iteration)
         folder = iteration_folder(model.path, number)
         hashes = folder / HASHES_NAME
-        known += [hash_file(hashes)] if hashes.is_file() else _listed(folder.rglob("*"))
+        known += [sha256_of(hashes)] if hashes.is_file() else _listed(folder.rglob("*"))
     return sha256(json.dumps(known).encode()).hexdigest()
 
 
-def hash_file(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """Give the SHA-256 of a file's content."""
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.batches import NOT_SCORED
-from megatron_long.evaluation.scoring import TokenScores
+from megatron_long.evaluation.batches import TokenScores
+from megatron_long.job.rendezvous import share
+from megatron_long.model.labels import UNSCORED
 from megatron_long.pickles import UnpicklingError, guard_checkpoints
 
 POSITIONS_PER_CHUNK = 1024
@@ -36,14 +37,13 @@ class HFScorer:
     def __init__(self, model: Any, *, context_length: int) -> None:
         self.model = model
         self.context_length = context_length
-        self.data_parallel_rank = int(os.environ.get("RANK", "0"))
-        self.data_parallel_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.data_parallel_rank, self.data_parallel_size = share()
         self.is_writer = self.data_parallel_rank == 0
 
     def score(self, tokens: Tensor, labels: Tensor) -> TokenScores:
         """Score a batch of tokens and labels [b, s]; see `Scorer.score`."""
         device = self.model.device
-        asked = labels.to(device) != NOT_SCORED
+        asked = labels.to(device) != UNSCORED
         losses = torch.zeros(labels.shape, device=device)
         is_greedy = torch.ones(labels.shape, dtype=torch.bool, device=device)
         with torch.no_grad():
@@ -179,7 +179,7 @@ def open_hf_scorer(
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if share()[1] > 1:
         # Objects of a few KB travel between processes: the host's network is fast enough.
         torch.distributed.init_process_group("gloo")
     precision = precision or ("bf16" if cuda else "fp32")

@@ -24,6 +24,7 @@ from megatron_long.checkpoint.hashes import check_sidecars
 from megatron_long.checkpoint.sidecars import HF_CONFIG_NAME, TOKENIZER_DIR_NAME, no_checkpoint
 from megatron_long.errors import ConfigError
 from megatron_long.files import refuse_overwrite
+from megatron_long.job.rendezvous import is_first_process
 
 if TYPE_CHECKING:
     from megatron_long.tokenizer.tokenizer_types import Tokenizer
@@ -80,7 +81,7 @@ def find_checkpoint(
     if step is not None and not step.isdecimal():
         raise ConfigError(f"--ckpt-step {step} is not an iteration; give a number")
     iteration = newest if step is None else int(step)
-    if step is None and os.environ.get("RANK", "0") == "0":
+    if step is None and is_first_process():
         for report in reports:
             _log.warning("%s", report)
     chosen = iteration_folder(path, iteration)

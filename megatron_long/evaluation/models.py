@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -23,6 +22,7 @@ from megatron_long.evaluation.input_checks import (
     positive_int,
     read_flag,
 )
+from megatron_long.job.rendezvous import is_first_process
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def warn_beyond_rope(
 ) -> None:
     """Say that the model was not made for the length; it is measured all the same."""
     limit = choice.folder.max_positions
-    if limit and context_length > limit and os.environ.get("RANK", "0") == "0":
+    if limit and context_length > limit and is_first_process():
         base = read_flag(megatron_argv, "--rotary-base")
         _log.warning(
             "--context-length %d is beyond the %d tokens that %s was made for (max_position_embeddings)"

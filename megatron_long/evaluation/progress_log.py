@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from megatron_long.differences import differences, format_differences
 from megatron_long.errors import ConfigError, UserError
 from megatron_long.files import append_whole, atomic_path
 from megatron_long.job import rendezvous
@@ -170,12 +171,9 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_same(seen: dict[str, Any], asked: dict[str, Any], place: str) -> None:
-    names = [name for name in asked | seen if seen.get(name) != asked.get(name)]
-    if names:
-        shown = "; ".join(
-            f"{name} {_short(seen.get(name))} there, {_short(asked.get(name))} here"
-            for name in names[:SHOWN_DIFFERENCES]
-        )
+    found = differences(seen, asked, asked | seen)[:SHOWN_DIFFERENCES]
+    if found:
+        shown = format_differences(found, _short, "{} {} there, {} here")
         raise ConfigError(
             f"{place} holds results of another command ({shown}); repeat that command, give another "
             "place, or --force to start over"

@@ -10,7 +10,7 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
+from megatron_long.evaluation.batches import TokenScores
+from megatron_long.model.labels import UNSCORED
 from megatron_long.model.linear_cross_entropy import (
-    UNSCORED,
     VocabularyShard,
     chunk_statistics,
     chunks,
@@ -34,17 +35,6 @@ if TYPE_CHECKING:
 
 KERNEL_TILE_TOKENS = 128
 """Padded lengths are multiples of it on GPUs, where kernels of attention and FP8 want whole tiles."""
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """What the model thinks of each label."""
-
-    losses: Tensor
-    """Negative log-likelihood of the label [b, s], float32, nats; 0 where not scored."""
-    is_greedy: Tensor
-    """Whether the label is the most likely token of the real vocabulary [b, s], bool; True where not
-    scored."""
 
 
 def shard_statistics(

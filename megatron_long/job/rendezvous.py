@@ -22,6 +22,11 @@ def share() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first_process() -> bool:
+    """Whether this process is the first of its job: the one that speaks for all."""
+    return share()[0] == 0
+
+
 def agree(findings: list[str]) -> list[str]:
     """Give every process what all of them have found; waits for the slowest.
 

@@ -24,6 +24,8 @@ from multiprocessing import resource_tracker, util
 from types import FrameType
 from typing import Literal
 
+from megatron_long.job.rendezvous import is_first_process
+
 LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 INTERRUPTED_STATUS = 130
 """Exit status after a second Ctrl-C."""
@@ -95,7 +97,7 @@ def leave_on_second_interrupt() -> None:
 
 
 def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         _write_line(text)
 
 

@@ -4,7 +4,8 @@ Within a stratum (source, whether the size proves a document short, log2 of its 
 are tokenized are chosen by hashes alone, so the tokens of the others follow from their bytes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron_long.mixture.rows import INFO_FILE
+from megatron_long.mixture.rows import INFO_FILE, StratumCounts, read_strata
 
 NUM_BUCKETS = 48
 DEFAULT_BYTES_PER_TOKEN = 4.0
+
+BySize = dict[tuple[int, int], np.ndarray]
+"""By whether the size proves a document short, and log2 of its bytes."""
 
 
 @dataclass
@@ -58,52 +62,55 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 def gather_stats(infos: Iterable[Mapping[str, Any]], max_listed: int = 1000) -> CorpusStats:
     """Add up what the tasks saw."""
-    strata: dict[tuple[str, int, int], np.ndarray] = {}
-    lengths: dict[tuple[str, int, int], np.ndarray] = {}
+    strata: dict[str, BySize] = defaultdict(dict)
+    lengths: dict[str, BySize] = defaultdict(dict)
     empty = num_bad = text_bytes = 0
     bad: list[dict[str, Any]] = []
     for info in infos:
         names = info["sources"]
-        for source, proven, bucket, *row in info["strata"]:
-            key = names[source], proven, bucket
-            strata[key] = strata.get(key, np.zeros(5, np.int64)) + row
+        for stratum, counts in read_strata(info):
+            key, mine = stratum[1:], strata[names[stratum.source]]
+            mine[key] = mine.get(key, 0) + np.array(counts, np.int64)
         for source, proven, bucket, length_bucket, tokens in info["lengths"]:
-            key = names[source], proven, bucket
-            cells = lengths.setdefault(key, np.zeros(NUM_BUCKETS, np.int64))
+            cells = lengths[names[source]].setdefault(
+                (proven, bucket), np.zeros(NUM_BUCKETS, np.int64)
+            )
             cells[length_bucket] += tokens
         empty += info["documents_empty"]
         num_bad += info["documents_bad"]
         text_bytes += info["text_bytes"]
         bad += info["bad"][: max_listed - len(bad)]
-    names = sorted({key[0] for key in strata})
-    return CorpusStats(dict(_by_source(names, strata, lengths)), empty, num_bad, bad, text_bytes)
+    sources = {name: _source_stats(strata[name], lengths[name]) for name in sorted(strata)}
+    return CorpusStats(sources, empty, num_bad, bad, text_bytes)
 
 
-def _by_source(
-    names: list[str],
-    strata: dict[tuple[str, int, int], np.ndarray],
-    lengths: dict[tuple[str, int, int], np.ndarray],
-) -> Iterator[tuple[str, SourceStats]]:
-    for name in names:
-        stats, by_length = SourceStats(), np.zeros(NUM_BUCKETS)
-        mine = [(key, row) for key, row in strata.items() if key[0] == name]
-        done_bytes = sum(int(row[3]) for _, row in mine)
-        done_tokens = sum(int(lengths[key].sum()) for key, _ in mine if key in lengths)
-        tokens_per_byte = done_tokens / done_bytes if done_tokens else 1 / DEFAULT_BYTES_PER_TOKEN
-        long_tokens = 0.0
-        for key, (documents, size_bytes, done, done_size, long) in mine:
-            stats.documents += int(documents)
-            stats.size_bytes += int(size_bytes)
-            stats.documents_tokenized += int(done)
-            if done_size:
-                weight = size_bytes / done_size
-                by_length += weight * lengths.get(key, np.zeros(NUM_BUCKETS))
-                long_tokens += weight * long
-            elif size_bytes:
-                tokens = float(size_bytes) * tokens_per_byte
-                by_length[int(np.log2(max(tokens / documents, 1)))] += tokens
-        stats.tokens_tokenized = done_tokens
-        whole = by_length.round().astype(np.int64)
-        stats.tokens, stats.long_tokens = int(whole.sum()), round(long_tokens)
-        stats.tokens_by_length = np.trim_zeros(whole, "b").tolist()
-        yield name, stats
+def _source_stats(strata: BySize, lengths: BySize) -> SourceStats:
+    """Add up a source.
+
+    Args:
+        strata: `StratumCounts` of each.
+        lengths: Tokens by log2 of the length, of each that has some.
+    """
+    stats, by_length = SourceStats(), np.zeros(NUM_BUCKETS)
+    counted = {key: StratumCounts(*row.tolist()) for key, row in strata.items()}
+    done_bytes = sum(counts.size_bytes_tokenized for counts in counted.values())
+    stats.tokens_tokenized = sum(int(cells.sum()) for cells in lengths.values())
+    tokens_per_byte = 1 / DEFAULT_BYTES_PER_TOKEN
+    if stats.tokens_tokenized:
+        tokens_per_byte = stats.tokens_tokenized / done_bytes
+    long_tokens = 0.0
+    for key, counts in counted.items():
+        stats.documents += counts.documents
+        stats.size_bytes += counts.size_bytes
+        stats.documents_tokenized += counts.documents_tokenized
+        if counts.size_bytes_tokenized:
+            weight = counts.size_bytes / counts.size_bytes_tokenized
+            by_length += weight * lengths.get(key, np.zeros(NUM_BUCKETS))
+            long_tokens += weight * counts.long_tokens
+        elif counts.size_bytes:
+            tokens = counts.size_bytes * tokens_per_byte
+            by_length[int(np.log2(max(tokens / counts.documents, 1)))] += tokens
+    whole = by_length.round().astype(np.int64)
+    stats.tokens, stats.long_tokens = int(whole.sum()), round(long_tokens)
+    stats.tokens_by_length = np.trim_zeros(whole, "b").tolist()
+    return stats

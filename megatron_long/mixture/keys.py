@@ -9,18 +9,15 @@ from numpy.typing import NDArray
 KEY_END = 2**64
 
 
-def document_keys(seed: int, file_name: str, line: int) -> tuple[int, int]:
-    """Give the two keys of a document, `drop_key` and `order_key`, each uniform in [0, 2^64).
-
-    >>> document_keys(0, "a.jsonl", 1) == document_keys(0, "a.jsonl", 2)
-    False
-    """
-    key = xxhash.xxh3_128_intdigest(f"{file_name}\0{line}".encode(), seed)
-    return key >> 64, key & (KEY_END - 1)
-
-
 def batch_keys(seed: int, file_name: str, lines: Sequence[int]) -> NDArray[np.uint64]:
-    """Give `document_keys` of many lines of one file, [lines, 2]."""
+    """Give the keys of documents of one file by their lines, each uniform in [0, 2^64).
+
+    Returns: [lines, 2]: `drop_key` and `order_key`.
+
+    >>> keys = batch_keys(0, "a.jsonl", [1, 2])
+    >>> keys.shape, len(set(keys.flat))
+    ((2, 2), 4)
+    """
     prefix, digest = f"{file_name}\0".encode(), xxhash.xxh3_128_digest
     joined = b"".join([digest(prefix + b"%d" % line, seed) for line in lines])
     return np.frombuffer(joined, ">u8").astype(np.uint64).reshape(-1, 2)

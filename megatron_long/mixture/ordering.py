@@ -7,27 +7,16 @@ to 1; all documents are then merged by position. A window's share of a source is
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_long.dataset.manifest import OrderInfo
 from megatron_long.mixture.external_sort import CHUNK_ROWS, iterate_rows, release, sort_on_disk
 from megatron_long.mixture.selection import CHOSEN_DTYPE
 
 WINDOW_TOKENS = 4_000_000
-
-
-@dataclass(frozen=True)
-class Evenness:
-    """How far shares of sources in windows of the file are from those of the whole."""
-
-    window_tokens: int
-    num_windows: int
-    mean_deviation: float
-    """Mean over windows and sources of the absolute difference of shares."""
-    largest_deviation: float
 
 
 def order_documents(
@@ -65,7 +54,7 @@ def order_documents(
 
 def measure_evenness(
     chunks: Iterable[NDArray], tokens: Sequence[int], window_tokens: int = WINDOW_TOKENS
-) -> Evenness:
+) -> OrderInfo:
     """Measure shares of sources in each whole window of consecutive tokens.
 
     Args:
@@ -87,10 +76,10 @@ def measure_evenness(
             done[source] += mine[-1]
         before = int(ends[-1])
     if len(edges) < 2:
-        return Evenness(window_tokens, 0, 0.0, 0.0)
+        return OrderInfo(window_tokens, 0, 0.0, 0.0)
     shares = np.diff(at_edges, axis=1) / window_tokens
     deviation = np.abs(shares - np.array(tokens)[:, None] / total)
-    return Evenness(window_tokens, len(edges) - 1, float(deviation.mean()), float(deviation.max()))
+    return OrderInfo(window_tokens, len(edges) - 1, float(deviation.mean()), float(deviation.max()))
 
 
 def _positions(shuffled: NDArray, starts: list[int], path: Path) -> NDArray[np.float64]:
@@ -122,9 +111,9 @@ def _merge(
         parts, places = [], []
         for start, stop in spans:
             mine = positions[start:stop]
-            side = start + np.searchsorted(mine, (low, high))
-            parts.append(np.array(shuffled[side[0] : side[1]]))
-            places.append(np.array(positions[side[0] : side[1]]))
+            first, last = start + np.searchsorted(mine, (low, high))
+            parts.append(np.array(shuffled[first:last]))
+            places.append(np.array(positions[first:last]))
         order = np.argsort(np.concatenate(places), kind="stable")
         yield np.concatenate(parts)[order]
         release(shuffled)

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_long.dataset.manifest import SourceInfo
+from megatron_long.dataset.manifest import OrderInfo, SourceInfo
 from megatron_long.errors import DataError
 from megatron_long.mixture.admission import Admission, Limits
 from megatron_long.mixture.corpus_stats import CorpusStats, gather_stats, read_info
 from megatron_long.mixture.external_sort import iterate_rows, sort_on_disk
 from megatron_long.mixture.mixture import Mixture, source_budgets, source_shares
-from megatron_long.mixture.ordering import Evenness, measure_evenness, order_documents
+from megatron_long.mixture.ordering import measure_evenness, order_documents
 from megatron_long.mixture.rows import ROW_DTYPE, ROWS_FILE
 from megatron_long.mixture.selection import (
     CHOSEN_DTYPE,
@@ -87,7 +87,7 @@ class Plan:
     """ROW_DTYPE: held-out documents of each source, by file and line."""
     sources: dict[str, SourceInfo]
     stats: CorpusStats
-    evenness: Evenness
+    evenness: OrderInfo
     warnings: list[str] = field(default_factory=list)
 
 

@@ -1,5 +1,8 @@
 """What the first stage leaves of each file: a row of metadata for each document, tokens, counts."""
 
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
 import numpy as np
 
 ROW_DTYPE = np.dtype(
@@ -15,3 +18,31 @@ ROW_DTYPE = np.dtype(
 )
 """One row per document; `length_tokens` counts BOS and EOD, `offset` counts tokens of `tokens.bin`."""
 TOKENS_FILE, ROWS_FILE, INFO_FILE = "tokens.bin", "rows.npy", "info.json"
+
+
+class Stratum(NamedTuple):
+    """Documents that are alike, by source and size."""
+
+    source: int
+    """Its place in `sources` of the same file."""
+    is_proven_short: int
+    """Whether the size proves that they are short, 0 or 1."""
+    size_bucket: int
+    """Log2 of their bytes, rounded down."""
+
+
+class StratumCounts[Value](NamedTuple):
+    """What a file has of a stratum."""
+
+    documents: Value
+    size_bytes: Value
+    documents_tokenized: Value
+    size_bytes_tokenized: Value
+    long_tokens: Value
+    """Tokens of long documents among those tokenized."""
+
+
+def read_strata(info: Mapping[str, Any]) -> Iterator[tuple[Stratum, StratumCounts[int]]]:
+    """Give the rows of `strata` in an `info.json`."""
+    for source, is_proven_short, size_bucket, *counts in info["strata"]:
+        yield Stratum(source, is_proven_short, size_bucket), StratumCounts(*counts)

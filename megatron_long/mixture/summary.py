@@ -5,11 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_long.dataset.manifest import SourceInfo
+from megatron_long.dataset.manifest import LENGTH_STEPS, SourceInfo, share_at_least
 from megatron_long.mixture.corpus_stats import NUM_BUCKETS, SourceStats
-
-LENGTHS_TOKENS = tuple(1 << bits for bits in (12, 14, 15, 16, 17))
-"""4K, 16K, 32K, 64K and 128K."""
 
 
 @dataclass
@@ -53,11 +50,7 @@ def shares_from_length(by_length: list[int]) -> dict[str, float]:
     >>> shares_from_length([0] * 11 + [30, 10])
     {'4096': 0.25, '16384': 0.0, '32768': 0.0, '65536': 0.0, '131072': 0.0}
     """
-    total = sum(by_length)
-    return {
-        str(length): sum(by_length[length.bit_length() - 1 :]) / total if total else 0.0
-        for length in LENGTHS_TOKENS
-    }
+    return {str(length): share_at_least(by_length, length) for length in LENGTH_STEPS}
 
 
 def source_info(

@@ -19,7 +19,7 @@ from megatron_long.model.families import (
     refuse_unsupported,
 )
 from megatron_long.model.rope import PLAIN_ROPE, BaseRope, rope_from_arguments
-from megatron_long.model.rope_hf import read_rope
+from megatron_long.model.rope_hf import check_number, read_rope
 
 CONFIG_NAME = "config.json"
 HF_CONFIG_NAME = "hf_config.json"
@@ -294,11 +294,7 @@ def geometry_from_config(config: Mapping[str, Any], *, name: str = CONFIG_NAME) 
 
 def _number(config: Mapping[str, Any], key: str, name: str, *, default: float) -> float:
     value = config.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name}: {key} is {value!r}; it must be a number")
-    return float(value)
+    return default if value is None else float(check_number(value, key, name))
 
 
 def _whole(config: Mapping[str, Any], key: str, name: str, *, default: int | None = None) -> int:

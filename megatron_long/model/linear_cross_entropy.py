@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-UNSCORED = -1
-"""Label of a position that has none; its loss is 0."""
+from megatron_long.model.labels import UNSCORED
+
 CHUNK_LOGITS = 2**28
 """Logits that exist at a time: 1 GiB in float32."""
 

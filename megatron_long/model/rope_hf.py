@@ -159,13 +159,14 @@ def _with_yarn_defaults(
     if scaling is None:
         both = known.get("mscale"), known.get("mscale_all_dim")
         weights = both if all(both) else (1.0, 0.0)
-        over, under = (_number(weight, "mscale", what) for weight in weights)
+        over, under = (check_number(weight, "mscale", what) for weight in weights)
         scaling = attention_scaling(factor, over, under)
-    known["mscale"] = find_mscale(factor, _number(scaling, "attention_factor", what))
+    known["mscale"] = find_mscale(factor, check_number(scaling, "attention_factor", what))
     return known
 
 
-def _number(value: Any, key: str, what: str) -> float:
+def check_number(value: Any, key: str, what: str) -> float:
+    """Give a value of a configuration, which must be a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{what}: {key} is {value!r}; it must be a number")
     return value

@@ -12,11 +12,10 @@ from megatron_long.dataset.indexed import IndexedDatasetWriter, bin_path, idx_pa
 from megatron_long.dataset.manifest import (
     DOCUMENTS_FILE,
     TRAIN_PREFIX,
-    FileInfo,
     SplitInfo,
     documents_path,
-    hash_file,
 )
+from megatron_long.hashing import FileInfo, hash_file
 from megatron_long.mixture.external_sort import iterate_rows, release
 from megatron_long.mixture.rows import ROW_DTYPE
 from megatron_long.preprocess.stages import WriteJob, WriteStage, gather_tokens

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,6 +20,7 @@ import orjson
 
 from megatron_long.errors import ConfigError, DataError, UserError
 from megatron_long.files import atomic_path
+from megatron_long.job.signals import end_with_parent
 
 EXECUTORS = ("local", "slurm", "ray")
 POLL_SECONDS = 2.0
@@ -94,9 +94,8 @@ def run_stage(stage: Stage, count: int, options: ExecutorOptions) -> None:
 
 def _run_in_processes(stage: Stage, pending: Sequence[int], workers: int) -> None:
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=end_with_parent, initargs=(os.getpid(),)
-    )
+    # Without its run a worker would wait for work for ever.
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
     try:
         for future in as_completed([pool.submit(stage.run, index) for index in pending]):
             future.result()
@@ -107,17 +106,6 @@ def _run_in_processes(stage: Stage, pending: Sequence[int], workers: int) -> Non
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def end_with_parent(parent: int) -> None:
-    """End this worker soon after the run itself was killed: it would wait for work for ever."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def find_pieces(item: InputFile, piece_bytes: int) -> tuple[list[Piece], str]:
 
 
 def _find_lines(item: InputFile, piece_bytes: int) -> tuple[list[Piece], str]:
-    starts, position, lines = [(0, 1)], 0, 0
+    starts, position, lines = [(0, 1)], 0, 0  # the first byte and the number of its line
     with open_input(item) as reader:
         while block := reader.read(1 << 20):
             while (begin := starts[-1][0] + piece_bytes - position - 1) < len(block):
@@ -116,7 +116,7 @@ def _find_lines(item: InputFile, piece_bytes: int) -> tuple[list[Piece], str]:
         digest = reader.finish()
     if position != item.size_bytes:
         raise DataError(f"{item.path} changed while it was read; start again when it is complete")
-    starts = [start for start in starts if start[0] < position] or starts[:1]
+    starts = [(start, line) for start, line in starts if start < position] or starts[:1]
     ends = [start for start, _ in starts[1:]] + [position]
     pieces = [
         Piece(start, end - start, line) for (start, line), end in zip(starts, ends, strict=True)

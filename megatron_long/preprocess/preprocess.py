@@ -23,7 +23,6 @@ from megatron_long.dataset.manifest import (
     TOKENIZER_FOLDER,
     InputInfo,
     Manifest,
-    OrderInfo,
     hash_tokenizer_files,
     tokenizer_info,
     write_manifest,
@@ -34,6 +33,7 @@ from megatron_long.files import remove_folder
 from megatron_long.mixture.admission import Admission
 from megatron_long.mixture.corpus_stats import read_info
 from megatron_long.mixture.plan import Plan, TooTight, make_plan
+from megatron_long.mixture.rows import read_strata
 from megatron_long.preprocess.assemble import write_train, write_valid
 from megatron_long.preprocess.executors import run_stage
 from megatron_long.preprocess.file_pieces import split_inputs
@@ -225,7 +225,7 @@ def _write(
         valid=valid,
         sources=plan.sources,
         inputs=_input_infos(infos),
-        order=OrderInfo(**dataclasses.asdict(plan.evenness)),
+        order=plan.evenness,
         documents_empty=plan.stats.documents_empty,
         documents_bad=plan.stats.documents_bad,
         bad_documents=plan.stats.bad,
@@ -250,7 +250,7 @@ def _input_infos(infos: Iterable[dict[str, Any]]) -> list[InputInfo]:
     for _, pieces in itertools.groupby(infos, lambda info: info["name"]):
         documents = bad = 0
         for info in pieces:
-            documents += sum(row[3] for row in info["strata"])
+            documents += sum(counts.documents for _, counts in read_strata(info))
             bad += info["documents_bad"]
         files.append(InputInfo(info["name"], info["size_bytes"], documents, info["xxh3_128"], bad))
     return files

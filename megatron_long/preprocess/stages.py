@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from megatron_long.corpus.inputs import InputFile
 from megatron_long.errors import DataError
 from megatron_long.files import atomic_path
+from megatron_long.freed_memory import give_memory_back, keep_batch_memory
 from megatron_long.mixture.selection import CHOSEN_DTYPE
 from megatron_long.pickles import AllowList, read_pickle
 from megatron_long.preprocess.tokenize_file import (
@@ -23,7 +24,6 @@ from megatron_long.preprocess.tokenize_file import (
     TokenizeOptions,
     tokenize_file,
 )
-from megatron_long.tokenizer.freed_memory import give_memory_back, keep_freed_memory
 from megatron_long.tokenizer.loading import load_tokenizer
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
@@ -80,7 +80,7 @@ class TokenizeStage:
 
     def run(self, index: int) -> None:
         """Tokenize a file."""
-        keep_freed_memory()
+        keep_batch_memory()
         job: TokenizeJob = _load_job(self.job_path, self.job_path.stat().st_mtime_ns)
         tokenizer = _load_tokenizer(job.tokenizer, job.engine)
         report = _reporter(self.work / "progress" / f"{self.name}.{index:06d}.json")

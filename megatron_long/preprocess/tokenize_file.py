@@ -29,7 +29,14 @@ from megatron_long.errors import DataError
 from megatron_long.files import atomic_path
 from megatron_long.mixture.admission import Admission, Limits
 from megatron_long.mixture.keys import batch_keys, below
-from megatron_long.mixture.rows import INFO_FILE, ROW_DTYPE, ROWS_FILE, TOKENS_FILE
+from megatron_long.mixture.rows import (
+    INFO_FILE,
+    ROW_DTYPE,
+    ROWS_FILE,
+    TOKENS_FILE,
+    Stratum,
+    StratumCounts,
+)
 from megatron_long.tokenizer.tokenizer_types import Tokenizer, Tokens
 
 RUN_TOKENS = 4 << 20
@@ -37,8 +44,6 @@ RUN_TOKENS = 4 << 20
 WRITE_BYTES = 1 << 20
 """Buffer of what is written: most documents are a few kilobytes."""
 
-Strata = dict[tuple[int, int, int], NDArray[np.int64]]
-"""(source, proven short, log2 of bytes) -> documents, bytes, both of those tokenized, long tokens."""
 Progress = Callable[["FileProgress"], object]
 
 
@@ -78,8 +83,12 @@ class _Gathered:
 
     def __init__(self) -> None:
         self.sources: dict[str, int] = {}
-        self.strata: Strata = defaultdict(lambda: np.zeros(5, np.int64))
+        self.strata: dict[Stratum, NDArray[np.int64]] = defaultdict(
+            lambda: np.zeros(len(StratumCounts._fields), np.int64)
+        )
+        """`StratumCounts` of each."""
         self.lengths: dict[tuple[int, int, int, int], int] = defaultdict(int)
+        """Tokens by stratum and log2 of the length."""
         self.tokens_by_source: dict[str, int] = defaultdict(int)
         self.empty = 0
         self.num_rows = 0
@@ -205,10 +214,16 @@ def _count(
     buckets = np.frexp(np.maximum(sizes, 1).astype(np.float64))[1] - 1
     strata = (sources.astype(np.int64) << 8) | (proven.astype(np.int64) << 7) | buckets
     found, place = np.unique(strata, return_inverse=True)
-    columns = (np.ones(len(sizes)), sizes, wanted, sizes * wanted, lengths * is_long)
+    columns = StratumCounts(
+        documents=np.ones(len(sizes)),
+        size_bytes=sizes,
+        documents_tokenized=wanted,
+        size_bytes_tokenized=sizes * wanted,
+        long_tokens=lengths * is_long,
+    )
     sums = np.stack([np.bincount(place, column) for column in columns], axis=1).astype(np.int64)
     for stratum, row in zip(found.tolist(), sums, strict=True):
-        got.strata[stratum >> 8, stratum >> 7 & 1, stratum & 127] += row
+        got.strata[Stratum(stratum >> 8, stratum >> 7 & 1, stratum & 127)] += row
     length_buckets = np.frexp(np.maximum(lengths, 1).astype(np.float64))[1] - 1
     cells = ((strata << 6) | length_buckets)[lengths > 0]
     found, place = np.unique(cells, return_inverse=True)

@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from megatron_long.corpus.inputs import InputFile, hash_input
+from megatron_long.differences import differences, format_differences
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.files import atomic_path, remove_folder, remove_path
 from megatron_long.mixture.corpus_stats import read_info
@@ -116,24 +117,23 @@ def hash_tokenizer(path: Path) -> str:
 
 def _check_command(work: Path, command: Mapping[str, Any]) -> None:
     before = orjson.loads((work / COMMAND_FILE).read_bytes())
-    different = sorted(key for key in {*before, *command} if before.get(key) != command.get(key))
-    if different == ["on_bad_document"] and command["on_bad_document"] == "skip":
+    found = differences(before, command, sorted({*before, *command}))
+    if [item.name for item in found] == ["on_bad_document"] and command[
+        "on_bad_document"
+    ] == "skip":
         write_json(work / COMMAND_FILE, command)  # what is done so far held no bad document
         return
-    if different:
-        listed = "; ".join(
-            f"{key}: {before.get(key)} before, {command.get(key)} now" for key in different
-        )
+    if found:
         raise ConfigError(
-            f"{work} holds unfinished work of another command ({listed}); give the same command to go on, "
-            "another --output, or --force to throw the work away"
+            f"{work} holds unfinished work of another command ({format_differences(found)}); give the "
+            "same command to go on, another --output, or --force to throw the work away"
         )
 
 
 def _check_inputs(work: Path, files: Sequence[InputFile]) -> None:
     before = [
-        InputFile(row[0], "", row[1], row[2])
-        for row in orjson.loads((work / INPUTS_FILE).read_bytes())
+        InputFile(name, "", size_bytes, version)
+        for name, size_bytes, version in orjson.loads((work / INPUTS_FILE).read_bytes())
     ]
     now = {item.name: item for item in files}
     hashes = functools.cache(lambda: _known_hashes(work))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_long.tokenizer.freed_memory import give_memory_back, resident_bytes
+from megatron_long.freed_memory import give_memory_back, resident_bytes
 from megatron_long.tokenizer.tokenizer_types import TokensAndLengths
 
 CACHE_CHECK_BYTES = 4 << 20

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ CONFIG_FILES = (
     "added_tokens.json",
     CHAT_TEMPLATE_FILE,
 )
+MODEL_FILES = (HF_FILE, SENTENCEPIECE_FILE, *CONFIG_FILES, "vocab.json", "merges.txt")
+"""Of a tokenizer, in the folder of a Hugging Face model."""
 
 
 def tokenizer_file(path: Path) -> Path:
@@ -42,9 +44,19 @@ def copy_tokenizer(path: Path, folder: Path) -> None:
     shutil.copyfile(file, folder / (HF_FILE if file.suffix == ".json" else SENTENCEPIECE_FILE))
     # Of a folder both forms travel: transformers reads in the JSON what a SentencePiece model does not say.
     both = (SENTENCEPIECE_FILE, HF_FILE) if path.is_dir() else ()
-    for name in (*CONFIG_FILES, *both):
-        if (file.parent / name).is_file():
-            shutil.copyfile(file.parent / name, folder / name)
+    copy_files(file.parent, folder, (*CONFIG_FILES, *both))
+
+
+def copy_files(source: Path, target: Path, names: Sequence[str] = MODEL_FILES) -> list[str]:
+    """Copy those files of a folder that are there; the target is made if there are some.
+
+    Returns: Their names.
+    """
+    found = [name for name in names if (source / name).is_file()]
+    for name in found:
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    return found
 
 
 def has_chat_template(folder: Path, config: Mapping[str, Any]) -> bool:

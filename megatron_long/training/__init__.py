@@ -1,1 +1,1 @@
-"""Training: where a run starts, its batches, its loss, and the callbacks that watch it."""
+"""One run: where it starts, its data, its micro-batches, its loss, and the callbacks that watch it."""

@@ -11,7 +11,7 @@ import torch
 from megatron_long.checkpoint import direct_io, stored
 from megatron_long.checkpoint.direct_io import FileWriter, read_bytes
 from megatron_long.checkpoint.stored import StoredTensor, read_ahead
-from megatron_long.dataset.manifest import hash_file
+from megatron_long.hashing import hash_file
 
 CONTENT = os.urandom(50_000)
 

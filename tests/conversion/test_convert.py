@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from megatron_long.checkpoint.hashes import files_within, find_damage, read_hashes
-from megatron_long.checkpoint.megatron_folder import find_iteration, read_geometry
+from megatron_long.checkpoint.megatron_folder import find_iteration
 from megatron_long.conversion.convert import hf_to_megatron
 from megatron_long.conversion.export import megatron_to_hf
 from megatron_long.conversion.options import Options
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.errors import ConfigError, DataError
+from tests.fake_checkpoints import read_geometry
 
 NORM = "model.layers.1.input_layernorm.weight"
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_long.checkpoint.megatron_folder import read_geometry
 from megatron_long.conversion.convert import hf_to_megatron
 from megatron_long.conversion.export import gguf_to_hf, megatron_to_hf
 from megatron_long.conversion.options import Options
@@ -14,6 +13,7 @@ from megatron_long.errors import DataError
 from megatron_long.evaluation.hf_scorer import open_hf_scorer
 from megatron_long.evaluation.input_checks import find_checkpoint, find_hf_folder, open_tokenizer
 from tests import hostile
+from tests.fake_checkpoints import read_geometry
 
 UNCHECKED = Options(check_hashes=False, force=True)
 MODEL = "decoder.final_layernorm.weight"

@@ -122,9 +122,9 @@ def test_megatron_takes_its_arguments_from_the_checkpoint(make_llama, run_job, t
     )
     program = """
 import json, sys
-from megatron_long.training import host_backend
+from megatron_long.engine import host_backend
 host_backend.install()
-from megatron_long.training import megatron_adapter
+from megatron_long.engine import megatron_adapter
 from megatron.training.checkpointing import load_args_from_checkpoint
 args = megatron_adapter.parse_flags(["--load", sys.argv[1], "--use-checkpoint-args"])
 args, _ = load_args_from_checkpoint(args)

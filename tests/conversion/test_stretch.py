@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long.checkpoint.megatron_folder import read_geometry
 from megatron_long.conversion.convert import hf_to_megatron
 from megatron_long.conversion.export import megatron_to_hf
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import geometry_from_hf
 from megatron_long.model.rope import BaseRope, LinearRope, Llama3Rope, YarnRope
+from tests.fake_checkpoints import read_geometry
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ import pytest
 
 from megatron_long.dataset.indexed import HEADER, IndexedDatasetReader
 from megatron_long.dataset.inspection import DatasetBrowser
-from megatron_long.dataset.manifest import hash_file, read_manifest, write_manifest
+from megatron_long.dataset.manifest import read_manifest, write_manifest
 from megatron_long.dataset.report_page import report_page, write_report
 from megatron_long.dataset.tables import add_sources, plot_sources
 from megatron_long.dataset.verification import verify_dataset
 from megatron_long.errors import ConfigError, DataError
+from megatron_long.hashing import hash_file
 from megatron_long.tokenizer.loading import load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]

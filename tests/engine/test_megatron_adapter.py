@@ -34,6 +34,7 @@ def changed_symbols() -> set[tuple[str, str]]:
         for file in files
         if not file.ispkg
     ]
+    tables.append(megatron_adapter.PATCHED_SYMBOLS)
     return {
         (module, symbol)
         for table in tables

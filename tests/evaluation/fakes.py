@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_long.evaluation.scoring import TokenScores
+from megatron_long.evaluation.batches import TokenScores
 from tests.fake_checkpoints import write_fake_checkpoint
 
 CORRECT_LOSS, WRONG_LOSS = 0.25, 5.0

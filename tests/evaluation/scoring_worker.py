@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_long.evaluation.scoring import open_scorer
-from megatron_long.model.linear_cross_entropy import UNSCORED
+from megatron_long.model.labels import UNSCORED
 
 
 def main(checkpoint: str, output: str, *flags: str) -> None:

@@ -11,7 +11,8 @@ from megatron_long.engine import loading_hooks
 from megatron_long.evaluation import pinning
 from megatron_long.evaluation.scoring import combine_statistics, shard_statistics
 from megatron_long.model import linear_cross_entropy
-from megatron_long.model.linear_cross_entropy import UNSCORED, VocabularyShard
+from megatron_long.model.labels import UNSCORED
+from megatron_long.model.linear_cross_entropy import VocabularyShard
 from tests.fake_checkpoints import write_fake_checkpoint
 
 WORKER = Path(__file__).with_name("scoring_worker.py")

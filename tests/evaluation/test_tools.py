@@ -1,7 +1,7 @@
 """The two tools from the command line, with a model of known answers in place of Megatron's."""
 
 import fcntl
-import importlib.util
+import importlib
 import json
 import shutil
 import subprocess
@@ -64,14 +64,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> RunTool:
     """Run a tool in this process: `run("loss", *flags)` gives its exit status."""
 
     def run_with(name: str, *flags: object) -> int:
-        path = REPOSITORY / "tools" / f"evaluate_{name}.py"
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, path.stem, module)  # dataclasses look there
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [str(path), *map(str, flags)])
+        module = importlib.import_module(f"megatron_long.commands.evaluate_{name}")
+        monkeypatch.setattr(sys, "argv", [f"evaluate_{name}.py", *map(str, flags)])
         try:
             return run_tool(module.main)
         except SystemExit as stop:

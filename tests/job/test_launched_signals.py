@@ -113,7 +113,7 @@ def test_nothing_of_a_killed_rank_is_left(flags, jobs, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_before_the_first_step_leaves_at_once(number):
     """SIGHUP as it comes where nobody reads any more: what cannot be printed changes nothing."""
-    script = "from megatron_long.training import signals; signals.leave_before_training(); "
+    script = "from megatron_long.job import signals; signals.leave_before_training(); "
     script += "import time; print('on', flush=True); time.sleep(600)"
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -18,7 +18,7 @@ ME = this_process()
 ELSEWHERE = Holder(host="far", boot_id="other", pid=7, started=1.0, beat=3)
 HOLD = """
 import sys, pathlib
-from megatron_long.training.save_lock import hold
+from megatron_long.job.save_lock import hold
 hold(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 input()

@@ -43,7 +43,9 @@ def test_prints_on_a_full_disk_are_lost_and_nothing_else(tmp_path):
 
 def test_a_run_outlives_the_reader_of_its_output():
     """As with `| tee log`, where SLURM's signal has ended the tee."""
-    program = "import sys; from megatron_long.training import side_output as s; s.keep_standard_streams()\n"
+    program = (
+        "import sys; from megatron_long.job import side_output as s; s.keep_standard_streams()\n"
+    )
     program += "for n in range(20_000): print(n, flush=True)\nprint('done', file=sys.stderr)"
     result = subprocess.run(
         ["bash", "-c", '"$0" -c "$1" | head -n 1; exit ${PIPESTATUS[0]}', sys.executable, program],

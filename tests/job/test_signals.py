@@ -16,7 +16,7 @@ from tests.launched import wait_until
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_HELPERS = """
 import atexit, multiprocessing, os, signal, time
-from megatron_long.training import signals
+from megatron_long.job import signals
 heard = []
 signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
 spawn = multiprocessing.get_context("spawn")
@@ -35,7 +35,7 @@ raise OSError
 """
 MAIN_FILE = """
 import multiprocessing, time
-from megatron_long.training import signals
+from megatron_long.job import signals
 if __name__ == "__mp_main__":
     signals.end_with_parent()
 elif __name__ == "__main__":

@@ -121,7 +121,7 @@ def test_stacks_of_before_a_restart_stay(tmp_path):
 
 CHILD = """
 import sys, time
-from megatron_long.training.watchdog import Watchdog
+from megatron_long.job.watchdog import Watchdog
 dog = Watchdog(float(sys.argv[1]), None, 3)
 dog.end_step()
 for _ in range(int(sys.argv[2])):
@@ -147,7 +147,7 @@ def test_signs_of_life(timeout_s, beats, then, status):
 
 FIRST_STEP = """
 import time
-from megatron_long.training.watchdog import Watchdog
+from megatron_long.job.watchdog import Watchdog
 dog = Watchdog(0.5, None, 3)
 dog.beat()
 time.sleep(1.2)

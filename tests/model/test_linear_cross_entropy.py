@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_long.model import linear_cross_entropy as module
-from megatron_long.model.linear_cross_entropy import UNSCORED, VocabularyShard, linear_cross_entropy
+from megatron_long.model.labels import UNSCORED
+from megatron_long.model.linear_cross_entropy import VocabularyShard, linear_cross_entropy
 
 POSITIONS, HIDDEN, ROWS = 40, 16, 64
 WORKER = Path(__file__).with_name("linear_cross_entropy_worker.py")

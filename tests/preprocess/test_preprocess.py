@@ -8,7 +8,7 @@ from megatron_long.corpus.documents import RecordKeys
 from megatron_long.dataset.indexed import IndexedDatasetReader
 from megatron_long.dataset.manifest import read_manifest, verify_files
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.mixture.keys import document_keys
+from megatron_long.mixture.keys import batch_keys
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess.dry_run import plan_dataset
 from megatron_long.preprocess.preprocess import preprocess
@@ -105,11 +105,11 @@ def test_workers_change_no_byte(workers, dataset, config, tmp_path):
 
 
 def test_keys_are_uniform_and_independent():
-    keys = np.array([document_keys(0, "a.jsonl", line) for line in range(1, 5001)]) / 2.0**64
+    keys = batch_keys(0, "a.jsonl", range(1, 5001)) / 2.0**64
     np.testing.assert_allclose(keys.mean(axis=0), 0.5, atol=0.02)
     assert abs(np.corrcoef(keys.T)[0, 1]) < 0.05
-    others = [document_keys(1, "a.jsonl", 1), document_keys(0, "b.jsonl", 1)]
-    assert len({document_keys(0, "a.jsonl", 1), *others}) == 3
+    files = [(0, "a.jsonl"), (1, "a.jsonl"), (0, "b.jsonl")]
+    assert len({tuple(batch_keys(seed, name, [1])[0]) for seed, name in files}) == 3
 
 
 def test_seed_changes_the_sample_and_its_order(dataset, config, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_long.checkpoint.direct_io import FileWriter
-from megatron_long.checkpoint.stored import STORED_DTYPES, StoredTensor, find_tensors
+from megatron_long.checkpoint.stored import STORED_NAMES, StoredTensor, find_tensors
 from megatron_long.conversion.formats.weights import Weights
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.model.geometry import LlamaGeometry
@@ -24,16 +23,6 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 class HfWeights(Weights):
@@ -211,12 +200,11 @@ def _write_file(
     """Write one file: length of the header, header, bytes. The library can only write a dictionary."""
     import torch
 
-    names = {torch_name: stored for stored, torch_name in STORED_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in planned:
         start, end = end, end + tensor.size_bytes
-        stored = names[str(tensor.dtype).removeprefix("torch.")]
+        stored = STORED_NAMES[str(tensor.dtype).removeprefix("torch.")]
         entry = {"dtype": stored, "shape": list(tensor.shape), "data_offsets": [start, end]}
         header[tensor.name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -256,15 +244,3 @@ def write_config(
         "torch_dtype": dtype_name,
     }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files that are there.
-
-    Returns: Their names.
-    """
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in names:
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
-    return names

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_long.checkpoint.stored import STORED_NAMES
 from megatron_long.conversion.formats.hf_folder import weight_files
 from megatron_long.conversion.formats.weights import Weights
 from megatron_long.errors import DataError
@@ -68,9 +69,8 @@ class PickleWeights(Weights):
 
     def stored_dtype(self, name: str) -> str:
         """Give safetensors' name of a tensor's type, or torch's where there is none."""
-        names = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
         stored = str(self._tensors[name].dtype)
-        return names.get(stored, stored)
+        return STORED_NAMES.get(stored.removeprefix("torch."), stored)
 
     def read(self, name: str) -> Tensor:
         """Give a copy of a tensor."""

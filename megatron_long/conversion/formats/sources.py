@@ -11,6 +11,7 @@ from megatron_long.conversion.formats.weights import Weights
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import CONFIG_NAME, LlamaGeometry, geometry_from_config
 from megatron_long.model.geometry import read_hf_config as read_config_file
+from megatron_long.tokenizer.tokenizer_files import copy_files
 
 
 def is_gguf(path: Path) -> bool:
@@ -58,7 +59,7 @@ def open_weights(path: Path, *, allow_pickle: bool = False) -> Weights:
     return pickle_folder.PickleWeights(path)
 
 
-def copy_tokenizer(path: Path, folder: Path) -> list[str]:
+def copy_model_tokenizer(path: Path, folder: Path) -> list[str]:
     """Put the tokenizer of a model folder or GGUF file into a folder.
 
     Returns: Names of the files; none if the model has no tokenizer.
@@ -67,7 +68,7 @@ def copy_tokenizer(path: Path, folder: Path) -> list[str]:
         from megatron_long.conversion.formats.gguf_tokenizer import write_tokenizer
 
         return write_tokenizer(path, folder)
-    return hf_folder.copy_tokenizer(path, folder)
+    return copy_files(path, folder)
 
 
 def copy_generation_config(path: Path, target: Path) -> None:

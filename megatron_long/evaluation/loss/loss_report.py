@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_long.differences import differences
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.loss.position_loss import Bucket, PositionLoss
 from megatron_long.files import atomic_path
@@ -128,10 +129,10 @@ def find_difference(settings: LossSettings, counts: TokenCounts, other: LossRepo
         "max_documents_per_source": "--max-documents-per-source",
     }
     remedy = "only losses on the same documents can be compared, so repeat one of the two"
-    for name, flag in rules.items():
-        ours, theirs = getattr(settings, name), getattr(other.settings, name)
-        if ours != theirs:
-            return f"was made with another {flag}: {theirs} there, {ours} here; {remedy}"
+    found = differences(vars(other.settings), vars(settings), rules)
+    if found:
+        first = found[0]
+        return f"was made with another {rules[first.name]}: {first.before} there, {first.now} here; {remedy}"
     missing = {edge for bucket in settings.buckets for edge in bucket} - set(other.loss.edges)
     if missing:
         return (

@@ -21,8 +21,9 @@ import numpy as np
 
 from megatron_long.cli import length_tokens
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.evaluation.batches import NOT_SCORED, score_rows
+from megatron_long.evaluation.batches import score_rows
 from megatron_long.evaluation.loss.held_out import HeldOutDocument
+from megatron_long.model.labels import UNSCORED
 
 if TYPE_CHECKING:
     from megatron_long.evaluation.batches import TokenScorer
@@ -54,7 +55,7 @@ class PositionLoss:
 
         Args:
             losses: Loss at each position [n], n up to the last edge, nats.
-            labels: Labels [n]; positions that are `NOT_SCORED` do not count.
+            labels: Labels [n]; positions that are `UNSCORED` do not count.
 
         >>> loss = PositionLoss(edges=(0, 2, 4))
         >>> loss.add("Book", np.array([4.0, 2.0, 1.0]), np.array([7, 8, 9]))
@@ -123,7 +124,7 @@ class PositionLoss:
         return float(sum(sums[name][cells].sum() for name in ([source] if source else sums)))
 
     def _sum_by_cell(self, losses: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        positions = np.flatnonzero(labels != NOT_SCORED)
+        positions = np.flatnonzero(labels != UNSCORED)
         cells = np.searchsorted(self.edges, positions, side="right") - 1
         num_cells = len(self.edges) - 1
         weights = np.asarray(losses, dtype=np.float64)[positions]

@@ -18,7 +18,6 @@ depths grid). They generate and count words of the answer; exact match is strict
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_long.errors import ConfigError
-from megatron_long.evaluation.batches import NOT_SCORED, Row
+from megatron_long.evaluation.batches import Row
 from megatron_long.evaluation.needle.haystack import (
     Haystack,
     encode_continuations,
@@ -42,6 +41,8 @@ from megatron_long.evaluation.needle.probes import (
     one_line,
     refuse_present,
 )
+from megatron_long.job.rendezvous import is_first_process
+from megatron_long.model.labels import UNSCORED
 
 if TYPE_CHECKING:
     from megatron_long.tokenizer.tokenizer_types import Tokenizer
@@ -108,7 +109,7 @@ class NeedleCase:
     def row(self) -> Row:
         """Give the tokens, labelled where the model must produce the answer."""
         tokens = np.concatenate(self._pieces)
-        labels = np.full(len(tokens), NOT_SCORED, dtype=np.int64)
+        labels = np.full(len(tokens), UNSCORED, dtype=np.int64)
         answer = slice(len(tokens) - self.num_answer_tokens, None)
         labels[answer.start - 1 : -1] = tokens[answer]
         return Row(tokens, labels)
@@ -116,17 +117,6 @@ class NeedleCase:
     def prompt_tokens(self) -> np.ndarray:
         """Give the tokens up to the question, for free generation without the lead."""
         return np.concatenate([*self.book, self.question_tokens])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """Which cells there are."""
-
-    context_lengths: tuple[int, ...]
-    """Tokens of the whole case, the answer included."""
-    depths: tuple[float, ...]
-    num_seeds: int = 1
-    """Repetitions, each with another stretch of the haystack and other random names."""
 
 
 def build_cases(
@@ -179,7 +169,7 @@ def build_cases(
         _build_case(draft, parts, haystack, num_seeds, tolerance)
         for draft, parts in zip(drawn, fixed, strict=True)
     ]
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         _warn_of_depths(cases, tolerance)
         _warn_of_seeds(haystack, num_wanted, num_seeds)
     return cases

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from megatron_long.checkpoint.saving import FAULT_STATUS
 from megatron_long.engine.callback import Callback, End, Gradients, Step
-from megatron_long.flags.arguments import LongContextArguments
-from megatron_long.training.callbacks.step_guard import (
+from megatron_long.engine.step_guard import (
     MicroLosses,
     StepGuard,
     batch_windows,
     describe_windows,
 )
+from megatron_long.flags.arguments import LongContextArguments
 from megatron_long.training.start import Start
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import pytest
 from megatron_long.checkpoint.saving import FAULT_STATUS
 from megatron_long.corpus.documents import canonical_source
 from megatron_long.dataset.indexed import IndexedDatasetReader
-from megatron_long.training.callbacks.step_guard import (
+from megatron_long.engine.step_guard import (
     MIN_STEPS,
     StepGuard,
     batch_windows,
