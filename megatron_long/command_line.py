@@ -13,11 +13,12 @@ from pathlib import Path
 
 from megatron_long.checkpoint.choosing import describe_view
 from megatron_long.checkpoint.hashes import check_sidecars
-from megatron_long.checkpoint.sidecars import HF_CONFIG_NAME, TOKENIZER_DIR_NAME
+from megatron_long.checkpoint.sidecars import TOKENIZER_DIR_NAME
 from megatron_long.checkpoint.trained_model import check_same_model, keep_rope, trained_model
 from megatron_long.cli import length_tokens
 from megatron_long.conversion import run_ends
-from megatron_long.conversion.formats.sources import is_gguf, read_source_geometry
+from megatron_long.conversion.formats.sources import read_source_geometry
+from megatron_long.conversion.run_model import model_source
 from megatron_long.dataset.manifest import Manifest, read_manifest
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.live_evaluation import EvaluationArguments
@@ -42,7 +43,7 @@ from megatron_long.flags.unsupported_flags import check_supported
 from megatron_long.job import rendezvous
 from megatron_long.job.hang_monitor import check_monitor
 from megatron_long.job.rendezvous import is_first_process
-from megatron_long.model.geometry import CONFIG_NAME, LlamaGeometry, geometry_from_args
+from megatron_long.model.geometry import LlamaGeometry, geometry_from_args
 from megatron_long.model.rope_stretch import stretch_rope
 
 
@@ -196,26 +197,6 @@ def _own_arguments(args: argparse.Namespace) -> LongContextArguments:
     return LongContextArguments(**{name: getattr(args, name) for name in names})
 
 
-def model_source(arguments: LongContextArguments, args: argparse.Namespace) -> Path | None:
-    """The config.json that describes the model, if one is known."""
-    if arguments.hf_config:
-        path = Path(arguments.hf_config)
-        return path / CONFIG_NAME if path.is_dir() else path
-    for folder in (args.load, args.pretrained_checkpoint):
-        if folder and (Path(folder) / HF_CONFIG_NAME).is_file():
-            return Path(folder) / HF_CONFIG_NAME
-    if arguments.hf_checkpoint:
-        path = Path(arguments.hf_checkpoint)
-        return path if is_gguf(path) else path / CONFIG_NAME
-    return None
-
-
-def real_vocab_size(arguments: LongContextArguments, args: argparse.Namespace) -> int:
-    """Real tokens of the model, without the padding rows of its embedding."""
-    config = model_source(arguments, args)
-    return read_source_geometry(config).vocab_size if config else args.padded_vocab_size
-
-
 def _model_geometry(
     arguments: LongContextArguments, early: argparse.Namespace
 ) -> LlamaGeometry | None:
@@ -296,10 +277,3 @@ def _dataset_argv(arguments: LongContextArguments) -> list[str]:
         return []
     tokenizer = read_manifest(Path(arguments.dataset)).tokenizer
     return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(tokenizer.vocab_size)]
-
-
-def tokenizer_dir(arguments: LongContextArguments, args: argparse.Namespace) -> Path | None:
-    for folder in (args.load, args.pretrained_checkpoint, arguments.dataset):
-        if folder and (Path(folder) / TOKENIZER_DIR_NAME).is_dir():
-            return Path(folder) / TOKENIZER_DIR_NAME
-    return None

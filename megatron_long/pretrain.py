@@ -1,19 +1,17 @@
 """Continual pretraining on long windows: `torchrun -m megatron_long.pretrain` (or `python -m`).
 
-The loop is Megatron's own `megatron.training.pretrain`. Its flags work, but for those that
+Flags, the start, the callbacks, then Megatron's own loop. Megatron's flags work, but for those that
 `flags.unsupported_flags` refuses; ours are those of `LongContextArguments` and `EvaluationArguments`
 (`command_line` puts them together).
 """
 
 import argparse
 import functools
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 PROGRAM_START = time.time()
 
@@ -23,39 +21,49 @@ from megatron_long.job import signals
 if __name__ == "__main__":
     signals.leave_before_training()  # the imports below take a while
 
-from megatron_long.checkpoint.saving import CheckpointKeeper, Job
-from megatron_long.checkpoint.sidecars import (
-    add_tokenizer,
-    copy_generation_config,
-    write_hf_config,
-    write_run,
-)
+from megatron_long.checkpoint.saving import CheckpointKeeper
 from megatron_long.cli import run_tool
-from megatron_long.command_line import model_source, parse, real_vocab_size, tokenizer_dir
+from megatron_long.command_line import parse
 from megatron_long.conversion import run_ends
-from megatron_long.conversion.formats.sources import read_config, read_source_geometry
-from megatron_long.dataset.manifest import read_manifest
-from megatron_long.engine.save_clock import SaveClock
-from megatron_long.errors import ConfigError
-from megatron_long.evaluation.live_evaluation import LiveEvaluation, Logs, plan_live_evaluation
+from megatron_long.conversion.run_model import real_vocab_size, tokenizer_dir, write_sidecars
+from megatron_long.engine.callback import Callback
+from megatron_long.evaluation.live_callback import EvaluateLive
+from megatron_long.evaluation.live_evaluation import LiveEvaluation, plan_live_evaluation
 from megatron_long.flags.arguments import LongContextArguments, check_export
 from megatron_long.flags.backend import detect_backend, join_or_start_job
-from megatron_long.job import rendezvous, signals
+from megatron_long.job import rendezvous
 from megatron_long.job.hang_monitor import check_monitor_is_there
-from megatron_long.job.side_output import LossLog, keep_standard_streams
-from megatron_long.job.start_log import StartLog, describe_start, start_log_path
+from megatron_long.job.side_output import keep_standard_streams
+from megatron_long.job.start_log import StartLog
 from megatron_long.job.watchdog import Watchdog
-from megatron_long.model.geometry import geometry_from_args
 from megatron_long.planning.preflight import check_before_training
+from megatron_long.training.callbacks.first_sidecars import WriteSidecars
+from megatron_long.training.callbacks.heartbeat import Heartbeat
+from megatron_long.training.callbacks.save_clock import SaveByTime, SaveClock
+from megatron_long.training.callbacks.step_logs import EndStartLog, LossLog
 from megatron_long.training.start import (
     Start,
     check_optimizer,
+    check_writable,
     find_start,
     hold_save,
-    make_guard,
-    make_snapshot,
-    record_sidecars,
+    tell_start,
 )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run when it begins."""
+
+    arguments: LongContextArguments
+    args: argparse.Namespace
+    """All flags."""
+    start: Start
+    argv: list[str]
+    """Words of the command line."""
+    start_log: StartLog
+    live: LiveEvaluation | None
+    """What is evaluated while it trains."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,56 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     shows_all = not {"--verbose", "--help", "-h"}.isdisjoint(user_argv)
     with StartLog(verbose=shows_all) as start_log:
         return _run(user_argv, start_log)
-
-
-def _run(user_argv: list[str], start_log: StartLog) -> int:
-    arguments, args, start = prepare(user_argv)
-    from megatron_long.engine import loading_hooks, megatron_adapter, megatron_hooks, step_hooks
-
-    start_log.take_logging()
-    if args.train_iters and start.iteration >= args.train_iters:  # as after a late requeue
-        if args.rank == 0:
-            start_log.say(
-                f"--load {args.load} is at --train-iters {args.train_iters} already: nothing to train"
-            )
-        start_log.end()
-        if arguments.export_hf and not Path(arguments.export_hf).exists():
-            _export(arguments, args)
-        return 0
-    check_export(arguments.export_hf)
-    check_before_training(args)
-    live = plan_live_evaluation(args, arguments.dataset, tokenizer_dir(arguments, args))
-    megatron_adapter.install_patches(output_layer_is_called=arguments.megatron_loss)
-    if arguments.loss_log:
-        log = LossLog(Path(arguments.loss_log), writes=args.rank == args.world_size - 1)
-        megatron_hooks.install_listener(log)
-    step_hooks.install_first_log(start_log.end)
-    megatron_hooks.install_surviving_logs()
-    if start.choice is not None:
-        loading_hooks.load_from(start.choice, args)
-    megatron_adapter.validate_flags(args)
-    check_optimizer(start, args)
-    if args.save:
-        _check_writable(Path(args.save))
-        hold_save(args.save)
-    if args.rank == 0:
-        _tell_start(args, start, start_log)
-    _train(arguments, args, start, user_argv, live)
-    start_log.end()
-    _export(arguments, args)
-    return 0
-
-
-def _tell_start(args: argparse.Namespace, start: Start, start_log: StartLog) -> None:
-    path = start_log_path(args.save, args.loss_log)
-    if path is not None:
-        start_log.write_to(path)
-    checkpoint = start.choice.folder if start.choice else None
-    for line in describe_start(args, checkpoint, start.resumes, is_main_copy=bool(start.weights)):
-        start_log.say(line)
-    if not start_log.verbose:
-        where = f"is in {path}" if path else "is left out"
-        start_log.say(f"what Megatron says before the first step {where}; --verbose prints it")
 
 
 def prepare(
@@ -141,77 +99,56 @@ def prepare(
     return arguments, args, find_start(arguments, args)
 
 
-def write_sidecars(
-    folder: Path, arguments: LongContextArguments, args: argparse.Namespace, argv: Sequence[str]
-) -> None:
-    """Put next to the checkpoints what evaluation and export need (see `checkpoint.sidecars`)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    source = model_source(arguments, args)
-    model_type = read_source_geometry(source).model_type if source else None
-    trained = geometry_from_args(args, real_vocab_size(arguments, args), model_type)
-    write_hf_config(folder, trained, read_config(source) if source else None)
-    if arguments.hf_checkpoint:
-        run_ends.write_start_sidecars(folder, Path(arguments.hf_checkpoint))
-    for start in (args.load, args.pretrained_checkpoint):
-        if start:
-            copy_generation_config(folder, Path(start))
-    tokenizer = tokenizer_dir(arguments, args)
-    if tokenizer is not None:
-        add_tokenizer(folder, functools.partial(shutil.copytree, tokenizer, dirs_exist_ok=True))
-    fingerprint = read_manifest(Path(arguments.dataset)).fingerprint if arguments.dataset else None
-    run = {"argv": list(argv), "world_size": args.world_size, "dataset_fingerprint": fingerprint}
-    write_run(folder, run)
+def _run(user_argv: list[str], start_log: StartLog) -> int:
+    arguments, args, start = prepare(user_argv)
+    from megatron_long.engine import loading_hooks, megatron_adapter, surviving_logs
+
+    start_log.take_logging()
+    if args.train_iters and start.iteration >= args.train_iters:  # as after a late requeue
+        if args.rank == 0:
+            start_log.say(
+                f"--load {args.load} is at --train-iters {args.train_iters} already: nothing to train"
+            )
+        start_log.end()
+        if arguments.export_hf and not Path(arguments.export_hf).exists():
+            _export(arguments, args)
+        return 0
+    check_export(arguments.export_hf)
+    check_before_training(args)
+    live = plan_live_evaluation(args, arguments.dataset, tokenizer_dir(arguments, args))
+    megatron_adapter.install_patches(output_layer_is_called=arguments.megatron_loss)
+    surviving_logs.install_surviving_logs()
+    if start.choice is not None:
+        loading_hooks.load_from(start.choice, args)
+    megatron_adapter.validate_flags(args)
+    check_optimizer(start, args)
+    if args.save:
+        check_writable(Path(args.save))
+        hold_save(args.save)
+    if start.choice is not None and start.weights is not None:
+        loading_hooks.take_weights(start.choice.folder, start.weights, args)
+    if args.rank == 0:
+        tell_start(args, start, start_log)
+    _train(Run(arguments, args, start, user_argv, start_log, live))
+    start_log.end()
+    _export(arguments, args)
+    return 0
 
 
-def _check_writable(save: Path) -> None:
-    """Find out early; what lies there stays as it is until Megatron has loaded and accepted everything."""
-    try:
-        save.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=save):
-            pass
-    except OSError as error:
-        raise _unwritable(save, str(error)) from error
-
-
-def _unwritable(save: Path, reason: str) -> ConfigError:
-    return ConfigError(f"--save {save} cannot be written to ({reason}); nothing has been trained")
-
-
-def _in_all(job: Job, write: Callable[[], None], save: str | None) -> Callable[[], None]:
-    """`write` that fails in all processes of the job where it fails in one."""
-
-    def write_together() -> None:
-        reason = None
-        try:
-            write()
-        except OSError as error:
-            reason = str(error)
-        reasons = [found for found in job.gather(reason) if found]
-        if save and reasons:
-            raise _unwritable(Path(save), reasons[0])
-
-    return write_together
-
-
-def _train(
-    arguments: LongContextArguments,
-    args: argparse.Namespace,
-    start: Start,
-    argv: list[str],
-    live: LiveEvaluation | None,
-) -> None:
-    from megatron_long.engine import megatron_adapter, megatron_hooks, step_hooks
-    from megatron_long.engine.guarded_step import LossRecorder, TorchJob
-    from megatron_long.training.batch import StepSettings, forward_step
+def _train(run: Run) -> None:
+    from megatron_long.engine.run import run_training
+    from megatron_long.job.torch_job import TorchJob
+    from megatron_long.training.batch import forward_step, step_settings
+    from megatron_long.training.callbacks.guarding import GuardSteps, LossRecorder, make_guard
     from megatron_long.training.datasets import dataset_provider
-    from megatron_long.training.loss import chunked_loss
 
-    masking = attention_format(args) if arguments.document_masking else None
+    arguments, args, start = run.arguments, run.args, run.start
     save = Path(args.save) if args.save else None
-    store = functools.partial(rendezvous.connect, "watchdog")
-    watchdog, losses = Watchdog(arguments.hang_timeout, save, args.rank, store), LossRecorder()
-    guard = make_guard(arguments, args, start, args.rank)
-    facts = {"data": start.data, "dataset_files": start.dataset_files, "argv": argv}
+    write = functools.partial(write_sidecars, arguments=arguments, args=args, argv=run.argv)
+    connect = functools.partial(rendezvous.connect, "watchdog")
+    watchdog = Watchdog(arguments.hang_timeout, save, args.rank, connect)
+    guard, losses = make_guard(arguments, args, start, args.rank), LossRecorder()
+    facts = {"data": start.data, "dataset_files": start.dataset_files, "argv": run.argv}
     keeper = CheckpointKeeper(
         TorchJob(),
         save,
@@ -219,62 +156,33 @@ def _train(
         keep_last=arguments.keep_last or None,
         keep_every=arguments.keep_every,
     )
-
-    def write_beside(folder: Path) -> None:
-        write_sidecars(folder, arguments, args, argv)
-
-    def write_first() -> None:
-        if save and args.rank == 0:
-            write_beside(save)
-            record_sidecars(save, start)
-
-    snapshot = make_snapshot(guard, args.save, args.rank, write_beside)
-    megatron_hooks.install_before_training(_in_all(keeper.job, write_first, args.save))
-    megatron_hooks.install_keeper(keeper, args, watchdog)
-    if start.choice is not None and start.weights is not None:
-        _take_weights(start.choice.folder, start.weights, args)
+    vocab_size = functools.partial(real_vocab_size, arguments, args)
+    callbacks: list[Callback] = [
+        EndStartLog(run.start_log),
+        WriteSidecars(keeper.job, save, start, write),
+        Heartbeat(watchdog),  # before the guard: a step that ends the run is over, too
+        GuardSteps(guard, losses, save, write),
+    ]
+    if arguments.loss_log:
+        callbacks.append(LossLog(Path(arguments.loss_log), args.rank == args.world_size - 1))
     if arguments.save_minutes:
-        step_hooks.install_save_clock(SaveClock(arguments.save_minutes * 60), keeper, args)
-    megatron_hooks.install_guard(guard, losses, args, watchdog, snapshot)
-    if live is not None:
-        evaluate = _evaluator(live, arguments, args, watchdog.beat)
-        megatron_hooks.install_evaluation(live.is_due, evaluate)
-    settings = StepSettings(
-        args.micro_batch_size,
-        args.eval_micro_batch_size,
-        args.seq_length,
-        None
-        if arguments.megatron_loss
-        else functools.partial(chunked_loss, real_vocab_size(arguments, args)),
-        masking,
-        args.tensor_model_parallel_size if args.sequence_parallel else 1,
-        watchdog.beat,
-        losses.add,
+        callbacks.append(SaveByTime(SaveClock(arguments.save_minutes * 60), keeper, args))
+    if run.live is not None:
+        callbacks.append(EvaluateLive(run.live, args, vocab_size, watchdog.beat))
+    settings = step_settings(arguments, args, vocab_size, watchdog.beat, losses.add)
+    run_training(
+        args,
+        dataset_provider(arguments, args),
+        functools.partial(forward_step, settings),
+        callbacks=callbacks,
+        keeper=keeper,
+        program_start=PROGRAM_START,
+        fill_model=run_ends.first_weights(
+            arguments.hf_checkpoint, args.load, lambda: args.padded_vocab_size
+        ),
+        # Padded documents make micro-batches of different lengths, and pipeline stages must tell each other.
+        lengths_vary=settings.document_masking == "thd",
     )
-    provider = dataset_provider(arguments, args)
-    fill = None
-    if arguments.hf_checkpoint and run_ends.starts_from_hf(arguments.hf_checkpoint, args.load):
-        model = Path(arguments.hf_checkpoint)
-        fill = run_ends.filler(model, lambda: args.padded_vocab_size)
-    step = functools.partial(forward_step, settings)
-    # Padded documents make micro-batches of different lengths, and pipeline stages must tell each other.
-    varies = masking == "thd"
-    try:
-        megatron_adapter.run_pretrain(
-            args, provider, step, PROGRAM_START, fill, lengths_vary=varies
-        )
-    finally:
-        watchdog.stop()
-
-
-def _take_weights(iteration: Path, prefix: str, args: argparse.Namespace) -> None:
-    """Let a start that loads no optimizer state have the weights as they were before FP8 rounded them."""
-    from megatron_long.engine import loading_hooks
-
-    if prefix:
-        loading_hooks.load_main_copy(iteration, prefix)
-    if prefix or args.fp8_param_gather:
-        loading_hooks.install_exact_start(iteration, prefix)
 
 
 def _export(arguments: LongContextArguments, args: argparse.Namespace) -> None:
@@ -282,32 +190,6 @@ def _export(arguments: LongContextArguments, args: argparse.Namespace) -> None:
     if arguments.export_hf and args.rank == 0:
         report = run_ends.export(Path(args.save), Path(arguments.export_hf))
         print(f"wrote {report.output}: {report.num_tensors} tensors of {report.dtype}")
-
-
-def attention_format(args: argparse.Namespace) -> Literal["sbhd", "thd"]:
-    """How masks between documents are given to the attention in use, see `model.document_masks`."""
-    return "thd" if args.transformer_impl == "transformer_engine" else "sbhd"
-
-
-def _evaluator(
-    live: LiveEvaluation,
-    arguments: LongContextArguments,
-    args: argparse.Namespace,
-    on_batch: Callable[[], None],
-) -> Callable[..., None]:
-    def evaluate(model: Any, iteration: int, tensorboard: Any, wandb: Any) -> None:
-        from megatron_long.evaluation.scoring import Scorer
-
-        scorer = Scorer(
-            model,
-            context_length=args.seq_length,
-            vocab_size=real_vocab_size(arguments, args),
-            sequence_parallel=args.sequence_parallel,
-            on_batch=on_batch,
-        )
-        live.run(scorer, iteration, Logs(tensorboard, wandb))
-
-    return evaluate
 
 
 if __name__ == "__mp_main__":  # a helper process that Megatron spawns imports this file once more

@@ -25,8 +25,9 @@ def main() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from megatron_long import pretrain  # noqa: F401
-    from megatron_long.engine import guarded_step  # noqa: F401
+    from megatron_long.engine import loop, run, state_tensors  # noqa: F401
     from megatron_long.training import batch, datasets, loss  # noqa: F401
+    from megatron_long.training.callbacks import guarding  # noqa: F401
 
     queue = filesystem_async.get_write_results_queue  # spawning one imports torch once more a rank
     filesystem_async.get_write_results_queue = lambda mode="spawn": queue("fork")
@@ -157,7 +158,7 @@ def hash_state(fault: dict) -> None:
     """
     import hashlib
 
-    from megatron_long.engine.guarded_step import state_tensors
+    from megatron_long.engine.state_tensors import state_tensors
 
     def write(model, optimizer):
         digest = hashlib.sha256()
@@ -212,7 +213,7 @@ def trace_windows(fault: dict) -> None:
 
 def ring_clock(fault: dict) -> None:
     """Let the time of a save be over on this rank after some steps; the clock itself never is."""
-    from megatron_long.engine.save_clock import SaveClock
+    from megatron_long.training.callbacks.save_clock import SaveClock
 
     SaveClock.is_due = lambda self: present_step() in fault["steps"]
 
@@ -264,6 +265,76 @@ def rounded_weights(_: dict) -> None:
     megatron_folder.holds_rounded_weights = lambda state: True
 
 
+def listen(fault: dict) -> None:
+    """Add a callback behind those of the run: it writes down each event, and acts at some.
+
+    `path` gets a line `event step` for each; `answers` gives, by such a line, what the event returns
+    (a list is an `End`'s status and snapshot), `raises` is the line at which it raises.
+    """
+    from megatron_long.engine import run
+    from megatron_long.engine.callback import Callback, End
+
+    def event(name: str):
+        def act(self, step=None, *_):
+            line = f"{name} {step.iteration}" if step else name
+            with open(f"{fault['path']}.{os.environ['RANK']}", "a") as file:
+                file.write(line + "\n")
+            if line == fault.get("raises"):
+                raise RuntimeError("a callback is broken")
+            answer = fault.get("answers", {}).get(line)
+            if isinstance(answer, list):
+                status, snapshot = answer
+                return End(status, Path(snapshot) if snapshot else None)
+            return answer
+
+        return act
+
+    names = [name for name in vars(Callback) if not name.startswith("_")]
+    listener = type("Listener", (Callback,), {name: event(name) for name in names})
+    stock = run.run_training
+
+    def run_training(*positional, callbacks, **named):
+        stock(*positional, callbacks=[*callbacks, listener()], **named)
+
+    run.run_training = run_training
+
+
+def note_changes(fault: dict) -> None:
+    """Write down which functions of Megatron are others, when training begins, than they are now."""
+    from megatron_long.engine.loop import Loop
+
+    before, stock = megatron_functions(), Loop.train
+
+    def train(self, *positional, **named):
+        changed = [key for key, value in before.items() if find(*key) is not value]
+        Path(fault["path"]).write_text(json.dumps(sorted(changed)))
+        return stock(self, *positional, **named)
+
+    Loop.train = train
+
+
+def find(module: str, name: str) -> object:
+    """A function of a module, or a method of one of its classes, as `Class.method`."""
+    content = sys.modules[module]
+    owner, _, method = name.rpartition(".")
+    return vars(getattr(content, owner) if owner else content)[method]
+
+
+def megatron_functions() -> dict[tuple[str, str], object]:
+    """Functions and methods of the modules that are imported, by module and name."""
+    found: dict[tuple[str, str], object] = {}
+    for module, content in list(sys.modules.items()):
+        if not module.startswith("megatron.") or content is None:
+            continue
+        for name, value in list(vars(content).items()):
+            if callable(value) and getattr(value, "__module__", None) == module:
+                found[module, name] = value
+                if isinstance(value, type):
+                    own = {k: v for k, v in vars(value).items() if callable(v)}
+                    found |= {(module, f"{name}.{k}"): v for k, v in own.items()}
+    return found
+
+
 FAULTS = {
     "loss": spoil_loss,
     "gradient": spoil_gradient,
@@ -276,6 +347,8 @@ FAULTS = {
     "rounded-weights": rounded_weights,
     "kill-at-write": kill_at_write,
     "full-disk": fill_disk,
+    "listen": listen,
+    "changes": note_changes,
 }
 
 if __name__ == "__main__":

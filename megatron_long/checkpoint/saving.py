@@ -29,6 +29,8 @@ from megatron_long.hashing import FileInfo
 TRAINING_NAME = "training.json"
 """In each checkpoint: what data it was trained on, and the state of the step guard."""
 SHARD_SUFFIX = ".distcp"
+FAULT_STATUS = 3
+"""Exit status of a run that ended for faulty steps, or for weights that are not finite."""
 SAVE_FAILED_STATUS = 4
 """Exit status of a run whose last checkpoint could not be written."""
 LAST_TRIES_S = (5.0, 15.0, 30.0)

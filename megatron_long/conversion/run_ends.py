@@ -19,6 +19,19 @@ def starts_from_hf(model: str | None, load: str | None) -> bool:
     return model is not None and not has_checkpoint(load)
 
 
+def first_weights(
+    model: str | None, load: str | None, padded_vocab_size: Callable[[], int]
+) -> Callable[[list], None] | None:
+    """What fills the model chunks with Hugging Face weights; None for a run that does not begin with them.
+
+    Args:
+        padded_vocab_size: See `filler`.
+    """
+    if model is None or not starts_from_hf(model, load):
+        return None
+    return filler(Path(model), padded_vocab_size)
+
+
 def check_weights(model: Path) -> None:
     """Look at the headers of all weights, before any GPU is taken.
 

@@ -1,6 +1,6 @@
 """What is changed where Megatron loads: which checkpoint, and which of its weights.
 
-As `megatron_hooks`: a contract for each symbol is in `tests/engine/test_megatron_adapter.py`.
+A contract for each symbol is in `tests/engine/test_megatron_adapter.py`.
 """
 
 import functools
@@ -71,3 +71,17 @@ def install_exact_start(iteration: Path, prefix: str) -> None:
         return found
 
     training.load_checkpoint = load_checkpoint
+
+
+def take_weights(iteration: Path, prefix: str, args: Namespace) -> None:
+    """Let a start that loads no optimizer state have the weights as they were before FP8 rounded them.
+
+    Args:
+        iteration: Folder of the checkpoint.
+        prefix: See `load_main_copy`; "" where the model's own weights are not rounded.
+        args: Flags after Megatron's validation.
+    """
+    if prefix:
+        load_main_copy(iteration, prefix)
+    if prefix or args.fp8_param_gather:
+        install_exact_start(iteration, prefix)

@@ -1,9 +1,9 @@
 """How `megatron.training` is called, and the changes that it needs before it can be.
 
-Next to `megatron_hooks`, which changes the running loop, and `old_format`, the only file that imports it.
-Nothing of `megatron.training` is declared stable, so the version is checked first, each changed symbol is
-listed in `PATCHED_SYMBOLS`, and `tests/engine/test_megatron_adapter.py` holds a contract for each. Import
-this module after `host_backend.install()`.
+Nothing of `megatron.training` is declared stable: the version is checked first, only files of `engine` import
+it, each of them lists the symbols that it changes (`CHANGED_SYMBOLS`), and
+`tests/engine/test_megatron_adapter.py` holds a contract for each. Import this module after
+`host_backend.install()`.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -24,57 +23,26 @@ from packaging.version import Version
 
 from megatron_long.engine import host_backend
 from megatron_long.engine.fixes.adamw_resume import fix_torch_adamw_resume
+from megatron_long.engine.fixes.compiled_helpers import use_compiled_helpers
+from megatron_long.engine.fixes.flags_parsed_once import flags_parsed_once
+from megatron_long.engine.fixes.llama3_rope import Llama3RopeArguments, take_llama3_rope
 from megatron_long.engine.fixes.old_format import old_format_errors_raised
 from megatron_long.engine.fixes.rate_change import let_rates_change, schedule_error
+from megatron_long.engine.fixes.uncalled_output_layer import let_output_layer_be_built
 from megatron_long.engine.optimizer_shards import save_own_shards
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.flags import flag_help
 from megatron_long.job import signals
 from megatron_long.model.flash_attention import fix_windows
-from megatron_long.model.rope import BaseRope, Llama3Rope, rope_from_arguments
+from megatron_long.model.rope import rope_from_arguments
 from megatron_long.pickles import UnpicklingError, guard_checkpoints
 
 SUPPORTED_VERSIONS = ("0.19.",)
 OLDEST_RESILIENCY = "0.6"
 PATCHED_SYMBOLS = {
-    "megatron.core.datasets.utils": ("compile_helpers",),
     "megatron.training.training": ("initialize_megatron", "set_jit_fusion_options"),
-    "megatron.training.checkpointing": ("_load_base_checkpoint",),
-    "megatron.training.arguments": ("parse_args",),
-    "megatron.core.models.common.embeddings.rotary_pos_embedding": (
-        "RotaryEmbedding._apply_scaling",
-    ),
-    "megatron.core.tensor_parallel.layers": ("_grad_accum_fusion_available",),
-    "megatron.core.optimizer.distrib_optimizer": (
-        "DistributedOptimizer.sharded_state_dict",
-        "DistributedOptimizer.load_state_dict",
-        "DistributedOptimizer._set_main_param_and_optimizer_states",
-        "DistributedOptimizer.sharded_param_state_fully_reshardable",
-        "DistributedOptimizer.load_parameter_state_from_fully_reshardable",
-    ),
-    "megatron.core.optimizer.optimizer": (
-        "Float16OptimizerWithFloat16Params.load_state_dict",
-        "FP32Optimizer.load_state_dict",
-    ),
 }
-"""What is replaced, by module: `compile_helpers`, `load_state_dict`, `_load_base_checkpoint`, `parse_args`
-(while it trains) and the `_fully_reshardable` methods always, `_apply_scaling` where RoPE is Llama-3.1's,
-`_grad_accum_fusion_available` where the output layer is not called, the other methods of
-`DistributedOptimizer` where Adam is torch's own, the rest on the host backend only."""
-
-
-@dataclass(kw_only=True)
-class Llama3RopeArguments:
-    """What Megatron has no flags for besides `--use-rope-scaling` and `--rope-scaling-factor`."""
-
-    rope_scaling_low_freq_factor: float = 1.0
-    """low_freq_factor of --use-rope-scaling."""
-
-    rope_scaling_high_freq_factor: float = 4.0
-    """high_freq_factor of --use-rope-scaling."""
-
-    rope_scaling_original_length: int = 8192
-    """original_max_position_embeddings of --use-rope-scaling."""
+"""What is replaced on the host backend, by module."""
 
 
 def check_version() -> None:
@@ -220,22 +188,14 @@ def build_model_config(args: Namespace) -> Any:
 
     config = gpt_config_from_args(args)
     if args.use_rope_scaling:
-        _take_llama3_rope(rope_from_arguments(args))
+        take_llama3_rope(rope_from_arguments(args))
     if args.transformer_impl == "local" and args.spec is None:
         config.transformer_layer_spec = portable_block_spec
     return config
 
 
-def _take_llama3_rope(rope: BaseRope) -> None:
-    """Let Megatron-Core scale RoPE as the flags say: 0.19.2 takes 8, 1, 4 and 8192 whatever they are."""
-    assert isinstance(rope, Llama3Rope)
-    name = "megatron.core.models.common.embeddings.rotary_pos_embedding"
-    embedding = importlib.import_module(name).RotaryEmbedding
-    embedding._apply_scaling = lambda self, freqs, factor=None: rope.scale(freqs)
-
-
 def install_patches(*, output_layer_is_called: bool = True) -> None:
-    """Put the changes of `PATCHED_SYMBOLS` in place.
+    """Put in place what training and scoring share, here and in `engine.fixes`.
 
     Args:
         output_layer_is_called: False where an output processor takes the layer's place in training.
@@ -243,16 +203,12 @@ def install_patches(*, output_layer_is_called: bool = True) -> None:
     check_version()
     guard_checkpoints()
     fix_windows()
-    # The wheel ships the compiled helpers but no Makefile: compile_helpers() would end the process.
-    helpers: Any = importlib.import_module("megatron.core.datasets.utils")
-    helpers.compile_helpers = lambda: None
+    use_compiled_helpers()
     save_own_shards()
     fix_torch_adamw_resume()
-    training: Any = importlib.import_module("megatron.training.training")
     if not output_layer_is_called:
-        # Its constructor refuses in-place weight gradients without Apex's kernel, which it will not run.
-        layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
-        layers._grad_accum_fusion_available = True
+        let_output_layer_be_built()
+    training: Any = importlib.import_module("megatron.training.training")
     if host_backend.is_installed():
         training.initialize_megatron = functools.partial(
             training.initialize_megatron, allow_no_cuda=True
@@ -270,12 +226,8 @@ def run_pretrain(
     *,
     lengths_vary: bool = False,
 ) -> None:
-    """Run Megatron's training loop to its end, and leave the process group.
+    """Run Megatron's training to its end, and leave the process group; see `engine.run` for the arguments.
 
-    Args:
-        fill_model: Called with the model chunks of this rank when they are built and before anything,
-            the optimizer among it, is made from them.
-        lengths_vary: Whether micro-batches may differ in length.
     Raises: ConfigError: the run that is continued had another schedule, or its optimizer was not saved.
     """
     from megatron.core.enums import ModelType
@@ -291,7 +243,7 @@ def run_pretrain(
     container = pretrain_cfg_container_from_args(args, config)
     let_rates_change(keep_saved=args.use_checkpoint_opt_param_scheduler)
     try:
-        with _refused_pickles_named(args.load), _flags_parsed_once(args):
+        with refused_pickles_named(args.load), flags_parsed_once(args):
             pretrain(container, dataset_provider, ModelType.encoder_or_decoder, forward_step)
     except AssertionError as error:
         refusal = schedule_error(args.load, str(error))
@@ -309,22 +261,7 @@ def run_pretrain(
 
 
 @contextlib.contextmanager
-def _flags_parsed_once(args: Namespace) -> Iterator[None]:
-    """Have Megatron take these flags where it would parse `sys.argv` again, without ours and without recipes.
-
-    Its fault tolerance does (`ft_integration.setup`), and ends at a length such as 64K.
-    """
-    module: Any = importlib.import_module("megatron.training.arguments")
-    stock = module.parse_args
-    module.parse_args = lambda *_args, **_kwargs: args
-    try:
-        yield
-    finally:
-        module.parse_args = stock
-
-
-@contextlib.contextmanager
-def _refused_pickles_named(load: str | None) -> Iterator[None]:
+def refused_pickles_named(load: str | None) -> Iterator[None]:
     """Tell of an object that `guard_checkpoints` did not let through in one paragraph."""
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -380,7 +317,7 @@ def load_model_for_scoring(args: Namespace) -> torch.nn.Module:
         raise ConfigError("evaluation runs without virtual pipeline stages; drop that flag")
     chunks = build_model_chunks(args)
     if args.load is not None:
-        with _refused_pickles_named(args.load):
+        with refused_pickles_named(args.load):
             load_checkpoint(chunks, None, None)
     return chunks[0].eval()
 

@@ -23,6 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CHANGED_SYMBOLS = {
+    "megatron.core.optimizer.distrib_optimizer": (
+        "DistributedOptimizer.sharded_param_state_fully_reshardable",
+        "DistributedOptimizer.load_parameter_state_from_fully_reshardable",
+    ),
+}
+"""What is replaced, by module."""
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """First index and size of a block, by axis."""
 

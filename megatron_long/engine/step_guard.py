@@ -22,8 +22,6 @@ from megatron_long.dataset.manifest import DOCUMENTS_FILE, TRAIN_PREFIX, read_ma
 from megatron_long.files import append_whole
 from megatron_long.job.side_output import survived
 
-FAULT_STATUS = 3
-"""Exit status of a run that ended for faulty steps, or for weights that are not finite."""
 FAULTS_NAME = "faults.jsonl"
 MEMORY_STEPS = 100
 """Steps that are remembered: for the loss to compare with, and to count faults in."""

@@ -1,19 +1,15 @@
-"""What a run writes next to its checkpoints: loss log, TensorBoard, W&B, results, standard output.
+"""What a run writes besides its checkpoints: TensorBoard, W&B, results, standard output.
 
 None of it may end training. A full disk, a W&B service that SLURM's signal has ended, or a `| tee` that is
 gone costs figures; each is reported once, and once more when it works again.
 """
 
 import contextlib
-import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
-
-from megatron_long.files import append_whole
 
 RETRY_AFTER_S = 60.0
 """Seconds until a writer that has failed is tried again."""
@@ -27,40 +23,7 @@ def survived(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        logger.error("%s could not be written (%s); training goes on", what, _words(error))
-
-
-class LossLog:
-    """Appends the unrounded figures of each step to a JSON-lines file, from one rank.
-
-    Lines that cannot be written are kept, and follow as soon as there is room.
-    """
-
-    def __init__(self, path: Path, writes: bool) -> None:
-        self.path = path
-        self.writes = writes
-        self.owed: list[str] = []
-
-    def __call__(self, iteration: int, losses: dict, grad_norm: float | None) -> None:
-        """Log a step, see `megatron_hooks.StepListener`."""
-        if not self.writes:
-            return
-        figures = {name: float(value) for name, value in losses.items()}
-        record = {"iteration": iteration, **figures, "grad_norm": grad_norm}
-        self.owed.append(json.dumps(record) + "\n")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            append_whole(self.path, "".join(self.owed))
-        except OSError as error:
-            if len(self.owed) == 1:
-                logger.error(
-                    "--loss-log %s could not be written (%s); training goes on, and its lines follow",
-                    *(self.path, _words(error)),
-                )
-        else:
-            if len(self.owed) > 1:
-                logger.warning("--loss-log %s is written again, whole", self.path)
-            self.owed.clear()
+        logger.error("%s could not be written (%s); training goes on", what, words_of(error))
 
 
 class SurvivingWriter:
@@ -98,7 +61,7 @@ class SurvivingWriter:
         except Exception as error:  # whatever a package of others raises
             if self._failed_at is None:
                 logger.error(
-                    "%s takes no figures (%s); training goes on", self._name, _words(error)
+                    "%s takes no figures (%s); training goes on", self._name, words_of(error)
                 )
             self._failed_at = time.monotonic()
             return None
@@ -137,5 +100,10 @@ def keep_standard_streams() -> None:
             setattr(sys, name, SurvivingStream(stream))
 
 
-def _words(error: Exception) -> str:
+def words_of(error: Exception) -> str:
+    """An error on one line.
+
+    >>> words_of(OSError("No space\\nleft"))
+    'OSError: No space left'
+    """
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -3,6 +3,7 @@
 Legend: b micro-batch, s sequence of the whole window; rank-local sizes carry `/cp`.
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +14,10 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from megatron_long.flags.arguments import LongContextArguments
 from megatron_long.model.attention import zigzag_shard
 from megatron_long.model.document_masks import AttentionFormat, offsets_of, split_batch
+from megatron_long.training.loss import chunked_loss
 
 LOSS_KEY = "lm loss"
 PADDING_KEY = "padding share"
@@ -46,6 +49,36 @@ class StepSettings:
     """Called before each micro-batch, in training and evaluation."""
     on_loss: Callable[[Tensor], None] | None = None
     """Told (loss sum, tokens) [2] of this rank's shard of each training micro-batch."""
+
+
+def step_settings(
+    arguments: LongContextArguments,
+    args: Namespace,
+    vocab_size: Callable[[], int],
+    on_micro_batch: Callable[[], None],
+    on_loss: Callable[[Tensor], None],
+) -> StepSettings:
+    """What the flags say of a micro-batch.
+
+    Args:
+        vocab_size: Gives the real tokens of the model.
+    """
+    masking = attention_format(args) if arguments.document_masking else None
+    return StepSettings(
+        args.micro_batch_size,
+        args.eval_micro_batch_size,
+        args.seq_length,
+        None if arguments.megatron_loss else partial(chunked_loss, vocab_size()),
+        masking,
+        args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        on_micro_batch,
+        on_loss,
+    )
+
+
+def attention_format(args: Namespace) -> AttentionFormat:
+    """How masks between documents are given to the attention in use, see `model.document_masks`."""
+    return "thd" if args.transformer_impl == "transformer_engine" else "sbhd"
 
 
 @dataclass

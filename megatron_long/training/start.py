@@ -1,16 +1,13 @@
-"""What keeps a long run whole, put together for the training entry: where it starts, what watches it.
+"""Where a run starts: the checkpoint that it takes, and what must hold before it may write next to it.
 
 Promises and the tests that prove them: docs/reliability.md.
 """
 
-import logging
 import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +35,12 @@ from megatron_long.checkpoint.run_identity import (
 from megatron_long.checkpoint.saving import read_facts
 from megatron_long.checkpoint.sidecars import TRACKER_NAME
 from megatron_long.dataset.manifest import Manifest, read_manifest
-from megatron_long.engine.step_guard import StepGuard, batch_windows, describe_windows
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.files import atomic_path
 from megatron_long.flags.arguments import LongContextArguments
 from megatron_long.job import rendezvous
 from megatron_long.job.save_lock import hold
-
-logger = logging.getLogger(__name__)
+from megatron_long.job.start_log import StartLog, describe_start, start_log_path
 
 MAX_SOCKET_PATH_BYTES = 107
 """Of Linux: `sun_path` of unix(7), without its final zero."""
@@ -263,46 +258,32 @@ def record_sidecars(folder: Path, start: Start) -> None:
     write_sidecar_hashes(folder, latest)
 
 
-def make_guard(
-    arguments: LongContextArguments, args: Namespace, start: Start, rank: int
-) -> StepGuard:
-    """The judge of this run's steps, with the memory of the checkpoint it goes on from."""
+def check_writable(save: Path) -> None:
+    """Find out early; what lies there stays as it is until Megatron has loaded and accepted everything.
 
-    def windows(data_rank: int, index: int) -> Sequence[int]:
-        if args.dataloader_type != "single":
-            return ()  # shuffled by Megatron's sampler, which keeps its order to itself
-        consumed, size = args.consumed_train_samples, args.micro_batch_size
-        return batch_windows(consumed, size, args.data_parallel_size, data_rank, index)
-
-    guard = StepGuard(
-        max_faulty_steps=arguments.max_faulty_steps,
-        spike_deviations=arguments.spike_deviations,
-        batch_windows=windows,
-        describe_windows=partial(describe_windows, arguments.dataset, args.seq_length),
-        reports=rank == 0,
-        folder=Path(args.save) if args.save else None,
-    )
-    guard.restore(start.guard_state)
-    return guard
-
-
-def make_snapshot(
-    guard: StepGuard, save: str | None, rank: int, write_beside: Callable[[Path], None]
-) -> Callable[[int], Path | None]:
-    """Give the function that names the folder for the state before the step that ended the run.
-
-    Args:
-        save: `--save`; without it nothing is kept.
-        write_beside: Puts the sidecars there, so that `--load` of the folder meets the step again.
+    Raises: ConfigError: nothing can be written there.
     """
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=save):
+            pass
+    except OSError as error:
+        raise unwritable(save, str(error)) from error
 
-    def snapshot(iteration: int) -> Path | None:
-        folder = Path(save) / f"fault_{iteration:07d}" if save else None
-        if rank == 0:
-            kept = f"; weights and optimizer of before it are saved in {folder}" if folder else ""
-            logger.error("training ends at %s%s", guard.stop_reason, kept)
-            if folder:
-                write_beside(folder)
-        return folder
 
-    return snapshot
+def unwritable(save: Path, reason: str) -> ConfigError:
+    """The error of a `--save` that takes no files."""
+    return ConfigError(f"--save {save} cannot be written to ({reason}); nothing has been trained")
+
+
+def tell_start(args: Namespace, start: Start, start_log: StartLog) -> None:
+    """Say what is about to be trained, and where the rest of what Megatron says goes; for one rank."""
+    path = start_log_path(args.save, args.loss_log)
+    if path is not None:
+        start_log.write_to(path)
+    checkpoint = start.choice.folder if start.choice else None
+    for line in describe_start(args, checkpoint, start.resumes, is_main_copy=bool(start.weights)):
+        start_log.say(line)
+    if not start_log.verbose:
+        where = f"is in {path}" if path else "is left out"
+        start_log.say(f"what Megatron says before the first step {where}; --verbose prints it")

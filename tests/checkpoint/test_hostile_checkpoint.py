@@ -50,7 +50,7 @@ def load_old_format(folder: Path) -> Any:
     from megatron.training import checkpointing
 
     flags = {"non_persistent_global_ckpt_dir": None, "non_persistent_ckpt_type": None}
-    with megatron_adapter._refused_pickles_named(str(folder)):
+    with megatron_adapter.refused_pickles_named(str(folder)):
         return checkpointing._load_base_checkpoint(str(folder), Namespace(**flags), rank0=True)
 
 

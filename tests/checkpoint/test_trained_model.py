@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from megatron_long import pretrain
+from megatron_long.engine.callback import Step
 from megatron_long.errors import ConfigError
 from megatron_long.model.geometry import geometry_from_args, geometry_from_hf
+from megatron_long.training.callbacks.first_sidecars import WriteSidecars
+from megatron_long.training.start import Start
 from tests.job_fixtures import FLAGS
 
 BASE = 50_000
@@ -137,12 +140,17 @@ class TwoProcesses:
         return [item, self.other]
 
 
-def fail() -> None:
+def fail(_: Path) -> None:
     raise OSError("No space left on device")
 
 
-@pytest.mark.parametrize(("write", "other"), [(fail, None), (lambda: None, "No space left")])
-def test_what_cannot_be_written_before_the_first_step_ends_every_rank(write, other):
+@pytest.mark.parametrize(("write", "other"), [(fail, None), (lambda _: None, "No space left")])
+def test_what_cannot_be_written_before_the_first_step_ends_every_rank(
+    write, other, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    start, step = Start(None, False, {}, None, {}), Step(0, [], None)
     with pytest.raises(ConfigError, match=r"--save out cannot be written to \(No space left"):
-        pretrain._in_all(TwoProcesses(other), write, "out")()
-    pretrain._in_all(TwoProcesses(None), lambda: None, "out")()
+        WriteSidecars(TwoProcesses(other), Path("out"), start, write).before_training(step)
+    WriteSidecars(TwoProcesses(None), Path("out"), start, lambda _: None).before_training(step)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import inspect
+import pkgutil
 from argparse import Namespace
 
 import pytest
@@ -13,7 +14,9 @@ from megatron_long.errors import ConfigError
 host_backend.install()
 
 # ruff: noqa: E402
-from megatron_long.engine import loading_hooks, megatron_adapter, megatron_hooks
+from megatron_long import engine
+from megatron_long.engine import megatron_adapter
+from megatron_long.engine.fixes.flags_parsed_once import flags_parsed_once
 
 
 def resolve(module: str, symbol: str):
@@ -23,19 +26,24 @@ def resolve(module: str, symbol: str):
     return found
 
 
-@pytest.mark.parametrize(
-    ("module", "symbol"),
-    [
+def changed_symbols() -> set[tuple[str, str]]:
+    """What the files of `engine` list."""
+    files = pkgutil.walk_packages(engine.__path__, f"{engine.__name__}.")
+    tables = [
+        getattr(importlib.import_module(file.name), "CHANGED_SYMBOLS", {})
+        for file in files
+        if not file.ispkg
+    ]
+    tables.append(megatron_adapter.PATCHED_SYMBOLS)
+    return {
         (module, symbol)
-        for table in (
-            megatron_adapter.PATCHED_SYMBOLS,
-            megatron_hooks.CHANGED_SYMBOLS,
-            loading_hooks.CHANGED_SYMBOLS,
-        )
+        for table in tables
         for module, symbols in table.items()
         for symbol in symbols
-    ],
-)
+    }
+
+
+@pytest.mark.parametrize(("module", "symbol"), sorted(changed_symbols()))
 def test_patched_symbols_are_there(module, symbol):
     found = resolve(module, symbol)
     assert isinstance(found, bool) if symbol.startswith("_grad_accum") else callable(found)
@@ -59,7 +67,7 @@ def test_flags_are_parsed_once(monkeypatch):
     monkeypatch.setattr("sys.argv", ["pretrain", "--seq-length", "64K"])
     with pytest.raises(SystemExit):
         ft_integration.setup()
-    with megatron_adapter._flags_parsed_once(Namespace(enable_ft_package=False)):
+    with flags_parsed_once(Namespace(enable_ft_package=False)):
         ft_integration.setup()
     with pytest.raises(SystemExit):
         ft_integration.setup()
@@ -98,19 +106,31 @@ def test_pretrain_is_called_as_it_is_declared():
     ]
 
 
-def test_training_log_tells_the_step():
-    from megatron.training.training import training_log
-
-    told = []
-    log = megatron_hooks._listening(training_log, lambda *step: told.append(step))
-    assert {"iteration", "loss_dict", "grad_norm"} <= set(
-        inspect.signature(training_log).parameters
-    )
-    with pytest.raises(
-        AssertionError
-    ):  # Megatron's globals are not set: it stops after the listener
-        log({"lm loss": 1.0}, {}, 1e-3, 7, 1.0, True, 0, 2.5, None, None, None)
-    assert told == [(7, {"lm loss": 1.0}, 2.5)]
+def test_the_loop_calls_its_functions_as_events_expect():
+    """What `engine.loop` takes from the arguments of Megatron's functions, and the order of those given."""
+    named = {
+        "train": ("model", "optimizer"),
+        "train_step": ("model", "optimizer"),
+        "training_log": ("iteration", "loss_dict", "grad_norm", "is_first_iteration"),
+        "post_training_step_callbacks": ("iteration", "model", "optimizer"),
+    }
+    module = "megatron.training.training"
+    for symbol, names in named.items():
+        assert set(names) <= set(parameters(module, symbol))
+    saved = ["iteration", "model", "optimizer", "opt_param_scheduler"]
+    saved += ["num_floating_point_operations_so_far", "checkpointing_context"]
+    assert parameters(module, "save_checkpoint")[:3] == saved[:3]
+    assert parameters(module, "save_checkpoint_and_time")[:6] == saved
+    assert parameters(module, "checkpoint_and_decide_exit") == [
+        *(*saved[1:4], saved[0], *saved[4:]),
+        "train_data_iterator",
+    ]
+    source = inspect.getsource(resolve(module, "train"))
+    assert source.index("if should_checkpoint:") < source.index("if should_exit:")
+    unpacked = source[source.index("loss_dict,\n") : source.index(") = train_step(")].split()
+    assert unpacked[:5] == [
+        *("loss_dict,", "skipped_iter,", "should_checkpoint,", "should_exit,", "exit_code,")
+    ]
 
 
 def test_distributed_optimizer_methods():
@@ -183,8 +203,7 @@ def test_torch_adamw_resumes_on_gpus_too(monkeypatch):
         monkeypatch.setattr(megatron_adapter, name, lambda: None)
     monkeypatch.setattr(megatron_adapter, "fix_torch_adamw_resume", lambda: fixed.append(1))
     monkeypatch.setattr(megatron_adapter.host_backend, "is_installed", lambda: False)
-    helpers = importlib.import_module("megatron.core.datasets.utils")
-    monkeypatch.setattr(helpers, "compile_helpers", helpers.compile_helpers)
+    monkeypatch.setattr(megatron_adapter, "use_compiled_helpers", lambda: None)
     megatron_adapter.install_patches()
     assert fixed == [1]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_long.checkpoint.saving import FAULT_STATUS
 from megatron_long.corpus.documents import canonical_source
 from megatron_long.dataset.indexed import IndexedDatasetReader
 from megatron_long.engine.step_guard import (
-    FAULT_STATUS,
     MIN_STEPS,
     StepGuard,
     batch_windows,
@@ -208,7 +208,7 @@ def test_state_on_several_devices_is_checked_on_each(monkeypatch):
     """As `--optimizer-cpu-offload` keeps it; once the first save ended in an error."""
     import torch
 
-    from megatron_long.engine.guarded_step import all_finite
+    from megatron_long.engine.state_tensors import all_finite
 
     stacked, stock = [], torch.stack
     monkeypatch.setattr(torch, "stack", lambda found: stacked.append(found) or stock(found))

@@ -1,6 +1,5 @@
 """What is written next to the checkpoints fails, for real where that can be had; training would go on."""
 
-import json
 import resource
 import subprocess
 import sys
@@ -11,15 +10,11 @@ import pytest
 
 from megatron_long.files import append_whole
 from megatron_long.job import side_output
-from megatron_long.job.side_output import LossLog, SurvivingStream, SurvivingWriter
+from megatron_long.job.side_output import SurvivingStream, SurvivingWriter
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FULL = Path("/dev/full")
 """Each write to it fails as on a full disk."""
-
-
-def steps(path: Path) -> list[int]:
-    return [json.loads(line)["iteration"] for line in path.read_text().splitlines()]
 
 
 def test_what_does_not_fit_whole_is_not_appended(tmp_path):
@@ -34,30 +29,6 @@ def test_what_does_not_fit_whole_is_not_appended(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == "one\n"
-
-
-@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
-def test_lines_of_the_loss_log_follow_later(tmp_path, monkeypatch, caplog):
-    path, room = tmp_path / "folder" / "log.jsonl", [True, False, False, True, True]
-
-    def append(target: Path, text: str) -> None:
-        append_whole(target if has_room else FULL, text)
-
-    monkeypatch.setattr(side_output, "append_whole", append)
-    log = LossLog(path, writes=True)
-    caplog.set_level("WARNING")
-    for step, has_room in enumerate(room, 1):  # noqa: B007 (append reads it)
-        log(step, {"lm loss": 4.5}, None)
-    assert steps(path) == [1, 2, 3, 4, 5]
-    messages = [record.message for record in caplog.records]
-    assert len(messages) == 2
-    assert "No space left on device" in messages[0]
-    assert "is written again, whole" in messages[1]
-
-
-def test_only_one_rank_writes_the_loss_log(tmp_path):
-    LossLog(tmp_path / "log.jsonl", writes=False)(1, {}, None)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")

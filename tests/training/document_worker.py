@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from megatron_long import pretrain
 from megatron_long.cli import run_tool
-from megatron_long.job.side_output import LossLog
 from megatron_long.model.attention import ContextParallelAttention
 from megatron_long.model.document_masks import PaddedDocuments
 from megatron_long.training import batch
+from megatron_long.training.callbacks.step_logs import LossLog
 
 
 class GatherRanks(torch.autograd.Function):
@@ -70,21 +70,21 @@ def packed_attention(self, query, key, value, attention_mask, **arguments) -> to
 def main() -> int:
     path, attention, *argv = sys.argv[1:]
     models: list[torch.nn.Module] = []
-    stock_step, stock_log = batch.forward_step, LossLog.__call__
+    stock_step, stock_log = batch.forward_step, LossLog.on_log
 
     def forward_step(settings, iterator, model):
         models.append(model)
         return stock_step(settings, iterator, model)
 
-    def log(self, iteration, losses, grad_norm):
-        if dist.get_rank() == 0 and iteration == 1:
+    def log(self, log):
+        if dist.get_rank() == 0 and log.iteration == 1:
             gradients = {name: p.main_grad.clone() for name, p in models[0].named_parameters()}
             torch.save(gradients, path)
-        stock_log(self, iteration, losses, grad_norm)
+        stock_log(self, log)
 
-    batch.forward_step, LossLog.__call__ = forward_step, log
+    batch.forward_step, LossLog.on_log = forward_step, log
     if attention == "thd":
-        pretrain.attention_format = lambda args: "thd"
+        batch.attention_format = lambda args: "thd"
         ContextParallelAttention.forward = packed_attention
     return pretrain.main(argv)
 

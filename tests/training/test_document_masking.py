@@ -15,7 +15,7 @@ from megatron_long.errors import ConfigError
 host_backend.install()
 
 # ruff: noqa: E402
-from megatron_long import command_line, pretrain
+from megatron_long import command_line
 from megatron_long.flags.backend import GPU, HOST
 from megatron_long.model.document_masks import offsets_of, pad_documents, split_batch
 
@@ -201,9 +201,11 @@ def test_masking_needs_our_dataset():
 
 
 def test_the_attention_in_use_decides_the_format(dataset):
+    from megatron_long.training import batch
+
     flags = ["--recipe", "tiny_debug", "--dataset", str(dataset), "--allow-repeat"]
     formats = [
-        pretrain.attention_format(command_line.parse([*flags, *more], backend, 1)[1])
+        batch.attention_format(command_line.parse([*flags, *more], backend, 1)[1])
         for backend, more in ((HOST, []), (GPU, []), (GPU, ["--transformer-impl", "local"]))
     ]
     assert formats == ["sbhd", "thd", "sbhd"]

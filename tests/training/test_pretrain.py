@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_long import command_line, pretrain
+from megatron_long.conversion.run_model import write_sidecars
 from megatron_long.dataset.manifest import read_manifest
 from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
@@ -201,7 +202,7 @@ def test_sidecars_without_a_hugging_face_model(tiny_dataset, tmp_path):
     argv = ["--recipe", "tiny_debug", "--dataset", str(tiny_dataset), "--num-layers", "2"]
     argv.append("--allow-repeat")
     ours, args = command_line.parse(argv, HOST, 1)
-    pretrain.write_sidecars(tmp_path, ours, args, argv)
+    write_sidecars(tmp_path, ours, args, argv)
     seen = geometry_from_hf(tmp_path / "hf_config.json")
     recipe = build_recipe("tiny_debug")
     assert seen == replace(
@@ -217,7 +218,7 @@ def test_sidecars_say_what_is_trained(tiny_dataset, hf_folder, tmp_path):
     argv += ["--max-position-embeddings", "256", "--rotary-base", "50000"]
     ours, args = command_line.parse(argv, HOST, 1)
     folder = tmp_path / "save"
-    pretrain.write_sidecars(folder, ours, args, argv)
+    write_sidecars(folder, ours, args, argv)
     config = json.loads((folder / "hf_config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 50_000
     assert config["max_position_embeddings"] == 256

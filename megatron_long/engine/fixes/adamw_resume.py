@@ -1,13 +1,22 @@
 """Lets Megatron's distributed optimizer resume over torch's AdamW (no Transformer Engine, no Apex).
 
-In 0.19.2 loading asserts on optimizer state that does not exist yet, copies in place into views of leaf
-parameters, restores a stale `step`, and misses `step` in fully reshardable checkpoints. The methods are
-listed in `megatron_adapter.PATCHED_SYMBOLS`.
+Upstream: megatron-core 0.19.2, loading asserts on optimizer state that does not exist yet, copies in place
+into views of leaf parameters, restores a stale `step`, and misses `step` in fully reshardable checkpoints.
+Can go when `tests/training/test_exact_resume.py` passes without it on a machine without Transformer Engine.
 """
 
 import importlib
 
 import torch
+
+CHANGED_SYMBOLS = {
+    "megatron.core.optimizer.distrib_optimizer": (
+        "DistributedOptimizer.sharded_state_dict",
+        "DistributedOptimizer.load_state_dict",
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+    ),
+}
+"""What is replaced where Adam is torch's own, by module."""
 
 
 def fix_torch_adamw_resume() -> None:

@@ -1,10 +1,12 @@
 """Lets a resumed run change its learning rate, its smallest one, or its weight decay.
 
-Megatron 0.19.2 pairs the parameter groups of a checkpoint with those of the optimizer by values of the
-schedule, among them `max_lr` and `min_lr`: with another `--lr` none is found (`KeyError` in the distributed
-optimizer, `ValueError: Could not find parameter group` in the others) before its own check of the schedule.
+Upstream: megatron-core 0.19.2 pairs the parameter groups of a checkpoint with those of the optimizer by
+values of the schedule, among them `max_lr` and `min_lr`: with another `--lr` none is found (`KeyError` in the
+distributed optimizer, `ValueError: Could not find parameter group` in the others) before its own check of the
+schedule.
 Here the values of the schedule are made equal first; which of them count, and whether they may differ, is
 decided where Megatron decides it for a schedule: `OptimizerParamScheduler.load_state_dict`.
+Can go when groups are paired by what they hold.
 """
 
 import functools
@@ -22,6 +24,11 @@ OPTIMIZERS = {
     "megatron.core.optimizer.optimizer": ("Float16OptimizerWithFloat16Params", "FP32Optimizer"),
 }
 """Classes whose `load_state_dict` is changed, by module."""
+CHANGED_SYMBOLS = {
+    name: tuple(f"{kind}.load_state_dict" for kind in classes)
+    for name, classes in OPTIMIZERS.items()
+}
+"""What is replaced, by module."""
 
 SCHEDULE_FLAGS = {
     "learning rate": "--lr",

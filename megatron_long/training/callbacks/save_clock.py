@@ -1,8 +1,12 @@
-"""When a checkpoint is due by time."""
+"""Saves by time: `--save-minutes`."""
 
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from megatron_long.checkpoint.saving import CheckpointKeeper
+from megatron_long.engine.callback import Callback, Step
 
 
 @dataclass
@@ -32,3 +36,21 @@ class SaveClock:
     def restart(self) -> None:
         """Begin to count: something was saved, or has just failed to be and is tried again by itself."""
         self._since = self.now()
+
+
+class SaveByTime(Callback):
+    """Asks for a save in the step after which the time is over on any rank."""
+
+    def __init__(self, clock: SaveClock, keeper: CheckpointKeeper, args: Namespace) -> None:
+        self.clock, self.keeper, self.args = clock, keeper, args
+
+    def wants_save(self, step: Step, leaves: bool) -> bool:
+        """Not while another is on its way, nor after the last step, which Megatron saves."""
+        is_due = self.clock.is_due() and not self.keeper.in_flight
+        if leaves or step.iteration >= self.args.train_iters or not self.args.save:
+            return False
+        return self.keeper.job.any(is_due)
+
+    def after_save(self, step: Step, is_saved: bool) -> None:
+        """Count from here."""
+        self.clock.restart()

@@ -1,0 +1,31 @@
+"""Each line of Megatron's log holds the steps since the line before.
+
+Upstream: megatron-core 0.19.2, `training_log` logs the first step of a start and keeps it in the mean that it
+logs next: with `--log-interval 1` the second loss would be that of two steps.
+Can go when `training_log` resets its sums after the first line as after the others.
+"""
+
+import functools
+import importlib
+import inspect
+from typing import Any
+
+CHANGED_SYMBOLS = {"megatron.training.training": ("training_log",)}
+"""What is replaced, by module."""
+
+
+def log_each_step_once() -> None:
+    """Where the first step ends an interval, log it as the end of one."""
+    from megatron.training.global_vars import get_args
+
+    training: Any = importlib.import_module("megatron.training.training")
+    stock, signature = training.training_log, inspect.signature(training.training_log)
+
+    @functools.wraps(stock)
+    def training_log(*positional, **named):
+        values = signature.bind(*positional, **named)
+        if values.arguments["iteration"] % get_args().log_interval == 0:
+            values.arguments["is_first_iteration"] = False
+        return stock(*values.args, **values.kwargs)
+
+    training.training_log = training_log

@@ -1,0 +1,42 @@
+"""The loss log: its lines follow when there is room again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_long.engine.callback import Log
+from megatron_long.files import append_whole
+from megatron_long.training.callbacks import step_logs
+from megatron_long.training.callbacks.step_logs import LossLog
+
+FULL = Path("/dev/full")
+"""Each write to it fails as on a full disk."""
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["iteration"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
+def test_lines_of_the_loss_log_follow_later(tmp_path, monkeypatch, caplog):
+    path, room = tmp_path / "folder" / "log.jsonl", [True, False, False, True, True]
+
+    def append(target: Path, text: str) -> None:
+        append_whole(target if has_room else FULL, text)
+
+    monkeypatch.setattr(step_logs, "append_whole", append)
+    log = LossLog(path, writes=True)
+    caplog.set_level("WARNING")
+    for step, has_room in enumerate(room, 1):  # noqa: B007 (append reads it)
+        log.on_log(Log(step, {"lm loss": 4.5}, None))
+    assert steps(path) == [1, 2, 3, 4, 5]
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 2
+    assert "No space left on device" in messages[0]
+    assert "is written again, whole" in messages[1]
+
+
+def test_only_one_rank_writes_the_loss_log(tmp_path):
+    LossLog(tmp_path / "log.jsonl", writes=False).on_log(Log(1, {}, None))
+    assert not list(tmp_path.iterdir())
