@@ -38,6 +38,7 @@ from megatron_long.training.checkpoint_folder import HF_CONFIG_NAME, TOKENIZER_D
 from megatron_long.training.checkpoint_hashes import check_sidecars
 from megatron_long.training.layout_rules import check_layout
 from megatron_long.training.live_evaluation import EvaluationArguments
+from megatron_long.training.number_ranges import check_numbers
 from megatron_long.training.recipe import RECIPES, Recipe, build_recipe
 from megatron_long.training.recipe_flags import follow_user, keep_budget
 from megatron_long.training.rope import stretch_rope
@@ -84,6 +85,7 @@ def parse(
     if special and not _is_given("--attention-backend", user_argv):
         # Transformer Engine knows which of its kernels are deterministic, or take padded documents.
         args.attention_backend = type(args.attention_backend).auto
+    check_numbers(args)
     check_supported(args, megatron_loss=arguments.megatron_loss)
     check_files(arguments, args)
     check_start_and_end(arguments, args)

@@ -187,6 +187,11 @@ def cut_metadata(folder: Path, name: str = NEWEST) -> None:
     (folder / name / "metadata.json").write_text('{"sharded_backend": ')
 
 
+def test_a_step_that_was_not_saved_is_told_with_those_that_were(copy, tiny_dataset):
+    with pytest.raises(ConfigError, match=r"no checkpoint of that step; it has 4, 2\. Give one"):
+        load(copy, tiny_dataset, "--ckpt-step", 3)
+
+
 @pytest.mark.parametrize("leave", [leave_a_cut_save, leave_half_a_save, cut_metadata])
 def test_a_folder_without_metadata_is_no_checkpoint(leave, run, tiny_dataset, tmp_path, capsys):
     """For no reader; where it is all there is, the run begins at its start."""
