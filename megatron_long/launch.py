@@ -27,6 +27,7 @@ from megatron_long.errors import ConfigError
 from megatron_long.training.side_output import keep_standard_streams
 from megatron_long.training.signals import (
     INTERRUPTED_STATUS,
+    LAUNCHER_VARIABLE,
     Interrupts,
     leave,
     set_handlers,
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises: ConfigError: `--enable-ft-package` without nvidia-resiliency-ext.
     """
     set_handlers(_hand_on)
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     keep_standard_streams()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
