@@ -183,7 +183,7 @@ def _leave_setup(number: int, frame: FrameType | None) -> None:
 
 
 def _tell_launcher() -> None:
-    """Have the launcher hand SIGTERM on: the other ranks would wait for this one, which has left with status 0."""
+    """Have the launcher hand SIGTERM on: the other ranks would wait for this one, whose status is 0."""
     launcher = os.getppid()
     if os.environ.get(LAUNCHER_VARIABLE) == str(launcher):
         with contextlib.suppress(OSError):
