@@ -102,9 +102,12 @@ def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
             f"--input {checkpoint_dir} has lost its {TRACKER_NAME}; choose with --iteration one of: "
             f"{', '.join(_saved(checkpoint_dir))}"
         )
-    word = tracker.read_text(encoding="utf-8").strip()
+    word = tracker.read_bytes()[:40].decode("ascii", "replace").strip()
     if word != RELEASE and not word.isdecimal():
-        raise DataError(f"{tracker} holds {word!r}; it must hold a number or {RELEASE!r}")
+        raise DataError(
+            f"{tracker} holds {word!r}; it must hold a number or {RELEASE!r}: choose with --iteration one of: "
+            f"{', '.join(_saved(checkpoint_dir)) or 'none saved'}"
+        )
     folder = iteration_folder(checkpoint_dir, None if word == RELEASE else int(word))
     return _existing(checkpoint_dir, folder, TRACKER_NAME)
 

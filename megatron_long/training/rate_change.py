@@ -54,8 +54,8 @@ def schedule_error(load: str, message: str) -> ConfigError | None:
     """
     if spent := SPENT.fullmatch(message):
         return ConfigError(
-            f"--load {load} has read {spent[1]} windows already, and --train-iters * --global-batch-size asks "
-            f"for {spent[2]} in all: nothing would be left to train; raise --train-iters"
+            f"--load {load} has read {spent[1]} windows already, and --train-iters * --global-batch-size "
+            f"asks for {spent[2]} in all: nothing would be left to train; raise --train-iters"
         )
     found = MISMATCH.fullmatch(message)
     if found is None:

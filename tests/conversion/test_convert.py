@@ -264,6 +264,9 @@ def test_which_iteration(checkpoint_copy, caplog):
     tracker.write_text("soon")
     with pytest.raises(DataError, match="holds 'soon'"):
         find_iteration(checkpoint_copy)
+    tracker.write_bytes(b"\x80" * 1_000)
+    with pytest.raises(DataError, match="must hold a number or 'release': choose with --iteration"):
+        find_iteration(checkpoint_copy)
     tracker.unlink()
     with pytest.raises(
         ConfigError,

@@ -159,6 +159,15 @@ def test_a_tracker_that_was_set_back_needs_the_flag(copy, tiny_dataset):
     assert load(copy, tiny_dataset, "--ckpt-step", 2).iteration == 2
 
 
+@pytest.mark.parametrize("content", [b"\x80\x04", b"{", b"[]", b"[" * 100_000])
+def test_without_hashes_a_damaged_training_json_is_named(content, copy, tiny_dataset):
+    for path in (copy, copy / NEWEST, copy / "iter_0000002"):
+        (path / "hashes.json").unlink()
+    (copy / NEWEST / "training.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"training\.json is damaged: it holds no JSON object"):
+        load(copy, tiny_dataset)
+
+
 def test_nothing_whole_left(copy, tiny_dataset):
     for name in (NEWEST, "iter_0000002"):
         flip(copy / name / "__0_0.distcp", random.Random(2))
