@@ -52,6 +52,7 @@ from megatron_long.training.live_evaluation import LiveEvaluation, Logs, plan_li
 from megatron_long.training.reliability import (
     Start,
     check_optimizer,
+    check_save_again,
     find_start,
     hold_save,
     make_guard,
@@ -108,6 +109,7 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
     if args.save:
         _check_writable(Path(args.save))
         hold_save(args.save)
+        check_save_again(start, args)
     if args.rank == 0:
         _tell_start(args, start, start_log)
     _train(arguments, args, start, user_argv, live)

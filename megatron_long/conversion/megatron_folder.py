@@ -105,7 +105,7 @@ def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
     word = tracker.read_bytes()[:40].decode("ascii", "replace").strip()
     if word != RELEASE and not word.isdecimal():
         raise DataError(
-            f"{tracker} holds {word!r}; it must hold a number or {RELEASE!r}: choose with --iteration one of: "
+            f"{tracker} holds {word!r}; it must hold a number or {RELEASE!r}: choose with --iteration one of "
             f"{', '.join(_saved(checkpoint_dir)) or 'none saved'}"
         )
     folder = iteration_folder(checkpoint_dir, None if word == RELEASE else int(word))

@@ -256,7 +256,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         facts = None
     if not isinstance(facts, dict):
         raise DataError(
-            f"{path} is damaged: it holds no JSON object; copy the checkpoint again, or take another one with "
+            f"{path} is damaged: it holds no JSON object; copy the checkpoint again, or take another with "
             "--ckpt-step"
         )
     return facts
