@@ -37,6 +37,7 @@ from megatron_long.flags.arguments import (
 )
 from megatron_long.flags.backend import ALWAYS_ARGV, Backend, split_flags
 from megatron_long.flags.layout_rules import check_layout
+from megatron_long.flags.number_ranges import check_numbers
 from megatron_long.flags.recipe import RECIPES, Recipe, build_recipe
 from megatron_long.flags.recipe_flags import follow_user, keep_budget
 from megatron_long.flags.unsupported_flags import check_supported
@@ -86,6 +87,7 @@ def parse(
     if special and not _is_given("--attention-backend", user_argv):
         # Transformer Engine knows which of its kernels are deterministic, or take padded documents.
         args.attention_backend = type(args.attention_backend).auto
+    check_numbers(args)
     check_supported(args, megatron_loss=arguments.megatron_loss)
     check_files(arguments, args)
     check_start_and_end(arguments, args)

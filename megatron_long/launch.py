@@ -24,7 +24,13 @@ import psutil  # not in the handler: a second signal would find it half imported
 from megatron_long.cli import run_tool
 from megatron_long.job import hang_monitor
 from megatron_long.job.side_output import keep_standard_streams
-from megatron_long.job.signals import INTERRUPTED_STATUS, Interrupts, leave, set_handlers
+from megatron_long.job.signals import (
+    INTERRUPTED_STATUS,
+    LAUNCHER_VARIABLE,
+    Interrupts,
+    leave,
+    set_handlers,
+)
 
 OTHER_SIGNALS = "SIGQUIT"
 """What torchrun goes on handling in its own way."""
@@ -45,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises: ConfigError: `--enable-ft-package` without nvidia-resiliency-ext.
     """
     set_handlers(_hand_on)
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     keep_standard_streams()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

@@ -44,6 +44,7 @@ from megatron_long.training.callbacks.step_logs import EndStartLog, LossLog
 from megatron_long.training.start import (
     Start,
     check_optimizer,
+    check_save_again,
     check_writable,
     find_start,
     hold_save,
@@ -125,6 +126,7 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
     if args.save:
         check_writable(Path(args.save))
         hold_save(args.save)
+        check_save_again(start, args)
     if start.choice is not None and start.weights is not None:
         loading_hooks.take_weights(start.choice.folder, start.weights, args)
     if args.rank == 0:

@@ -181,6 +181,12 @@ def _candidates(folder: Path, step: int | None) -> tuple[list[int | None], bool,
     """Iterations to try, in order; whether any has hashes; and what is wrong with the folder's records."""
     reports: list[str] = []
     candidates: list[int | None] = [step]
+    if step and not iteration_folder(folder, step).is_dir():
+        there = ", ".join(map(str, saved_iterations(folder))) or "none"
+        raise ConfigError(
+            f"--ckpt-step {step}: {folder} has no checkpoint of that step; it has {there}. Give one of "
+            "these, or drop the flag to take the newest"
+        )
     if not step:
         newest, reports = newest_iteration(folder)
         earlier = [number for number in saved_iterations(folder) if number < (newest or 0)]

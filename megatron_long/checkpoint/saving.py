@@ -23,6 +23,7 @@ from megatron_long.checkpoint.hashes import (
     write_sidecar_hashes,
 )
 from megatron_long.checkpoint.sidecars import TRACKER_NAME
+from megatron_long.errors import DataError
 from megatron_long.files import atomic_path, move_into_place, remove_path
 from megatron_long.hashing import FileInfo
 
@@ -239,9 +240,23 @@ class CheckpointKeeper:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Read what a checkpoint tells of its training; empty for those of other programs."""
+    """Read what a checkpoint tells of its training; empty for those of other programs.
+
+    Raises: DataError: the file is damaged, which its hash has told before where the checkpoint has hashes.
+    """
     path = folder / TRAINING_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise DataError(
+            f"{path} is damaged: it holds no JSON object; copy the checkpoint again, or take another with "
+            "--ckpt-step"
+        )
+    return facts
 
 
 def _written_by(folder: Path, rank: int) -> list[str]:

@@ -168,7 +168,7 @@ def choose_documents(
         tokenizer = open_tokenizer(args.tokenizer, choice.folder)
         rows = open_texts(args.text, tokenizer, args.context_length, args.max_documents_per_source)
         return rows, hash_texts(args.text, tokenizer.vocabulary_sha256, args.context_length)
-    from megatron_long.dataset.manifest import read_manifest
+    from megatron_long.dataset.manifest import read_manifest, verify_files
 
     if not args.dataset.is_dir():
         raise DataError(f"--dataset {args.dataset} is not a folder; give one of preprocess_mix.py")
@@ -180,6 +180,7 @@ def choose_documents(
         args.tokenizer,
         choice.folder,
     )
+    verify_files(args.dataset, manifest, held_out_only=True)
     documents = select_documents(
         open_held_out(args.dataset, manifest),
         min_document_tokens=args.min_document_tokens,

@@ -124,6 +124,10 @@ def _parse_shares(words: list[str]) -> dict[str, float]:
     shares: dict[str, float] = {}
     for word in words:
         name, _, share = word.rpartition("=")
+        if canonical_source(name) in shares:
+            raise ConfigError(
+                f"--strategy upsample-sources names {name} twice ({' '.join(words)}); give it one share"
+            )
         try:
             shares[canonical_source(name)] = float(share)
         except ValueError:

@@ -42,11 +42,16 @@ def check_hf_tensors(weights: Weights, geometry: LlamaGeometry) -> None:
 
     Raises: DataError: a tensor is missing, has another shape, or is one too many.
     """
+    names = set(weights.names)
+    if geometry.num_layers > len(names):  # before names are made up for each of them
+        raise DataError(
+            f"{weights.location} holds {len(names)} tensors, too few for the {geometry.num_layers:,} layers "
+            f"of its {CONFIG_NAME} (num_hidden_layers)"
+        )
     expected: dict[str, tuple[int, ...]] = {}
     for unit in units_of(geometry):
         shapes = unit.rule.layout.hf_shapes(geometry)
         expected.update(zip(unit.hf_names, shapes, strict=True))
-    names = set(weights.names)
     missing = [name for name in expected if name not in names]
     if missing:
         raise DataError(f"{weights.location} lacks {_list(missing)}, which its {CONFIG_NAME} needs")

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import orjson
 
@@ -20,6 +21,8 @@ from megatron_long.corpus.inputs import (
 )
 from megatron_long.errors import ConfigError, DataError
 
+LONGEST_SOURCE_BYTES = 200
+"""Of a source's name in names of files: a file system takes 255, endings and temporary names included."""
 DEFAULT_SOURCE_KEYS = ("meta.redpajama_set_name", "source")
 SOURCE_FROM_FOLDER = "folder"
 DEFAULT_TEXT_KEY = "text"
@@ -171,7 +174,20 @@ def _document(record: Any, line: int, keys: RecordKeys, label: str | None) -> Do
                 *_lacks(record, "source", "--source-key", " or ".join(keys.source_paths))
             )
         label = canonical_source(source)
+    _check_label(label)
     return Document(text, label, line)
+
+
+@functools.lru_cache(1024)
+def _check_label(label: str) -> None:
+    """Refuse a source whose held-out documents could have no file; a cache, for sources are few."""
+    length = len(quote(label, safe=" "))
+    if length > LONGEST_SOURCE_BYTES:
+        raise ValueError(
+            f"has a source label too long for a file name ({label[:20]!r}... has {length} bytes: "
+            f"at most {LONGEST_SOURCE_BYTES})",
+            "give it a shorter label, or name another key with --source-key",
+        )
 
 
 def _look_up(record: Any, parts: list[str]) -> Any:

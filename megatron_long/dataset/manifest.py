@@ -179,7 +179,10 @@ def read_manifest(dataset_dir: Path) -> Manifest:
         fingerprint = content.pop("fingerprint")
         manifest = _from_json(content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); make the dataset again") from None
+        reason = (
+            f"{type(error).__name__}: {error}"  # the `repr` of an error of UTF-8 is the whole file
+        )
+        raise DataError(f"{path} is damaged ({reason}); make the dataset again") from None
     if manifest.fingerprint != fingerprint:
         raise DataError(f"{path} was changed after it was made (its fingerprint does not fit)")
     for name, info in dataset_files(manifest).items():
@@ -194,14 +197,22 @@ def read_manifest(dataset_dir: Path) -> Manifest:
     return manifest
 
 
-def verify_files(dataset_dir: Path, manifest: Manifest) -> None:
+def verify_files(dataset_dir: Path, manifest: Manifest, *, held_out_only: bool = False) -> None:
     """Read every file of the dataset and compare its hash with the manifest.
 
+    Args:
+        held_out_only: Read the held-out documents alone, which are all that an evaluation needs.
     Raises: DataError: a file does not hold what it held when it was made.
     """
-    for name, info in dataset_files(manifest).items():
+    held_out = {
+        name: info for split in manifest.valid.values() for name, info in split.files.items()
+    }
+    for name, info in (held_out if held_out_only else dataset_files(manifest)).items():
         if hash_file(dataset_dir / name).xxh3_128 != info.xxh3_128:
-            raise DataError(f"{dataset_dir / name} is damaged: its hash is not the manifest's")
+            raise DataError(
+                f"{dataset_dir / name} is damaged: its hash is not the manifest's; copy or make the dataset "
+                "again"
+            )
 
 
 def dataset_files(manifest: Manifest) -> dict[str, FileInfo]:

@@ -138,6 +138,9 @@ SIZES = (
     "train_samples",
     "log_interval",
     "eval_interval",
+    "save_interval",
+    "exit_interval",
+    "ckpt_step",
 )
 """Arguments that are divided by, or are the size of something."""
 

@@ -29,6 +29,8 @@ from megatron_long.job.rendezvous import is_first_process
 LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 INTERRUPTED_STATUS = 130
 """Exit status after a second Ctrl-C."""
+LAUNCHER_VARIABLE = "MEGATRON_LONG_LAUNCHER"
+"""Holds the process id of `megatron_long.launch`, which sets it for the ranks."""
 SAME_KEY_S = 0.5
 """A terminal and a launcher may both hand one Ctrl-C on; what comes within this time is one."""
 
@@ -176,4 +178,15 @@ def leave(number: int, when: str) -> None:
 
 
 def _leave_setup(number: int, frame: FrameType | None) -> None:
+    for other in LEAVE_SIGNALS:  # what comes back from the launcher must not cut the leaving short
+        signal.signal(other, signal.SIG_IGN)
+    _tell_launcher()
     leave(number, "before the first step")
+
+
+def _tell_launcher() -> None:
+    """Have the launcher hand SIGTERM on: the other ranks would wait for this one, whose status is 0."""
+    launcher = os.getppid()
+    if os.environ.get(LAUNCHER_VARIABLE) == str(launcher):
+        with contextlib.suppress(OSError):
+            os.kill(launcher, signal.SIGTERM)

@@ -52,6 +52,8 @@ def find_family(config: Mapping[str, Any], name: str) -> Family:
     Raises: ConfigError: no family, or architecture and model type name two; lists those known.
     """
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise ConfigError(f"{name}: architectures is {architectures!r}; it must be a list of names")
     model_type = config.get("model_type")
     for family in FAMILIES:
         is_named = architectures[:1] == [family.architecture] or not architectures

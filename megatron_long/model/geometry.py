@@ -73,7 +73,7 @@ class LlamaGeometry:
 
     def __post_init__(self) -> None:
         for name in _POSITIVE_FIELDS:
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be more than 0")
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
@@ -244,7 +244,7 @@ def read_hf_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} does not exist; {remedy}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = f"{path} is not JSON: {error}; "
         remedy = (
             "download it again" if path.suffix == ".json" else "give the folder that it lies in"

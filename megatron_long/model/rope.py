@@ -66,9 +66,9 @@ class BaseRope:
         for field in fields(self):
             value = getattr(self, field.name)
             is_allowed = value >= 0 if field.name == "mscale" else value > 0
-            if not (isinstance(value, bool) or is_allowed):
+            if not (isinstance(value, bool) or (is_allowed and value < math.inf)):
                 raise ConfigError(
-                    f"RoPE {self.method}: {field.name} is {value}; it must be above 0"
+                    f"RoPE {self.method}: {field.name} is {value}; it must be above 0 and finite"
                 )
         factor = getattr(self, "factor", 1.0)
         if factor < 1.0:

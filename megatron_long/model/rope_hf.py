@@ -24,6 +24,8 @@ from megatron_long.model.rope import METHODS, PLAIN_ROPE, BaseRope, attention_sc
 DEFAULT_BASE = 10_000.0
 OLD, NEW = "rope_scaling", "rope_parameters"
 ORIGINAL_LENGTH = "original_max_position_embeddings"
+_LARGEST = 1 << 62
+"""Of any length or factor: above it arithmetic in whole numbers of 64 bits, as in transformers, ends."""
 _TYPES_WITH_ORIGINAL_LENGTH = ("yarn", "llama3")
 
 
@@ -169,14 +171,18 @@ def check_number(value: Any, key: str, what: str) -> float:
     """Give a value of a configuration, which must be a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{what}: {key} is {value!r}; it must be a number")
+    if not abs(value) <= sys.float_info.max:  # NaN, infinity, or a whole number beyond both
+        raise ConfigError(f"{what}: {key} is {value!r:.40}; it must be a finite number")
     return value
 
 
 def _positive(value: Any, key: str, what: str) -> float:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
-    if number > 0:
+    if 0 < number <= _LARGEST:
         return number
-    raise ConfigError(f"{what}: {key} is {value!r}; it must be a number above 0")
+    raise ConfigError(
+        f"{what}: {key} is {value!r}; it must be a number above 0, at most {_LARGEST:,}"
+    )
 
 
 def _shown(parameters: Mapping[str, Any]) -> dict[str, Any]:

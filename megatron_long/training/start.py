@@ -96,6 +96,17 @@ def find_start(arguments: LongContextArguments, args: Namespace) -> Start:
     return Start(choice, resumes, data, times, facts.get("guard", {}), weights)
 
 
+def check_save_again(start: Start, args: Namespace) -> None:
+    """Refuse a folder that another job made, saved to and left between `find_start` and `hold_save`.
+
+    Every process of the job calls it, once the folder is held: one that was missing before could not be.
+
+    Raises: ConfigError: it holds checkpoints that this start knows nothing of.
+    """
+    if not (start.resumes and _same_folder(args.load, args.save)):
+        rendezvous.from_first(lambda: _refuse_used_save(args))
+
+
 def _refuse_used_save(args: Namespace) -> list[str]:
     """Refuse to write among another run's checkpoints: later steps would stay, equal ones be overwritten."""
     saved = saved_iterations(Path(args.save))

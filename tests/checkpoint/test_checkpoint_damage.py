@@ -158,6 +158,15 @@ def test_a_tracker_that_was_set_back_needs_the_flag(copy, tiny_dataset):
     assert load(copy, tiny_dataset, "--ckpt-step", 2).iteration == 2
 
 
+@pytest.mark.parametrize("content", [b"\x80\x04", b"{", b"[]", b"[" * 100_000])
+def test_without_hashes_a_damaged_training_json_is_named(content, copy, tiny_dataset):
+    for path in (copy, copy / NEWEST, copy / "iter_0000002"):
+        (path / "hashes.json").unlink()
+    (copy / NEWEST / "training.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"training\.json is damaged: it holds no JSON object"):
+        load(copy, tiny_dataset)
+
+
 def test_nothing_whole_left(copy, tiny_dataset):
     for name in (NEWEST, "iter_0000002"):
         flip(copy / name / "__0_0.distcp", random.Random(2))
@@ -184,6 +193,11 @@ def cut_metadata(folder: Path, name: str = NEWEST) -> None:
     leave_half_a_save(folder, name)
     (folder / name / ".metadata").write_bytes(b"index")
     (folder / name / "metadata.json").write_text('{"sharded_backend": ')
+
+
+def test_a_step_that_was_not_saved_is_told_with_those_that_were(copy, tiny_dataset):
+    with pytest.raises(ConfigError, match=r"no checkpoint of that step; it has 4, 2\. Give one"):
+        load(copy, tiny_dataset, "--ckpt-step", 3)
 
 
 @pytest.mark.parametrize("leave", [leave_a_cut_save, leave_half_a_save, cut_metadata])

@@ -42,3 +42,29 @@ def test_the_next_start_works(fault, more, status, flags, jobs, tmp_path, monkey
     assert sorted(path.name for path in out.glob("*iter_0*")) == ["iter_0000002", "iter_0000004"]
     assert check_whole(out / "iter_0000002")
     assert check_whole(out / "iter_0000004")
+
+
+def test_a_job_that_saved_while_this_one_waited_for_the_folder(tmp_path, monkeypatch, tiny_dataset):
+    """Both were started at once, in a folder that was not there: it could not be held at the first look."""
+    from megatron_long.training.start_log import StartLog
+    from tests.training.conftest import FLAGS
+
+    from megatron_long import pretrain
+    from megatron_long.errors import ConfigError
+    from tests.fake_checkpoints import write_fake_checkpoint
+
+    out = tmp_path / "out"
+    looked, hold = [], pretrain.hold_save
+
+    def hold_after_the_other(save):
+        looked.append(save)
+        if len(looked) == 2:
+            write_fake_checkpoint(out, 6)
+        hold(save)
+
+    monkeypatch.setattr(pretrain, "hold_save", hold_after_the_other)
+    monkeypatch.setattr(pretrain, "_train", lambda *words: looked.append("trained"))
+    argv = [*FLAGS, "--dataset", str(tiny_dataset), "--allow-repeat", "--train-iters", "9"]
+    with StartLog(verbose=True) as log, pytest.raises(ConfigError, match="up to step 6"):
+        pretrain._run([*argv, "--save", str(out)], log)
+    assert "trained" not in looked

@@ -201,6 +201,13 @@ def test_missing_and_left_over_tensors(llama_copy, edit_weights):
     expect_refusal(llama_copy, DataError, f"lacks {NORM}")
 
 
+def test_more_layers_than_tensors_are_refused_at_once(llama_copy):
+    """The names of 10^30 layers would never be through."""
+    path = llama_copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10**30}))
+    expect_refusal(llama_copy, DataError, "too few for the 1,000,000,.* layers")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_no_numbers_are_named(llama_copy, edit_weights, value):
     def damage(tensors: dict[str, torch.Tensor]) -> None:

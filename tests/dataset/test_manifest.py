@@ -48,6 +48,10 @@ def test_absent_and_damaged_manifests(dataset, tmp_path):
         (dataset / "manifest.json").write_text(content, "utf-8")
         with pytest.raises(DataError, match="is damaged"):
             read_manifest(dataset)
+    (dataset / "manifest.json").write_bytes(b"\xff" * 10_000)
+    with pytest.raises(DataError, match="is damaged") as caught:
+        read_manifest(dataset)
+    assert len(str(caught.value)) < 1_000
 
 
 def test_edited_manifest_and_other_version(dataset):

@@ -466,6 +466,21 @@ def test_loss_errors(name, run, opened, checkpoint, tiny_dataset, tmp_path, caps
     assert not (tmp_path / "loss.json").exists()
 
 
+def test_a_changed_byte_of_held_out_documents_is_found(
+    run, opened, checkpoint, tiny_dataset, tmp_path, capsys
+):
+    dataset = tmp_path / "data"
+    shutil.copytree(tiny_dataset, dataset)
+    path = dataset / "valid" / "Book.bin"
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+    standard = loss_flags(checkpoint, dataset, tmp_path / "loss.json")
+    assert run("loss", *standard, "--context-length", 64) == 2
+    assert "valid/Book.bin is damaged" in " ".join(capsys.readouterr().err.split())
+    assert opened == []
+
+
 NEEDLE_ERRORS = {
     "missing checkpoint": (["--checkpoint", "nowhere"], "--checkpoint nowhere does not exist"),
     "missing haystack": (["--haystack", "nowhere.txt"], "--haystack nowhere.txt is not a file"),

@@ -167,6 +167,38 @@ def test_a2a_and_p2p_counts_the_heads_of_a_tensor_parallel_rank():
 
 
 @pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--save-minutes nan", "--save-minutes nan is not a finite number"),
+        ("--save-minutes inf", "--save-minutes inf is not a finite number"),
+        ("--spike-deviations nan", "--spike-deviations nan is not a finite number"),
+        ("--hang-timeout inf", "--hang-timeout inf is not a finite number"),
+        ("--clip-grad nan", "--clip-grad nan is not a finite number"),
+        ("--lr inf", "--lr inf is not a finite number"),
+        ("--clip-grad -1", "--clip-grad -1.0 is out of range; it must be at least 0"),
+        ("--weight-decay -1", "--weight-decay -1.0 is out of range"),
+        ("--adam-beta1 1", "--adam-beta1 1.0 is out of range; it must be at least 0 and below 1"),
+        ("--adam-eps 0", "--adam-eps 0.0 is out of range; it must be above 0"),
+        ("--hidden-dropout 2", "--hidden-dropout 2.0 is out of range"),
+        ("--lr-warmup-iters -1", "--lr-warmup-iters -1 is out of range"),
+        ("--lr-warmup-fraction -1", "--lr-warmup-fraction -1.0 is out of range"),
+        ("--num-workers -1", "--num-workers -1 is out of range"),
+        ("--eval-iters -1", "--eval-iters -1 is out of range"),
+        ("--init-method-std -1", "--init-method-std -1.0 is out of range"),
+        ("--seed 0", "--seed 0 is out of range; it must be 1 to 4,000,000,000"),
+        ("--seed 99999999999", "--seed 99999999999 is out of range"),
+        ("--ckpt-step 0", "--ckpt-step 0 must be 1 or more"),
+        ("--ckpt-step -3", "--ckpt-step -3 must be 1 or more"),
+        ("--save-interval 0", "--save-interval 0 must be 1 or more"),
+        ("--rope-method linear --rope-factor inf", "factor is inf; it must be above 0 and finite"),
+        ("--rope-method llama3 --rope-factor inf", "factor is inf; it must be above 0 and finite"),
+    ],
+)
+def test_numbers_are_finite_and_in_range(flags, words):
+    assert words in refusal(flags)
+
+
+@pytest.mark.parametrize(
     ("flags", "minutes", "steps"),
     [
         ("", 30.0, None),

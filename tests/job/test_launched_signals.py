@@ -1,6 +1,7 @@
 """Signals to a launched run: from SLURM, from a terminal, and by hand; what it leaves behind."""
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -13,11 +14,13 @@ import pytest
 from megatron_long.checkpoint.choosing import check_whole
 from tests.launched import (
     GRACE_S,
+    REPOSITORY,
     TRACKER,
     Launched,
     Terminal,
     all_processes,
     count_lines,
+    end_all,
     tracked,
     wait_for_helpers,
     wait_until,
@@ -108,6 +111,42 @@ def test_nothing_of_a_killed_rank_is_left(flags, jobs, tmp_path):
         processes = wait_for_helpers(launched.launcher, tmp_path / "out")
         processes[1].kill()
         launched.check_left(1, processes)
+
+
+WAITING_RANK = """
+import os, pathlib, sys, time
+from megatron_long.training import signals
+signals.leave_before_training()
+path = pathlib.Path(sys.argv[1], os.environ["RANK"])
+path.with_suffix(".new").write_text(str(os.getpid()))
+path.with_suffix(".new").rename(path)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_one_rank_before_the_first_step_ends_all(number, tmp_path):
+    """The others would wait for it until a timeout of half an hour."""
+    script, ranks = tmp_path / "rank.py", [tmp_path / "0", tmp_path / "1"]
+    script.write_text(WAITING_RANK)
+    command = [sys.executable, "-m", "megatron_long.launch", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    launcher = subprocess.Popen(
+        [*command, script, tmp_path],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        wait_until(lambda: all(path.exists() for path in ranks))
+        os.kill(int(ranks[1].read_text()), number)
+        _, told = launcher.communicate(timeout=60)
+    finally:
+        end_all(launcher)
+    assert launcher.returncode == 0, told
+    assert "Traceback" not in told
+    assert f"{number.name} came before the first step" in told
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])

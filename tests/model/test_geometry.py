@@ -110,6 +110,13 @@ def test_llama3_scaling_is_taken() -> None:
         ({"num_attention_heads": 0, "num_key_value_heads": 1}, "num_attention_heads is 0"),
         ({"rope_theta": "big"}, "rope_theta is 'big'"),
         ({"rope_theta": -1.0}, "rotary_base is -1.0"),
+        ({"rope_theta": float("inf")}, "rotary_base is inf"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; it must be a finite number"),
+        ({"initializer_range": float("nan")}, "initializer_range is nan; it must be a finite"),
+        ({"architectures": 5}, "architectures is 5; it must be a list of names"),
+        ({"architectures": [None]}, "it must be a list of names"),
+        ({"rope_scaling": {"type": "linear", "factor": float("inf")}}, "number above 0, at most"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**30}}, "number above 0, at most"),
     ],
 )
 def test_what_megatron_cannot_stand_for_is_refused(change: dict[str, Any], message: str) -> None:
@@ -127,6 +134,9 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json does not exist"):
         geometry_from_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        geometry_from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="is not JSON"):
         geometry_from_hf(tmp_path)
     (tmp_path / "config.json").write_text("[]")

@@ -44,6 +44,8 @@ def lines_of(records):
         (b'{"text": "x", "source": "s"', "is not JSON"),
         (b'{"source": "s"}', "has no text string"),
         (b'{"text": "x"}', "has no source string"),
+        (b'{"text": "x", "source": "' + b"s" * 201 + b'"}', "has a source label too long"),
+        (('{"text": "x", "source": "' + "é" * 40 + '"}').encode(), "has a source label too long"),
     ],
 )
 def test_bad_lines_stop_or_are_listed(line, reason, config, tmp_path, records):

@@ -174,6 +174,13 @@ def test_malformed_upsampling(word, words):
     assert "write NAME=SHARE" in result.stderr
 
 
+def test_a_source_upsampled_twice(words):
+    twice = ("Book=0.5", "RedPajamaBook=0.2")
+    result = run_tool("preprocess_mix", *flags(words), "--strategy", "upsample-sources", *twice)
+    assert result.returncode == 2
+    assert "names RedPajamaBook twice" in " ".join(result.stderr.split())
+
+
 def test_progress_in_a_log_and_on_a_terminal(capsys, monkeypatch):
     from megatron_long.preprocess import progress_bar
     from megatron_long.preprocess.monitor import RunProgress

@@ -46,6 +46,9 @@ MISMATCH = re.compile(
     r"OptimizerParamScheduler: class input value (.*) and checkpoint ?value (.*) for (.*) do not match"
 )
 
+SPENT = re.compile(r"no samples left to consume: (\d+), (\d+)")
+"""Megatron's words for a smaller batch, after which the steps that are left have been trained already."""
+
 
 def schedule_error(load: str, message: str) -> ConfigError | None:
     """Give Megatron's refusal of another schedule in the words of the flags; None for another error.
@@ -53,7 +56,14 @@ def schedule_error(load: str, message: str) -> ConfigError | None:
     >>> text = "OptimizerParamScheduler: class input value 8 and checkpointvalue 4 for learning rate"
     >>> str(schedule_error("out", text + " do not match"))[:71]
     '--load out was trained on another schedule: --lr was 4, and now it is 8'
+    >>> str(schedule_error("out", "no samples left to consume: 16, 12"))[:43]
+    '--load out has read 16 windows already, and'
     """
+    if spent := SPENT.fullmatch(message):
+        return ConfigError(
+            f"--load {load} has read {spent[1]} windows already, and --train-iters * --global-batch-size "
+            f"asks for {spent[2]} in all: nothing would be left to train; raise --train-iters"
+        )
     found = MISMATCH.fullmatch(message)
     if found is None:
         return None
