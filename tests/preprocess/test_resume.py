@@ -152,7 +152,7 @@ def stop_early(config, output, monkeypatch):
     ("changes", "named"),
     [
         ({"seed": 1}, "seed: 0 before, 1 now"),
-        ({"on_bad_document": "skip"}, "on_bad_document"),
+        ({"token_dtype": "int32"}, "token_dtype: auto before, int32 now"),
         ({"mixture": Mixture(train_tokens=8000)}, "mixture"),
     ],
 )
