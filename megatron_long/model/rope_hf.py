@@ -14,6 +14,7 @@ Source: `transformers` 5.23, `modeling_rope_utils.py` (`convert_rope_params_to_d
 `LlamaConfig`: `rope_parameters` is not known there, and `type` goes over `rope_type`.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
