@@ -43,6 +43,7 @@ from megatron_long.training.callbacks.save_clock import SaveByTime, SaveClock
 from megatron_long.training.callbacks.step_logs import EndStartLog, LossLog
 from megatron_long.training.start import (
     Start,
+    check_loss_log,
     check_optimizer,
     check_save_again,
     check_writable,
@@ -123,6 +124,7 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
         loading_hooks.load_from(start.choice, args)
     megatron_adapter.validate_flags(args)
     check_optimizer(start, args)
+    check_loss_log(arguments.loss_log, args.rank == args.world_size - 1)
     if args.save:
         check_writable(Path(args.save))
         hold_save(args.save)
