@@ -55,6 +55,13 @@ def check_numbers(args: Namespace) -> None:
             if value is not None and not holds(value):
                 raise ConfigError(f"{_flag(name)} {value} is out of range; it must be {rule}")
     _check_samples(args)
+    starts = (args.load, args.pretrained_checkpoint, getattr(args, "hf_checkpoint", None))
+    for name in ("init_method_std", "embedding_init_method_std"):
+        if getattr(args, name) == 0 and not any(starts):
+            raise ConfigError(
+                f"{_flag(name)} 0 gives random weights that are all 0, whose gradients are 0 at every step; "
+                "give one above 0, or start from a checkpoint"
+            )
 
 
 def _check_samples(args: Namespace) -> None:
