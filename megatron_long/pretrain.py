@@ -33,6 +33,7 @@ from megatron_long.flags.arguments import LongContextArguments, check_export
 from megatron_long.flags.backend import detect_backend, join_or_start_job
 from megatron_long.job import rendezvous
 from megatron_long.job.hang_monitor import check_monitor_is_there
+from megatron_long.job.leaving import leave_together
 from megatron_long.job.side_output import keep_standard_streams
 from megatron_long.job.start_log import StartLog
 from megatron_long.job.watchdog import Watchdog
@@ -95,7 +96,9 @@ def prepare(
     from megatron_long.engine import megatron_adapter
 
     megatron_adapter.check_version()
-    arguments, args = parse(user_argv, detect_backend(), join_or_start_job())
+    world_size = join_or_start_job()
+    leave_together(signals.leave_with_others)
+    arguments, args = parse(user_argv, detect_backend(), world_size)
     check_monitor_is_there(args)
     hold_save(args.save)
     return arguments, args, find_start(arguments, args)
