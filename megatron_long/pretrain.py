@@ -118,7 +118,7 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
         if arguments.export_hf and not Path(arguments.export_hf).exists():
             _export(arguments, args)
         return 0
-    check_export(arguments.export_hf)
+    rendezvous.from_first(functools.partial(check_export, arguments.export_hf))
     check_before_training(args)
     live = plan_live_evaluation(args, arguments.dataset, tokenizer_dir(arguments, args))
     megatron_adapter.install_patches(output_layer_is_called=arguments.megatron_loss)

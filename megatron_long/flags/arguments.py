@@ -263,17 +263,25 @@ def check_start_and_end(arguments: LongContextArguments, args: Namespace) -> Non
         raise ConfigError("--export-hf writes the checkpoint saved last; give --save too")
 
 
-def check_export(folder: str | None) -> None:
-    """Refuse to train for an export that has no place.
+def check_export(folder: str | None) -> list[str]:
+    """Refuse to train for an export that has no place; for the process that writes it.
 
-    Raises: ConfigError: something lies there.
+    Returns: Nothing, for `rendezvous.from_first`.
+    Raises: ConfigError: something lies there, or nothing can be made there.
     """
-    path = Path(folder) if folder else None
+    path = Path(folder).absolute() if folder else None
+    above = next((parent for parent in path.parents if parent.exists()), path) if path else None
+    if above and not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ConfigError(
+            f"--export-hf {path} cannot be made: {above} is a file, or may not be written to; give "
+            "another path"
+        )
     if path and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(
             f"--export-hf {path} exists already; results are never overwritten silently: give another "
             "path, or remove it"
         )
+    return []
 
 
 def check_files(arguments: LongContextArguments, args: Namespace) -> None:
