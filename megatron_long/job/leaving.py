@@ -21,9 +21,10 @@ _stores: list[Any] = []
 def leave_together(leave: Callable[[], None]) -> None:
     """Call `leave` in a thread as soon as another process of the job tells that it leaves (`tell_others`).
 
-    Each process of a job calls it when it knows its number; waits for the store.
+    Each process of a job calls it when it knows its number; waits for the store. Only where a launcher keeps
+    the store: one that a rank keeps would end with it.
     """
-    if rendezvous.share()[1] == 1 or _stores:
+    if not _has_launcher_store() or rendezvous.share()[1] == 1 or _stores:
         return
     waiting = rendezvous.connect(NAME)
     _stores.append(rendezvous.connect(NAME))
@@ -46,8 +47,12 @@ def tell_others() -> None:
     if _stores:
         with contextlib.suppress(Exception):
             _stores.pop().set(KEY, "")
-    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and _has_other_nodes():
+    elif _has_launcher_store() and _has_other_nodes():
         os.execv(sys.executable, [sys.executable, "-m", __name__])
+
+
+def _has_launcher_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _has_other_nodes() -> bool:
