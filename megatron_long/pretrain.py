@@ -20,6 +20,7 @@ from megatron_long.job import signals
 
 if __name__ == "__main__":
     signals.leave_before_training()  # the imports below take a while
+    signals.leave_with_launcher()
 
 from megatron_long.checkpoint.saving import CheckpointKeeper
 from megatron_long.cli import run_tool

@@ -12,6 +12,7 @@ the rank's handlers, which only take a note; spawned ones would die of the signa
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -32,6 +33,8 @@ INTERRUPTED_STATUS = 130
 """Exit status after a second Ctrl-C."""
 LAUNCHER_VARIABLE = "MEGATRON_LONG_LAUNCHER"
 """Holds the process id of `megatron_long.launch`, which sets it for the ranks."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl(2)."""
 SAME_KEY_S = 0.5
 """A terminal and a launcher may both hand one Ctrl-C on; what comes within this time is one."""
 
@@ -39,6 +42,19 @@ SAME_KEY_S = 0.5
 def leave_before_training() -> None:
     """End with status 0 on a signal that comes while the run is still being set up."""
     set_handlers(_leave_setup)
+
+
+def leave_with_launcher() -> None:
+    """Get SIGTERM when the launcher is gone, even by SIGKILL, so that this rank saves and leaves.
+
+    Else it would train on, and keep `--save` and its GPU from the next start.
+    """
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    if launcher is None or launcher != str(os.getppid()):
+        return  # started in another way, as by a monitor in between
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if launcher != str(os.getppid()):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def watch(note: Callable[[], None]) -> None:
@@ -194,7 +210,11 @@ def _leave_setup(number: int, frame: FrameType | None) -> None:
     _tell_launcher()
     _say_nothing_to_save(number, "before the first step")
     tell_others()
-    sys.exit(0)
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    end_at_once(
+        0
+    )  # SystemExit would be lost in a bare `except` around an import, as Megatron has them
 
 
 def _tell_launcher() -> None:

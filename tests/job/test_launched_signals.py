@@ -113,6 +113,21 @@ def test_nothing_of_a_killed_rank_is_left(flags, jobs, tmp_path):
         launched.check_left(1, processes)
 
 
+@pytest.mark.slow
+def test_ranks_save_and_leave_when_the_launcher_was_killed(flags, jobs, tmp_path):
+    """Training on, they would hold the folder, and the same command could not start again."""
+    more = (*flags, "--save-interval", 100_000, "--train-iters", 100_000)
+    with Launched(jobs.dataset, *more) as launched:
+        wait_until(lambda: count_lines(tmp_path / "log.jsonl") > 0)
+        _, *processes = all_processes(launched.launcher)
+        launched.launcher.kill()
+        assert launched.launcher.wait(GRACE_S) == -signal.SIGKILL
+        assert psutil.wait_procs(processes, GRACE_S)[1] == []
+    out = tmp_path / "out"
+    assert tracked(out) == count_lines(tmp_path / "log.jsonl")
+    assert check_whole(out / f"iter_{tracked(out):07d}")
+
+
 WAITING_RANK = """
 import os, pathlib, sys, time
 from megatron_long.job import signals
@@ -147,6 +162,18 @@ def test_a_signal_to_one_rank_before_the_first_step_ends_all(number, tmp_path):
     assert launcher.returncode == 0, told
     assert "Traceback" not in told
     assert f"{number.name} came before the first step" in told
+
+
+def test_a_signal_before_the_first_step_is_not_lost_in_a_bare_except():
+    """As around the optional imports of packages."""
+    script = "from megatron_long.job import signals; signals.leave_before_training()\n"
+    script += "import time\ntry:\n    print('on', flush=True); time.sleep(600)\nexcept:\n    pass\n"
+    command = [sys.executable, "-c", script + "raise SystemExit(5)"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "on\n"
+    process.terminate()
+    assert process.wait(GRACE_S) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
