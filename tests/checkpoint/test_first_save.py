@@ -32,7 +32,7 @@ def test_the_next_start_works(fault, more, status, flags, jobs, tmp_path, monkey
     out = tmp_path / "out"
     same = (*flags, "--save-interval", 2, "--exit-interval", 4, *more)
     told = jobs.run(1, *same, faults=[fault], status=status).text
-    assert ("could not be saved" in told) is (fault is FULL)
+    assert ("checkpoint could not be saved; there is none" in told) is (fault is FULL)
     assert bool(list(out.glob(".iter_*.partial"))) is (fault is KILL)
     assert saved_iterations(out) == []
     words = ["check_layout.py", "--world-size", 1, *FLAGS, "--dataset", jobs.dataset, *same]
