@@ -25,7 +25,7 @@ from megatron_long.planning.layout_parity import (
 )
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.epilog = "All flags of megatron_long.pretrain, ours and Megatron's, are taken."
     parser.add_argument("--world-size", type=int, required=True, help="processes of the job")
@@ -39,7 +39,11 @@ def main() -> int:
         "--gpu", help=f"kind of GPU, where this machine has none: {', '.join(GPUS)}"
     )
     parser.add_argument("--work-dir", type=Path, help="keep what --compare writes here")
-    arguments, argv = parser.parse_known_args()
+    return parser
+
+
+def main() -> int:
+    arguments, argv = build_parser().parse_known_args()
 
     from megatron_long.engine import host_backend
 
