@@ -1,4 +1,4 @@
-"""What a conversion may be asked for, and what it says when it is done."""
+"""Options of a conversion, and its report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every conversion may be asked for."""
+    """Options of every conversion."""
 
     dtype: str = KEEP
     """One of `DTYPES`, the type to store."""
@@ -47,7 +47,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """What a conversion did, or would do."""
+    """Report of a conversion, or of a dry run."""
 
     output: Path
     num_tensors: int
@@ -58,11 +58,11 @@ class ConversionReport:
     geometry: LlamaGeometry
     is_verified: bool = False
     logits_difference: float | None = None
-    """Of the largest logit; None where logits were not compared."""
+    """Relative to the largest logit; None if logits were not compared."""
     weights: str = ""
-    """Which of the checkpoint's weights these are, where it has two kinds."""
+    """Which of the checkpoint's weights these are, if it has two kinds."""
     losses: tuple[str, ...] = ()
-    """What the input does not give back of the original model, in sentences."""
+    """What the input has lost of the original model, in sentences."""
 
     def describe(self, *, is_dry_run: bool) -> str:
         """Say in one paragraph what was written, and what the input could not give."""

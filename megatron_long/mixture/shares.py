@@ -1,4 +1,4 @@
-"""How many tokens each source gets: shares as asked, and whole-token budgets made of them."""
+"""How many tokens each source gets: the requested shares, and whole-token budgets."""
 
 import math
 import re
@@ -32,7 +32,7 @@ SHARES_RULE = (
 )
 
 MAX_SHARES_CHARS = 1 << 20
-"""More is no list of shares; YAML's reader takes quadratic time for some texts."""
+"""A list of shares is shorter; YAML's reader takes quadratic time for some texts."""
 
 
 def parse_token_count(text: str, flag: str = "--train-tokens") -> int:
@@ -79,7 +79,7 @@ def parse_shares(words: Sequence[str]) -> dict[str, float]:
 
 
 KEYS = {"shares", "missing_sources"}
-"""What a YAML file of shares may hold."""
+"""Allowed keys of a YAML file of shares."""
 
 
 def read_shares(path: Path) -> tuple[dict[str, float], str]:
@@ -110,8 +110,8 @@ def read_shares(path: Path) -> tuple[dict[str, float], str]:
         valid = isinstance(share, int | float) and not isinstance(share, bool)
         if not valid or not 0 <= share < math.inf:
             raise ConfigError(
-                f"--source-shares {path}: share of {label} is {share!r}; a share is a number from 0 "
-                "(which leaves the source out) up"
+                f"--source-shares {path}: share of {label} is {share!r}; a share is a number of at least 0 "
+                "(0 excludes the source)"
             )
         name = canonical_source(str(label))
         if name in numbers:
@@ -123,11 +123,11 @@ def read_shares(path: Path) -> tuple[dict[str, float], str]:
 def resolve_shares(
     named: str | Mapping[str, float], missing_sources: str, tokens_in: Mapping[str, int]
 ) -> dict[str, float]:
-    """Give the share of each source of the corpus; they sum to 1.
+    """Return the share of each source of the corpus; they sum to 1.
 
     Args:
         named: `natural`, `slimpajama`, or the share of each source.
-        missing_sources: `error`, or `drop` to leave out shares of sources that the corpus lacks.
+        missing_sources: `error`, or `drop` to drop shares of sources that the corpus lacks.
         tokens_in: Tokens of each source in the corpus.
     Raises: ConfigError: shares of unknown sources, sources without a share, or no share above 0.
     """
@@ -146,7 +146,7 @@ def resolve_shares(
     if unnamed:
         raise ConfigError(
             f"--source-shares gives no share to {', '.join(unnamed)} of the corpus; give a YAML file "
-            "with a share for each (0 leaves a source out)"
+            "with a share for each (0 excludes a source)"
         )
     total_share = sum(asked[name] for name in tokens_in)
     if total_share <= 0:
