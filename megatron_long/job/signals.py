@@ -187,7 +187,7 @@ def leave_with_others() -> None:
 
 
 def _say_nothing_to_save(number: int, when: str) -> None:
-    _write_line(f"{signal.Signals(number).name} came {when}: nothing to save")
+    _write_line(f"{signal.Signals(number).name} received {when}: nothing to save")
 
 
 def _leave_setup(number: int, frame: FrameType | None) -> None:
