@@ -17,19 +17,19 @@
 #
 # CHECKPOINT   Megatron checkpoint to start from (tools/convert_checkpoint.py hf-to-megatron)
 # DATASET      folder that tools/preprocess_mix.py wrote
-# OUTPUT       checkpoints, TensorBoard and losses; started again, the run goes on from the newest there
+# OUTPUT       checkpoints, TensorBoard and losses; a second start resumes from the newest checkpoint there
 # RECIPE       llama3_8b_128k (default), llama2_7b_80k, llama2_7b_128k, llama2_13b_64k, llama3_70b_128k
-# KEEP_LAST    newest checkpoints that are kept (default: 3; 0 keeps all; one of an 8B model takes 112 GB)
+# KEEP_LAST    number of newest checkpoints to keep (default: 3; 0 keeps all; one of an 8B model takes 112 GB)
 # NPROC_PER_NODE  processes on each node (default: its GPUs; 1 without any, outside SLURM)
 # MASTER_PORT  where the nodes of a SLURM job meet (default: 20000 + the job's number modulo 20000)
 # PYTHON       interpreter (default: python3)
-# REQUEUE=0    do not queue the job again when its time limit comes
-# DRY_RUN=1    print the command and leave
+# REQUEUE=0    do not requeue the job at its time limit
+# DRY_RUN=1    print the command and exit
 #
 # A checkpoint is written every 30 minutes (--save-minutes; --save-interval counts steps instead). Inside SLURM
 # each node writes OUTPUT/logs/JOB-NODE.log. Fifteen minutes before the time limit (--signal above: time for the
-# present step, up to 3 minutes on one node of eight H100, and for the save) the run is told to save and leave,
-# and the job goes back into the queue and resumes from there. It does the same after a lost node.
+# current step, up to 3 minutes on one node of eight H100, and for the save) the run is signaled to save and exit,
+# and the job is requeued and resumes from that checkpoint. It is also requeued after a node failure.
 set -euo pipefail
 
 need() {
@@ -40,7 +40,7 @@ need DATASET "the folder of tools/preprocess_mix.py"
 need OUTPUT "the folder for checkpoints and logs"
 RECIPE=${RECIPE:-llama3_8b_128k}
 PYTHON=${PYTHON:-python3}
-# SLURM runs a copy of this script, so that its own place says nothing there: submit from the repository.
+# SLURM runs a copy of this script, so its own path is not in the repository: submit from the repository.
 REPOSITORY=${REPOSITORY:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}
 NUM_NODES=${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}
 
@@ -89,7 +89,7 @@ if [ "${SLURM_JOB_ID:-}" ]; then
             "the job's number" >&2
         exit 2
     fi
-    # A step of one task would be bound to one core. --kill-on-bad-exit takes its value only behind "=".
+    # A step of one task would be bound to one core. --kill-on-bad-exit accepts its value only after "=".
     LAUNCH=(srun --nodes="$NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1
         --open-mode=append --output="$OUTPUT/logs/%j-%N.log" "${LAUNCH[@]}" --nnodes "$NUM_NODES"
         --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$HEAD_NODE:$PORT")
@@ -109,11 +109,11 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     exec "${COMMAND[@]}"
 fi
 
-# One node checks what all would find wrong; on a single machine training's first process checks the same.
+# Check once, before all nodes start; on a single machine training's first process does the same checks.
 "$PYTHON" "$REPOSITORY/tools/check_layout.py" --world-size $((NUM_NODES * NPROC_PER_NODE)) "${TRAIN_ARGS[@]}"
 
-# The shell alone gets SLURM's signal and hands it on as SIGUSR1, which srun sends to every node. SIGTERM would
-# make srun kill the step at once, before anything is saved.
+# Only the shell gets SLURM's signal; it forwards SIGUSR1, which srun sends to every node. SIGTERM would make srun
+# kill the step at once, before anything is saved.
 mkdir -p "$OUTPUT/logs"
 echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $NUM_NODES nodes: logs in $OUTPUT/logs"
 TIME_IS_UP=0

@@ -1,4 +1,4 @@
-"""What every command-line tool shares: errors of the user become one paragraph and exit status 2."""
+"""Shared by all command-line tools: user errors become one paragraph and exit status 2."""
 
 import argparse
 import errno
@@ -16,7 +16,7 @@ USER_ERROR_STATUS = 2
 
 
 def tool_parser(documentation: str | None) -> argparse.ArgumentParser:
-    """Give a tool's parser: its docstring's first paragraph before the flags, the rest after them.
+    """Return a tool's parser: its docstring's first paragraph before the flags, the rest after them.
 
     Flags must be written out: an abbreviation would mean another flag as soon as one is added.
     """
@@ -32,10 +32,10 @@ def tool_parser(documentation: str | None) -> argparse.ArgumentParser:
 def length_tokens(text: str) -> int:
     """Read a length of a window, a document or a batch row, in tokens; for argparse's `type`.
 
-    K and M are 1,024 and 1,024^2, as in the names of contexts: 128K is 131,072. Amounts of tokens, as
-    --train-tokens, take thousands (`mixture.shares.parse_token_count`).
+    K and M are 1,024 and 1,024^2, as in context lengths: 128K is 131,072. Token counts, such as
+    --train-tokens, use thousands (`mixture.shares.parse_token_count`).
 
-    Raises: argparse.ArgumentTypeError: no whole number of tokens, or none at all.
+    Raises: argparse.ArgumentTypeError: not a positive whole number of tokens.
 
     >>> length_tokens("64K"), length_tokens("128k"), length_tokens("1M"), length_tokens("81920")
     (65536, 131072, 1048576, 81920)
@@ -58,7 +58,7 @@ def run_tool(main: Callable[[], int | None], *, prints_result: bool = True) -> i
 
     Args:
         main: The tool; returns None or an exit status.
-        prints_result: Whether the tool has done its work when nobody reads its output any more, as with
+        prints_result: Whether the tool has done its work when its output is closed, as with
             `| head`; training has not.
     Returns: 0 or what `main` returned; 2 after a `UserError`; 130 after Ctrl-C.
     """
@@ -73,7 +73,7 @@ def run_tool(main: Callable[[], int | None], *, prints_result: bool = True) -> i
         return _tell(f"{odd[0]!a} has bytes that are not UTF-8; give another path")
     except BrokenPipeError:
         if not prints_result or not _nobody_reads_stdout():
-            raise  # the pipe of something else, as of a process that has died
+            raise  # another pipe, such as that of a process that has died
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -94,7 +94,7 @@ def _tell(message: str) -> int:
 
 
 def _is_first_to_tell() -> bool:
-    """Whether no other rank of this node has told its error; the claim lies in torchrun's own folder."""
+    """Whether no other rank of this node has printed its error; the claim is in torchrun's own folder."""
     own_file, rank = os.environ.get("TORCHELASTIC_ERROR_FILE"), os.environ.get("LOCAL_RANK")
     if rank is None or not own_file:  # ATTEMPT/RANK/error.json
         return rank in (None, "0")
@@ -110,7 +110,7 @@ def _is_first_to_tell() -> bool:
 def _nobody_reads_stdout() -> bool:
     try:
         stdout = sys.stdout.fileno()
-    except (AttributeError, OSError):  # none, or replaced by something that is no file
+    except (AttributeError, OSError):  # none, or replaced by an object that is not a file
         return False
     errors = select.poll()
     errors.register(stdout, 0)  # errors are always reported

@@ -1,11 +1,11 @@
-"""What was before against what is now: every value that differs, with its name, before and now."""
+"""Comparison of old and new values: every value that differs, with its name, before and now."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 
 class Difference(NamedTuple):
-    """A value that is not what it was; None where it is missing."""
+    """A value that has changed; None if it is missing."""
 
     name: str
     before: Any
@@ -15,7 +15,7 @@ class Difference(NamedTuple):
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str] | None = None
 ) -> list[Difference]:
-    """Give what differs, in the order of `names` (None: of `before`, then of what `now` has more).
+    """Return what differs, in the order of `names` (None: of `before`, then of what `now` has more).
 
     >>> differences({"seed": 0, "size": 1}, {"seed": 5, "size": 1, "new": True})
     [Difference(name='seed', before=0, now=5), Difference(name='new', before=None, now=True)]
@@ -30,7 +30,7 @@ def format_differences(
     show: Callable[[Any], str] = str,
     pattern: str = "{}: {} before, {} now",
 ) -> str:
-    """Write differences out for a message.
+    """Format differences for a message.
 
     >>> format_differences([Difference("seed", 0, 5), Difference("engine", "a", "b")])
     'seed: 0 before, 5 now; engine: a before, b now'

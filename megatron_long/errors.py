@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix: each says what is wrong, the value seen, the rule, the remedy."""
+"""Errors for the user to fix: each says what is wrong, the value seen, the rule, the remedy."""
 
 
 class UserError(Exception):
@@ -10,4 +10,4 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """An input file is missing, damaged or not what it should be; names `file:line` where it can."""
+    """An input file is missing, damaged or invalid; names `file:line` if possible."""

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write next to the target, fsync, rename."""
+"""Atomic files and folders: write next to the target, fsync, rename."""
 
 import contextlib
 import os
@@ -9,18 +9,18 @@ from pathlib import Path
 from megatron_long.errors import ConfigError
 
 REPLACED_SUFFIX = ".old"
-"""Of a folder that makes room for a new one of its name."""
+"""Suffix of a folder that is being replaced."""
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, directory: bool = False) -> Iterator[Path]:
-    """Give a temporary sibling of `path` that becomes `path` when the block ends well.
+    """Yield a temporary sibling of `path` that is renamed to `path` when the block succeeds.
 
-    On an exception the temporary file or folder is removed and `path` is left as it was. An existing
+    On an exception the temporary file or folder is removed and `path` is unchanged. An existing
     file is replaced; an existing folder is swapped out and removed after the new one is in place.
 
     Args:
-        path: The final name; its parent folder is made if missing.
+        path: The final name; its parent folder is created if missing.
         directory: Whether the target is a folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,14 +38,14 @@ def atomic_path(path: Path, *, directory: bool = False) -> Iterator[Path]:
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Make a finished file or folder of the same file system into `path`, replacing what is there."""
+    """Rename a finished file or folder of the same file system to `path`, replacing an existing one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _sync(temporary)
     _replace(temporary, path)
 
 
 def append_whole(path: Path, text: str) -> None:
-    """Append text to a file, made if missing; a write that fails leaves the file as it was.
+    """Append text to a file, created if missing; a failed write leaves the file unchanged.
 
     Raises: OSError: it could not be written, as on a full disk.
     """
@@ -64,7 +64,7 @@ def append_whole(path: Path, text: str) -> None:
 def refuse_overwrite(path: Path, *, force: bool, flag: str = "--output") -> None:
     """Raise unless `path` is free, an empty folder, or `force` is given.
 
-    Raises: ConfigError: `path` exists and holds something.
+    Raises: ConfigError: `path` exists and is not empty.
     """
     if force or not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
@@ -81,7 +81,7 @@ def _replace(temporary: Path, path: Path) -> None:
             os.rename(path, old)
             os.rename(temporary, path)
             shutil.rmtree(old)
-        except BaseException:  # a signal: one of the two folders keeps the name, whole
+        except BaseException:  # a signal: one of the two folders has the name, complete
             if not path.exists():
                 os.rename(old, path)
             shutil.rmtree(old, ignore_errors=True)
@@ -107,7 +107,7 @@ def _sync_one(path: Path) -> None:
 
 
 def remove_path(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -115,7 +115,7 @@ def remove_path(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder; killed in between, it is gone from its name all the same, never there in part."""
+    """Remove a folder; if this is interrupted, nothing partial is left under its name."""
     doomed = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     remove_path(doomed)
     path.rename(doomed)

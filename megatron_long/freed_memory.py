@@ -1,6 +1,6 @@
-"""What the C library does with freed memory: kept for the next batch or tensor, given back when a stage ends.
+"""The C library's freed memory: kept for the next batch or tensor, returned to the system after a stage.
 
-By default glibc returns large blocks to the system at once, and the system takes long to make new pages:
+By default glibc returns large blocks to the system at once, and the system is slow to allocate new pages:
 a few percent of tokenizing, and more than the disk takes to fill them. Elsewhere (musl, macOS) nothing is
 changed.
 """
@@ -17,14 +17,14 @@ KEPT_BYTES = 64 << 20
 
 @functools.cache
 def keep_batch_memory() -> None:
-    """Let this process use the memory of one batch of texts again for the next."""
+    """Make this process reuse the memory of one batch of texts for the next."""
     _set_malloc({M_TRIM_THRESHOLD: KEPT_BYTES, M_TOP_PAD: 16 << 20, M_MMAP_THRESHOLD: 32 << 20})
 
 
 def keep_tensor_memory() -> None:
-    """Let this process, which reads one large tensor after the other, reuse their memory."""
+    """Make this process, which reads one large tensor after the other, reuse their memory."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for torch's tensors
-    # With one arena, what one thread frees the others can take.
+    # With one arena, other threads can reuse what one thread frees.
     _set_malloc({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_ARENA_MAX: 1})
 
 
@@ -36,14 +36,14 @@ def _set_malloc(options: dict[int, int]) -> None:
 
 
 def give_memory_back() -> None:
-    """Let the system have what was freed."""
+    """Return freed memory to the system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def resident_bytes() -> int:
-    """Give the memory of this process that is in use."""
+    """Return the memory of this process that is in use."""
     import psutil
 
     return psutil.Process().memory_info().rss

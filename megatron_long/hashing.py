@@ -1,4 +1,4 @@
-"""Size and hash of files, as manifests and checkpoints record them."""
+"""Size and hash of files, as recorded in manifests and checkpoints."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ class FileInfo:
 
 
 def hash_file(path: Path) -> FileInfo:
-    """Give size and xxh3_128 of a file."""
+    """Return size and xxh3_128 of a file."""
     digest, size_bytes = xxhash.xxh3_128(), 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

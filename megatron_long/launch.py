@@ -1,12 +1,12 @@
-"""`torchrun` that lets training save and leave: `python -m megatron_long.launch [torchrun's arguments]`.
+"""`torchrun` that lets training save and exit: `python -m megatron_long.launch [torchrun's arguments]`.
 
 Torchrun answers SIGTERM, Ctrl-C and SIGHUP by ending its processes 30 s later and itself with status 1 and a
-traceback, and SIGUSR1 by dying. Here they are handed to the processes, and torchrun waits until they have
-saved; its status is then theirs. A second Ctrl-C kills them. While no process runs, as when it waits for the
-other nodes, it leaves at once with status 0.
+traceback, and SIGUSR1 by dying. Here they are forwarded to the processes, and torchrun waits until they have
+saved; its status is then theirs. A second Ctrl-C kills them. While no process runs, as while it waits for
+the other nodes, it exits at once with status 0.
 
-With `--enable-ft-package` among the flags of training, the launcher is `ft_launcher` of
-nvidia-resiliency-ext, which also ends and starts again (`--max-restarts`) ranks that the kernel has stopped.
+With `--enable-ft-package` among the training flags, the launcher is `ft_launcher` of
+nvidia-resiliency-ext, which also ends and restarts (`--max-restarts`) ranks that the kernel has stopped.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from types import FrameType
 
-import psutil  # not in the handler: a second signal would find it half imported
+import psutil  # not in the handler: a second signal could interrupt the import
 
 from megatron_long.cli import run_tool
 from megatron_long.job import hang_monitor
@@ -33,12 +33,12 @@ from megatron_long.job.signals import (
 )
 
 OTHER_SIGNALS = "SIGQUIT"
-"""What torchrun goes on handling in its own way."""
+"""Signals that torchrun keeps handling itself."""
 LOG_FLAGS = ("--log-dir", "--log_dir")
 SECTIONS = ("setup", "step", "checkpointing")
 """Phases of Megatron's loop that the monitor times."""
 PATIENCE = 5
-"""How many times `--hang-timeout` the monitor waits: our own watchdog comes first, and writes stacks."""
+"""The monitor waits this many times `--hang-timeout`: our own watchdog acts first, and writes stacks."""
 
 
 _interrupts = Interrupts()
@@ -68,7 +68,7 @@ def _launch(words: list[str]) -> None:
     own = words[: words.index("-m")] if "-m" in words else words
     if "PET_LOG_DIR" in os.environ or any(word.startswith(LOG_FLAGS) for word in own):
         return _run(words)
-    # Torchrun would make a folder of its own, and leave it.
+    # Torchrun would create its own folder, and not remove it.
     with tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True) as folder:
         _run([f"--log-dir={folder}", *words])
 
@@ -88,7 +88,7 @@ def _run(words: list[str]) -> None:
 
 
 def _tell(rank: int, status: int) -> int:
-    """Say which rank failed in one line (torchrun takes thirty), and give the launcher's status."""
+    """Report the failed rank in one line (torchrun prints thirty), and return the launcher's status."""
     host = socket.gethostname()
     if status >= 0:
         print(f"error: rank {rank} on {host} ended with status {status}", file=sys.stderr)
@@ -100,7 +100,7 @@ def _tell(rank: int, status: int) -> int:
 
 
 def monitor_flags(words: Sequence[str]) -> list[str]:
-    """Give how long the monitor waits for each phase; flags of the user come later and win.
+    """Return flags for the monitor's timeout of each phase; the user's flags come later and override them.
 
     >>> monitor_flags(["--nproc-per-node", "8", "--hang-timeout", "60"])[0]
     '--ft-rank-section-timeouts=setup:300,step:300,checkpointing:300'
@@ -115,8 +115,10 @@ def monitor_flags(words: Sequence[str]) -> list[str]:
 def _hand_on(number: int, frame: FrameType | None) -> None:
     press = _interrupts.press() if number == signal.SIGINT else None
     if is_second := press == "again":
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third would end the leaving in a traceback
-    # A terminal sends Ctrl-C to the ranks too where they share its session; twice would mean two of them.
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # a third would interrupt the exit with a traceback
+    # A terminal also sends Ctrl-C to ranks in its session; forwarding it would count twice.
     told = number if number in (signal.SIGTERM, signal.SIGUSR1) else signal.SIGTERM
     handed_on = 0
     for child in psutil.Process().children():
@@ -137,9 +139,7 @@ def _hand_on(number: int, frame: FrameType | None) -> None:
     if not handed_on:
         leave(number, "while no rank was running")
     elif press == "first":
-        print(
-            "interrupted: the run saves and leaves; Ctrl-C again ends it at once", file=sys.stderr
-        )
+        print("interrupted: the run saves and exits; Ctrl-C again ends it at once", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from megatron_long.training import batch, loss
 
 
 class Recorder:
-    """Keeps the token losses of each micro-batch of this rank."""
+    """Records the token losses of each micro-batch of this rank."""
 
     def __init__(self, micro_batches: int) -> None:
         self.micro_batches = micro_batches
@@ -51,7 +51,7 @@ class Recorder:
         return made
 
     def linear_cross_entropy(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        """The chunked loss, whose token losses nobody else wants."""
+        """The chunked loss, whose token losses are otherwise unused."""
         total, losses = STOCK_LOSS(*arguments, **named)
         self.losses = losses
         return total, losses
@@ -80,7 +80,7 @@ class Recorder:
         )
 
     def write(self, folder: Path) -> None:
-        """Write the tokens that this rank is the one to speak for, those that count."""
+        """Write the counted tokens that this rank is responsible for."""
         if not self.parts or parallel_state.get_tensor_model_parallel_rank():
             return
         whole = {

@@ -1,8 +1,8 @@
-"""The one place where pickles are read: classes by exact name from a list, and nothing else.
+"""The only code that reads pickles: classes by exact name from a list, and nothing else.
 
 A pickle is a program: it may import any module and call anything that it finds there. `read_pickle` lets it
-name only what the caller lists, so that it can make plain values and those classes. `guard_checkpoints` has
-every other reader in this process, of torch, Megatron-Core and Transformer Engine, do the same.
+name only what the caller lists, so it can create only plain values and those classes. `guard_checkpoints`
+makes all other readers in this process, those of torch, Megatron-Core and Transformer Engine, do the same.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ AllowList = Mapping[str, tuple[str, ...]]
 """Names that a pickle may use, by module. A name with a dot in it never matches."""
 
 UnpicklingError = pickle.UnpicklingError
-"""What a pickle raises that is damaged, or asks for anything that is not allowed."""
+"""Exceptions of a pickle that is damaged, or requests something that is not allowed."""
 
 _DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
@@ -51,7 +51,7 @@ CHECKPOINT_INDEX: AllowList = {
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),  # of Python 3.13
 }
-"""What `.metadata` of a `torch_dist` checkpoint is made of (plans: `--ckpt-assume-constant-structure`)."""
+"""Classes in `.metadata` of a `torch_dist` checkpoint (plans: `--ckpt-assume-constant-structure`)."""
 
 OPTIMIZER_CLASSES = (
     "torch.optim.adamw.AdamW",
@@ -80,13 +80,13 @@ def read_pickle(file: IO[bytes], allowed: AllowList) -> Any:
     Args:
         file: Opened for reading.
         allowed: Classes and functions that it may call; they must be harmless with any arguments.
-    Raises: UnpicklingError, and nearly anything else that a damaged pickle leads to.
+    Raises: UnpicklingError, or nearly any other exception for a damaged pickle.
     """
     return _Unpickler(file, allowed).load()
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds what is allowed, wrapped so that a pickle may call it and cannot change it."""
+    """Finds allowed names, wrapped so that a pickle can call but not change them."""
 
     def __init__(self, file: IO[bytes], allowed: AllowList) -> None:
         super().__init__(file)
@@ -103,7 +103,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Fixed(type):
-    """A class that stands for another one: BUILD, which sets attributes, cannot reach the real one."""
+    """A wrapper of a class: BUILD, which sets attributes, cannot reach the real one."""
 
     real: type
 
@@ -152,7 +152,7 @@ def read_checkpoint_index(file: IO[bytes]) -> Any:
 
 
 def guard_checkpoints() -> None:
-    """Let no reader of checkpoints in this process, nor in those it starts, call what a file asks for.
+    """Keep readers of checkpoints, in this process and those it starts, from calling what a file names.
 
     Three readers do, as released: torch 2.11's `FileSystemReader.read_metadata` (`pickle.load`) and
     `DefaultLoadPlanner.load_bytes` (`weights_only=False`, for every object of a checkpoint), which
@@ -161,7 +161,7 @@ def guard_checkpoints() -> None:
     from torch.distributed.checkpoint import FileSystemReader
 
     os.environ.pop(_FORBID, None)
-    os.environ[_FORCE] = "1"  # every torch.load, whatever its caller says
+    os.environ[_FORCE] = "1"  # every torch.load, regardless of its arguments
     _read_optimizer_classes_as_names()
     FileSystemReader.read_metadata = _read_metadata  # type: ignore[method-assign, assignment]
     if importlib.util.find_spec("transformer_engine") is not None:
@@ -170,14 +170,14 @@ def guard_checkpoints() -> None:
 
 
 def _read_optimizer_classes_as_names() -> None:
-    """Have torch's restricted unpickler give the name of such a class where a file refers to it.
+    """Make torch's restricted unpickler return the name of such a class if a file refers to it.
 
-    Nothing of a loaded state uses the class (the optimizer keeps its own); a text can be neither called nor
-    filled, and no package is imported for it.
+    The loaded state does not use the class (the optimizer has its own); a string can be neither called nor
+    modified, and no package is imported for it.
     """
     from torch.serialization import add_safe_globals
 
-    # torch's types know classes alone
+    # torch's types accept only classes
     named: list[Any] = [(name, name) for name in OPTIMIZER_CLASSES]
     add_safe_globals(named)
 
@@ -196,7 +196,7 @@ def _read_metadata(reader: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _guard_transformer_engine(name: str) -> None:
-    """Give a module that unpickles states of FP8 the list that Megatron-Core has for them."""
+    """Restrict a module that unpickles FP8 states to the list that Megatron-Core has for them."""
     with contextlib.suppress(ImportError):  # modules differ by version
         importlib.import_module(name)
     module: Any = sys.modules.get(name)

@@ -1,6 +1,6 @@
 """Continual pretraining on long windows: `torchrun -m megatron_long.pretrain` (or `python -m`).
 
-Flags, the start, the callbacks, then Megatron's own loop. Megatron's flags work, but for those that
+Flags, the start, the callbacks, then Megatron's own loop. Megatron's flags work, except those that
 `flags.unsupported_flags` refuses; ours are those of `LongContextArguments` and `EvaluationArguments`
 (`command_line` puts them together).
 """
@@ -57,17 +57,17 @@ from megatron_long.training.start import (
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run when it begins."""
+    """A run at its start."""
 
     arguments: LongContextArguments
     args: argparse.Namespace
     """All flags."""
     start: Start
     argv: list[str]
-    """Words of the command line."""
+    """Arguments of the command line."""
     start_log: StartLog
     live: LiveEvaluation | None
-    """What is evaluated while it trains."""
+    """The evaluations during training."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,7 +168,7 @@ def _train(run: Run) -> None:
     callbacks: list[Callback] = [
         EndStartLog(run.start_log),
         WriteSidecars(keeper.job, save, start, write),
-        Heartbeat(watchdog),  # before the guard: a step that ends the run is over, too
+        Heartbeat(watchdog),  # before the guard: a step that ends the run is also done
         GuardSteps(guard, losses, save, write),
     ]
     if arguments.loss_log:
@@ -188,13 +188,13 @@ def _train(run: Run) -> None:
         fill_model=run_ends.first_weights(
             arguments.hf_checkpoint, args.load, lambda: args.padded_vocab_size
         ),
-        # Padded documents make micro-batches of different lengths, and pipeline stages must tell each other.
+        # Padded documents make micro-batches of different lengths, which pipeline stages must exchange.
         lengths_vary=settings.document_masking == "thd",
     )
 
 
 def _export(arguments: LongContextArguments, args: argparse.Namespace) -> None:
-    """Leave the trained model behind as a Hugging Face folder; one rank writes, none waits."""
+    """Write the trained model as a Hugging Face folder, on one rank; the others do not wait."""
     if arguments.export_hf and args.rank == 0:
         report = run_ends.export(Path(args.save), Path(arguments.export_hf))
         print(f"wrote {report.output}: {report.num_tensors} tensors of {report.dtype}")

@@ -1,1 +1,1 @@
-"""A folder of Megatron checkpoints: which one, what is in it, is it whole, what trained it."""
+"""A folder of Megatron checkpoints: selection, content, integrity, and the run that wrote it."""

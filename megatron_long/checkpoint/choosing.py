@@ -1,8 +1,8 @@
-"""Which checkpoint a run goes on from: the newest that is whole, every file of it checked.
+"""Which checkpoint a run resumes from: the newest complete one, with every file checked.
 
 The order is that of the run: what `hashes.json` next to the checkpoints records as newest (the tracker file,
-where that record is missing), then earlier iterations. A damaged one is reported and passed over. A folder
-without whole metadata is no checkpoint: nothing chooses, counts or deletes it.
+if that record is missing), then earlier iterations. A damaged one is reported and skipped. A folder
+without complete metadata is not a checkpoint: it is never chosen, counted or deleted.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ SKIP_HASH_CHECK = "--skip-hash-check"
 """Flag of the tools that read checkpoints."""
 PARTIAL_SUFFIX, DELETED_SUFFIX, DAMAGED_SUFFIX = ".partial", ".deleted", ".damaged"
 METADATA_NAME, INDEX_NAME = "metadata.json", ".metadata"
-"""Of Megatron's `torch_dist` format: the former is written last, the latter says where each tensor is."""
+"""Files of Megatron's `torch_dist` format: the former is written last, the latter locates each tensor."""
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 Agree = Callable[[list[str]], list[str]]
-"""Gives all processes of a job what each has found."""
+"""Returns to all processes of a job what each has found."""
 FromFirst = Callable[[Callable[[], list[str]]], list[str]]
-"""Gives all processes what the first one computes: a listing of a shared folder may lag on the others."""
+"""Returns to all processes what the first one computes: a listing of a shared folder may lag on others."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Choice:
     folder: Path
     reports: tuple[str, ...] = ()
     checked: bool = True
-    """False where the checkpoint carries no hashes, as those of other programs."""
+    """False if the checkpoint has no hashes, as those of other programs."""
 
 
 def iteration_folder(folder: Path, iteration: int | None) -> Path:
-    """Where a checkpoint lies.
+    """The folder of a checkpoint.
 
     >>> iteration_folder(Path("ckpt"), 12).as_posix()
     'ckpt/iter_0000012'
@@ -60,9 +60,9 @@ def iteration_folder(folder: Path, iteration: int | None) -> Path:
 
 
 def has_metadata(path: Path) -> bool:
-    """Whether a folder is a checkpoint at all; that its tensors are whole, its hashes tell.
+    """Whether a folder is a checkpoint at all; its hashes show whether its tensors are complete.
 
-    A save that was cut short leaves a folder without metadata.
+    An interrupted save leaves a folder without metadata.
 
     Args:
         path: Its own folder, `iter_0000100` or `release`.
@@ -82,7 +82,7 @@ def saved_iterations(folder: Path) -> list[int]:
 
 
 def _folders(folder: Path) -> list[int]:
-    """Iterations that have a folder of any content, newest first."""
+    """Iterations that have a folder with any content, newest first."""
     matches = (_ITERATION.fullmatch(path.name) for path in folder.glob("iter_*") if path.is_dir())
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
@@ -91,7 +91,7 @@ def newest_iteration(folder: Path, flag: str = "--ckpt-step") -> tuple[int | Non
     """The newest checkpoint by the folder's records, unchecked.
 
     Args:
-        flag: What names another one.
+        flag: The flag that selects another one.
     Returns: Its iteration (None for converted weights), and what is wrong with the records.
     Raises: ConfigError: the folder holds no checkpoint.
     """
@@ -106,7 +106,7 @@ def newest_iteration(folder: Path, flag: str = "--ckpt-step") -> tuple[int | Non
         seen = f"names {tracked}" if tracked is not None else "is no use"
         reports.append(
             f"{folder / TRACKER_NAME} {seen}, and the newest checkpoint of this run is {recorded}, "
-            f"which is taken; to go back, give {flag}"
+            f"which is used; to use an earlier one, give {flag}"
         )
     newest = recorded if recorded is not None else tracked
     if newest is None:
@@ -114,19 +114,19 @@ def newest_iteration(folder: Path, flag: str = "--ckpt-step") -> tuple[int | Non
         newest = there[0] if there else RELEASE if has_metadata(folder / RELEASE) else None
         if len(there) > 1:
             reports.append(
-                f"no record in {folder} names its newest checkpoint: {newest} is taken, the highest of those "
-                f"there; to take another one, give {flag}"
+                f"no record in {folder} names its newest checkpoint: {newest} is used, the highest of those "
+                f"there; to use another one, give {flag}"
             )
     if newest is not None:
         return (None if newest == RELEASE else int(newest)), reports
     raise ConfigError(
-        f"{folder} holds no Megatron checkpoint: {TRACKER_NAME} is not there; give the "
+        f"{folder} holds no Megatron checkpoint: {TRACKER_NAME} is missing; give the "
         "folder that tools/convert_checkpoint.py or a training run wrote"
     )
 
 
 def has_checkpoint(folder: str | Path | None) -> bool:
-    """Whether a folder holds a checkpoint, or records one: what was lost is reported, not started over."""
+    """Whether a folder holds a checkpoint, or records one: a lost one is reported, never started over."""
     if not folder:
         return False
     path = Path(folder)
@@ -139,7 +139,7 @@ def has_checkpoint(folder: str | Path | None) -> bool:
 
 
 def find_remains(folder: Path) -> list[Path]:
-    """What is left of saves that were cut short under a checkpoint's own name; empty folders left out."""
+    """Leftovers of interrupted saves under a checkpoint's own name, except empty folders."""
     folders = (iteration_folder(folder, number) for number in _folders(folder))
     return [path for path in folders if not has_metadata(path) and any(path.iterdir())]
 
@@ -155,11 +155,11 @@ def choose_checkpoint(
     """Find the checkpoint to load; all its files are read and compared with their hashes.
 
     Args:
-        folder: What `--load` names.
+        folder: The value of `--load`.
         step: `--ckpt-step`: this one or none.
         share: Which part of the files this process reads, of how many.
         agree, from_first: See `Agree` and `FromFirst`.
-    Raises: ConfigError: nothing there. DataError: no checkpoint is whole.
+    Raises: ConfigError: the folder is empty. DataError: no checkpoint is complete.
     """
     (found,) = from_first(lambda: [json.dumps(_candidates(folder, step))])
     candidates, hashed, reports = json.loads(found)
@@ -173,7 +173,7 @@ def choose_checkpoint(
         reports += sorted(set(damage))
     listed = "; ".join(reports)
     raise DataError(
-        f"{folder} holds no checkpoint that is whole: {listed}. Copy it again, or take another folder"
+        f"{folder} holds no complete checkpoint: {listed}. Copy it again, or use another folder"
     )
 
 
@@ -185,7 +185,7 @@ def _candidates(folder: Path, step: int | None) -> tuple[list[int | None], bool,
         there = ", ".join(map(str, saved_iterations(folder))) or "none"
         raise ConfigError(
             f"--ckpt-step {step}: {folder} has no checkpoint of that step; it has {there}. Give one of "
-            "these, or drop the flag to take the newest"
+            "these, or drop the flag to use the newest"
         )
     if not step:
         newest, reports = newest_iteration(folder)
@@ -201,16 +201,16 @@ def require_checkpoint(folder: Path, flag: str, *, is_saved_to: bool = False) ->
     """Refuse a folder that holds no checkpoint, without reading any tensor.
 
     Args:
-        flag: What names the folder.
-        is_saved_to: Whether this run would save there, so that its first checkpoint is still to come.
-    Raises: ConfigError: there is none, nor was one. DataError: none of those recorded has its metadata.
+        flag: The flag that names the folder.
+        is_saved_to: Whether this run would save there, so that its first checkpoint does not exist yet.
+    Raises: ConfigError: there is none and none is recorded. DataError: no recorded one has its metadata.
     """
     if not has_checkpoint(folder):
         if is_saved_to and not (folder / HF_MODEL_CONFIG).is_file():
             raise ConfigError(
                 f"{flag} {folder} holds no checkpoint yet, and this run has no other start: give "
                 "--pretrained-checkpoint with the folder of tools/convert_checkpoint.py, or --hf-checkpoint, "
-                f"which is taken until {flag} holds one, or drop {flag} to start from random weights"
+                f"which is used until {flag} holds one, or drop {flag} to start from random weights"
             )
         raise no_checkpoint(
             folder,
@@ -221,13 +221,13 @@ def require_checkpoint(folder: Path, flag: str, *, is_saved_to: bool = False) ->
     paths = [iteration_folder(folder, iteration) for iteration in candidates]
     if not any(has_metadata(path) for path in paths):
         raise DataError(
-            f"{flag} {folder} holds no checkpoint that is whole: {no_metadata(paths[0])}. Copy it again, or "
+            f"{flag} {folder} holds no complete checkpoint: {no_metadata(paths[0])}. Copy it again, or "
             f"take another folder; to start over, remove {folder}"
         )
 
 
 def describe_view(folders: Sequence[str | None]) -> str:
-    """Say what this process sees of folders of checkpoints, to be compared with what others see."""
+    """Describe the checkpoint folders as this process sees them, to compare with other processes."""
     seen = []
     for folder in map(Path, filter(None, folders)):
         config = "with" if (folder / HF_CONFIG_NAME).is_file() else "without"
@@ -241,19 +241,19 @@ def describe_view(folders: Sequence[str | None]) -> str:
 
 
 def no_metadata(path: Path) -> str:
-    """Say why a folder is no checkpoint."""
+    """Explain why a folder is not a checkpoint."""
     if not path.is_dir():
         return f"{path} is missing"
-    return f"{path}/ has no whole {METADATA_NAME} and {INDEX_NAME}: it is no checkpoint"
+    return f"{path}/ has no complete {METADATA_NAME} and {INDEX_NAME}: it is not a checkpoint"
 
 
 def check_whole(path: Path, *, share: tuple[int, int] = (0, 1), agree: Agree = list) -> bool:
-    """Compare one checkpoint with its hashes, for readers whom no other one would serve.
+    """Compare one checkpoint with its hashes, for readers that cannot use another one.
 
     Args:
         path: Its own folder, `iter_0000100` or `release`.
         share, agree: See `choose_checkpoint`.
-    Returns: False where there is nothing to compare, as for checkpoints of other programs.
+    Returns: False if there is nothing to compare, as for checkpoints of other programs.
     Raises: DataError: names each file that is damaged, and the other checkpoints next to it.
     """
     others = [iteration_folder(path.parent, number) for number in saved_iterations(path.parent)]
@@ -265,14 +265,14 @@ def check_whole(path: Path, *, share: tuple[int, int] = (0, 1), agree: Agree = l
     if damage:
         there = ", ".join(other.name for other in others) or "there is none"
         raise DataError(
-            f"{'; '.join(damage)}. Copy the checkpoint again, take another one of this run ({there}), or "
+            f"{'; '.join(damage)}. Copy the checkpoint again, use another one of this run ({there}), or "
             f"read what is there with {SKIP_HASH_CHECK}"
         )
     return True
 
 
 def set_aside(folder: Path, choice: Choice) -> None:
-    """Rename what is newer than the checkpoint taken, so that it is not met again."""
+    """Rename checkpoints newer than the one chosen, so that they are not found again."""
     for iteration in _folders(folder):
         path = iteration_folder(folder, iteration)
         if any(report.startswith(str(path) + "/") for report in choice.reports):
@@ -282,7 +282,7 @@ def set_aside(folder: Path, choice: Choice) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left of checkpoints it was writing, replacing or deleting."""
+    """Remove leftovers of a killed process that was writing, replacing or deleting checkpoints."""
     for path in folder.glob(".iter_*"):
         if path.name.endswith((PARTIAL_SUFFIX, DELETED_SUFFIX, REPLACED_SUFFIX)):
             shutil.rmtree(path, ignore_errors=True)
@@ -292,10 +292,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def prune(folder: Path, newest: int, keep_last: int, keep_every: int | None) -> list[int]:
-    """Delete checkpoints of this run that are not to be kept, if the new one is all there.
+    """Delete checkpoints of this run that are not to be kept, if the new one is complete.
 
-    Only whole ones count: metadata, and every file that `hashes.json` lists with its size. What is no
-    checkpoint is neither counted nor deleted.
+    Only complete ones count: metadata, and every file that `hashes.json` lists, with its size. Anything else
+    is neither counted nor deleted.
 
     Args:
         newest: The one just written; later ones are not this run's and stay.

@@ -1,8 +1,8 @@
-"""Large files read and written past the system's page cache, and hashed while they are written.
+"""Large files read and written bypassing the page cache, and hashed while they are written.
 
-A conversion touches every byte once. Through the cache each would be copied once more into pages that the
-system first has to make, which on a virtual machine takes longer than the disk does; here a few blocks of
-memory are used over and over. Where a file system knows no direct access, the cache serves.
+A conversion touches every byte once. The cache would copy each byte once more into pages that the
+system first has to allocate, which on a virtual machine takes longer than the disk; here a few blocks of
+memory are reused. If a file system does not support direct access, the cache is used.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALIGNMENT = 4096
-"""Of offsets, sizes and memory; no disk asks for more."""
+"""Alignment of offsets, sizes and memory; no disk requires more."""
 BLOCK_BYTES = 2**24
 NUM_BLOCKS = 4
-"""Blocks of a file that wait to be written at most."""
+"""Maximum number of blocks of a file that wait to be written."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 def read_bytes(path: Path, offset: int, size_bytes: int, *, use_cache: bool = False) -> Tensor:
-    """Give a part of a file as uint8, in memory of its own.
+    """Return a part of a file as uint8, in its own memory.
 
     Args:
         path: The file.
         offset: Where the part begins, in bytes.
         size_bytes: Its size.
         use_cache: Whether to read through the system's page cache, for files that were just read.
-    Raises: OSError: the file cannot be read, or ends too soon.
+    Raises: OSError: the file cannot be read, or is too short.
     """
     import torch
 
@@ -60,17 +60,17 @@ def read_bytes(path: Path, offset: int, size_bytes: int, *, use_cache: bool = Fa
             block = view[done : done + BLOCK_BYTES]
             count = _transfer(file, os.preadv, [block], offset - skipped + done)
             if not count:
-                raise OSError(f"{path} ends {wanted - done} bytes too soon")
+                raise OSError(f"{path} is {wanted - done} bytes too short")
             done += count
-    # A storage that is no larger than the tensor, so that torch saves no more than that.
+    # A storage of exactly the tensor's size, because torch saves whole storages.
     return torch.frombuffer(view[skipped:wanted], dtype=torch.uint8)
 
 
 class FileWriter:
-    """A new file; what is given to `write` is written, in order, by a thread.
+    """A new file; a thread writes the data passed to `write`, in order.
 
-    An error of the disk is kept until `raise_error` or the end of the `with` block: raising it inside
-    torch's saving hides it behind torch's own complaint.
+    A disk error is kept until `raise_error` or the end of the `with` block: raising it inside
+    torch's saving would hide it behind torch's own error.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,11 +83,11 @@ class FileWriter:
         self._error: OSError | None = None
 
     def tell(self) -> int:
-        """Give the number of bytes so far."""
+        """Return the number of bytes so far."""
         return self._handed_over + self._filled
 
     def write(self, data: Any) -> int:
-        """Take bytes, or anything that lies in memory as bytes; it may be changed afterwards."""
+        """Write bytes, or any object with a buffer; the caller may change it afterwards."""
         rest = memoryview(data).cast("B")
         length = len(rest)
         while rest:
@@ -100,10 +100,10 @@ class FileWriter:
         return length
 
     def flush(self) -> None:
-        """Do nothing: only whole blocks are handed over before the end."""
+        """Do nothing: only whole blocks are written before the end."""
 
     def raise_error(self) -> None:
-        """Raise what the disk has said so far."""
+        """Raise the disk error, if there is one."""
         if self._error is not None:
             raise self._error
 
@@ -170,7 +170,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def _transfer(file: int, call: Callable[..., int], *args: Any) -> int:
-    """Read or write; through the cache from here on if the file system wants that."""
+    """Read or write; switches to the page cache if the file system requires it."""
     try:
         return call(file, *args)
     except OSError as error:

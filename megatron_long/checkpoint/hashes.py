@@ -3,8 +3,8 @@
     DIR/hashes.json                hf_config.json, tokenizer/, run.json; the newest iteration
     DIR/iter_0000100/hashes.json   all files of that checkpoint
 
-Each `hashes.json` holds a hash of itself, so that no byte is left unchecked. Reading is by threads (xxh3
-lets Python's lock go), and in a job each process reads a share of the files.
+Each `hashes.json` contains a hash of itself, so that every byte is checked. Threads read the files (xxh3
+releases the GIL), and in a job each process reads a share of them.
 """
 
 import json
@@ -30,14 +30,14 @@ from megatron_long.job.rendezvous import is_first_process
 
 HASHES_NAME = "hashes.json"
 READERS = 8
-"""Files that one process reads at once."""
+"""Files that one process reads concurrently."""
 _SELF = "xxh3_128_of_this_file"
 
 logger = logging.getLogger(__name__)
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileInfo]:
-    """Give size and hash of files by their name relative to `folder`, read in parallel."""
+    """Return size and hash of files by their name relative to `folder`, read in parallel."""
     ordered = sorted(names)
     with ThreadPoolExecutor(READERS) as pool:
         infos = pool.map(lambda name: hash_file(folder / name), ordered)
@@ -45,13 +45,13 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileInfo]:
 
 
 def files_within(folder: Path) -> list[str]:
-    """Give the names of all files under a folder, hidden ones included, but for its `hashes.json`."""
+    """Return the names of all files under a folder, including hidden ones, except its `hashes.json`."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in names if name != HASHES_NAME)
 
 
 def sidecar_files(folder: Path) -> list[str]:
-    """Give the names of the files next to the checkpoints that a later start relies on."""
+    """Return the names of the files next to the checkpoints that later starts need."""
     kept = (HF_CONFIG_NAME, GENERATION_CONFIG_NAME, RUN_NAME)
     names = [name for name in kept if (folder / name).is_file()]
     tokenizer = folder / TOKENIZER_DIR_NAME
@@ -61,10 +61,10 @@ def sidecar_files(folder: Path) -> list[str]:
 def write_hashes(
     folder: Path, infos: Mapping[str, FileInfo], facts: Mapping[str, Any] | None = None
 ) -> None:
-    """Write `hashes.json`, whole or not at all.
+    """Write `hashes.json` atomically.
 
     Args:
-        facts: What else is to be covered by the file's own hash.
+        facts: Other values that the file's own hash covers.
     """
     files = {name: asdict(infos[name]) for name in sorted(infos)}
     content = {**(facts or {}), "files": files}
@@ -76,7 +76,7 @@ def write_sidecar_hashes(folder: Path, latest: int | str | None) -> None:
     """Record the files next to the checkpoints, and which checkpoint is the newest.
 
     Args:
-        latest: Its iteration, `release` for converted weights, None where there is none yet.
+        latest: Its iteration, `release` for converted weights, None if there is none yet.
     """
     write_hashes(folder, hash_files(folder, sidecar_files(folder)), {"latest": latest})
 
@@ -91,8 +91,8 @@ def read_hashes(folder: Path) -> dict[str, Any]:
         raw = path.read_bytes()
         content = json.loads(raw)
         del content[_SELF]
-        if raw != _serialize(content):  # every byte, blanks too
-            raise DataError(f"{path} is damaged: its own hash does not fit")
+        if raw != _serialize(content):  # every byte, including blanks
+            raise DataError(f"{path} is damaged: its own hash does not match")
         files = {name: FileInfo(**info) for name, info in content["files"].items()}
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
@@ -106,7 +106,7 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
 
     Args:
         part, parts: Which share of the files to read, of how many; shares hold about as many bytes.
-    Returns: What is wrong, one sentence each; nothing if all is well.
+    Returns: The problems, one sentence each; empty if there are none.
     """
     try:
         files = read_hashes(folder)["files"]
@@ -121,7 +121,7 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
 def find_missing(folder: Path) -> list[str]:
     """Compare names and sizes of the files of a folder with its `hashes.json`, without reading them.
 
-    Returns: What is wrong, one sentence each; nothing where there is no `hashes.json` to compare with.
+    Returns: The problems, one sentence each; empty if there is no `hashes.json` to compare with.
     """
     if not (folder / HASHES_NAME).exists():
         return []
@@ -135,10 +135,10 @@ def find_missing(folder: Path) -> list[str]:
 
 
 def check_sidecars(folder: Path) -> None:
-    """Refuse files next to the checkpoints that are not what was written there.
+    """Refuse files next to the checkpoints that have changed since they were written.
 
-    A folder without `hashes.json`, or with a damaged one, is passed: there is nothing to compare with.
-    `run.json` is for people and reports: no start needs it, so that one which is damaged is only reported.
+    A folder without `hashes.json`, or with a damaged one, is accepted: there is nothing to compare with.
+    `run.json` is informational: no start needs it, so a damaged one is only reported.
 
     Raises: DataError: names the file and the remedy.
     """
@@ -150,11 +150,11 @@ def check_sidecars(folder: Path) -> None:
         damage = _compare(folder / name, info)
         if damage and name == RUN_NAME:
             if is_first_process():
-                logger.warning("%s; nothing needs it, and the next run here writes it anew", damage)
+                logger.warning("%s; it is not required, and the next run here rewrites it", damage)
         elif damage:
             raise DataError(
-                f"{damage}; put the file back as it was (the folder that the run started from has it too), "
-                f"or, if the change is meant, delete {folder / HASHES_NAME}"
+                f"{damage}; restore the file (the folder that the run started from has it too), "
+                f"or, if the change is intended, delete {folder / HASHES_NAME}"
             )
 
 
@@ -164,7 +164,7 @@ def _serialize(content: Mapping[str, Any]) -> bytes:
 
 
 def _share(files: Mapping[str, FileInfo], part: int, parts: int) -> list[str]:
-    """Files dealt out by falling size, each to the part that has the fewest bytes.
+    """Files assigned by decreasing size, each to the part that has the fewest bytes.
 
     >>> infos = {name: FileInfo(size, "") for name, size in {"a": 9, "b": 5, "c": 3, "d": 2}.items()}
     >>> _share(infos, 0, 2), _share(infos, 1, 2)
@@ -197,5 +197,5 @@ def _compare_size(path: Path, info: FileInfo) -> str | None:
     except OSError as error:
         return f"{path} cannot be read ({error.strerror or error})"
     if size_bytes != info.size_bytes:
-        return f"{path} has {size_bytes:,} bytes and had {info.size_bytes:,}"
+        return f"{path} has {size_bytes:,} bytes instead of {info.size_bytes:,}"
     return None

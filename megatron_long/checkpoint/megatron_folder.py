@@ -1,11 +1,11 @@
-"""Megatron checkpoint folders: which iteration, the arguments it carries, the model it holds.
+"""Megatron checkpoint folders: iteration, arguments and model.
 
     DIR/latest_checkpointed_iteration.txt   an iteration, or `release` for converted weights
     DIR/release/ or DIR/iter_0000010/       `torch_dist`
-    DIR/hf_generation_config.json           if the model came with one
+    DIR/hf_generation_config.json           if the model has one
 
-What else lies there is said in `megatron_long.checkpoint.sidecars`. On export RoPE and
-the longest context are those of the checkpoint's own arguments, which no copy of a file can outdate.
+`megatron_long.checkpoint.sidecars` describes the other files. On export RoPE and
+the longest context are those of the checkpoint's own arguments, which a copied file cannot override.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_VERSION = 3.0
 
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.")
-"""What the keys of a model's tensors begin with; the optimizer's and others are left alone."""
+"""Prefix of the keys of a model's tensors; those of the optimizer and others are ignored."""
 
 WEIGHTS = ("auto", "model", "main")
 """Which weights to export or evaluate: `main` is the optimizer's copy in float32, `model` the model's own,
-`auto` the former where FP8 rounded the latter."""
+`auto` the former if FP8 rounded the latter."""
 
 MAIN_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
-"""Of the fully reshardable format, and of the others."""
+"""Prefixes of the fully reshardable format, and of the others."""
 
 _FIXED_ARGUMENTS = {
     "rotary_percent": 1.0,
@@ -55,7 +55,7 @@ _FIXED_ARGUMENTS = {
 
 
 def make_arguments(geometry: LlamaGeometry, stored: dtype) -> Namespace:
-    """Give the arguments that Megatron reads back with `--use-checkpoint-args` and on loading.
+    """Return the arguments that Megatron reads back with `--use-checkpoint-args` and on loading.
 
     Source: Megatron-Core 0.19.2, `megatron/training/checkpointing.py`,
         `load_args_from_checkpoint`, `check_checkpoint_args`, `load_checkpoint`.
@@ -106,7 +106,7 @@ def make_arguments(geometry: LlamaGeometry, stored: dtype) -> Namespace:
 
 
 def common_state(geometry: LlamaGeometry, stored: dtype) -> dict[str, Any]:
-    """Give what a converted checkpoint holds besides tensors."""
+    """Return the content of a converted checkpoint other than tensors."""
     return {
         "args": make_arguments(geometry, stored),
         "checkpoint_version": CHECKPOINT_VERSION,
@@ -116,7 +116,7 @@ def common_state(geometry: LlamaGeometry, stored: dtype) -> dict[str, Any]:
 
 
 def extra_states(geometry: LlamaGeometry) -> dict[str, None]:
-    """Give the empty FP8 states that Megatron's modules ask for, by their keys in the checkpoint."""
+    """Return the empty FP8 states that Megatron's modules ask for, by their keys in the checkpoint."""
     states: dict[str, None] = {}
     for module in EXTRA_STATE_MODULES:
         count = geometry.num_layers if module.startswith("decoder.layers.") else 1
@@ -126,18 +126,18 @@ def extra_states(geometry: LlamaGeometry) -> dict[str, None]:
 
 
 def merge_geometry(hf: LlamaGeometry, state: Mapping[str, Any], folder: Path) -> LlamaGeometry:
-    """Check a checkpoint's arguments against the configuration; take what training may change.
+    """Check a checkpoint's arguments against the configuration; apply what training may change.
 
     Args:
         hf: The shape that the Hugging Face configuration describes.
         state: The checkpoint's common state.
-        folder: What to name in errors.
-    Raises: ConfigError: they contradict each other, or name what no Llama has.
-        DataError: the checkpoint carries no arguments.
+        folder: Name for errors.
+    Raises: ConfigError: they contradict each other, or no Llama has them.
+        DataError: the checkpoint has no arguments.
     """
     args = state.get("args")
     if args is None:
-        raise DataError(f"{folder} carries no arguments; it was not saved by Megatron's training")
+        raise DataError(f"{folder} contains no arguments; it was not saved by Megatron's training")
     for name, value in _expected_arguments(hf).items():
         seen = getattr(args, name, value)
         if seen != value:
@@ -155,10 +155,10 @@ def merge_geometry(hf: LlamaGeometry, state: Mapping[str, Any], folder: Path) ->
 
 
 def find_weights(state: Mapping[str, Any], wanted: str, iteration: Path) -> str:
-    """Give the prefix of the keys of the weights that export, evaluation and a new start take.
+    """Return the key prefix of the weights that export, evaluation and a new start use.
 
     A run with FP8 parameters (`--fp8-param-gather`) saves them rounded to eight bits, in BF16; what the
-    optimizer works on, and what is taken unless the user asks for the model's, is its float32 main copy.
+    optimizer works on, and what is used unless the user requests the model's, is its float32 main copy.
 
     Args:
         state: The checkpoint's common state.
@@ -178,7 +178,7 @@ def find_weights(state: Mapping[str, Any], wanted: str, iteration: Path) -> str:
     raise ConfigError(
         f"{iteration}: {reason}the optimizer's main copy in float32 is not in the checkpoint (train with "
         "--bf16 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable and without "
-        "--no-save-optim); --weights model takes what is there"
+        "--no-save-optim); --weights model uses those that are there"
     )
 
 
@@ -188,7 +188,7 @@ def holds_rounded_weights(state: Mapping[str, Any]) -> bool:
 
 
 def main_prefix(iteration: Path) -> str | None:
-    """Give what the keys of the optimizer's float32 main copy begin with; None where there is none."""
+    """Return the key prefix of the optimizer's float32 main copy; None if there is none."""
     from megatron_long.checkpoint.torch_dist import stored_keys
 
     stored = stored_keys(iteration)
@@ -196,9 +196,9 @@ def main_prefix(iteration: Path) -> str | None:
 
 
 def choose_weights(iteration: Path, wanted: str) -> tuple[str, str]:
-    """Give what `find_weights` and `describe_weights` give for a checkpoint.
+    """Return the results of `find_weights` and `describe_weights` for a checkpoint.
 
-    Weights of other programs' formats, which nothing but Megatron reads, are their model's own.
+    Weights in other programs' formats, which only Megatron reads, are the model's own.
 
     Raises: ConfigError: see `find_weights`. DataError: the checkpoint is damaged.
     """
@@ -212,7 +212,7 @@ def choose_weights(iteration: Path, wanted: str) -> tuple[str, str]:
 
 
 def describe_weights(prefix: str, state: Mapping[str, Any]) -> str:
-    """Say which weights are taken, for the user; "" where there is only one kind."""
+    """Describe to the user which weights are used; "" if there is only one kind."""
     if prefix:
         return "the optimizer's float32 main copy of the weights (--weights model takes the model's own)"
     if holds_rounded_weights(state):
@@ -225,9 +225,9 @@ def check_same_rope(trained: LlamaGeometry, other: LlamaGeometry, folder: Path, 
 
     Args:
         trained: The shape by the checkpoint's arguments.
-        other: The shape by something else.
+        other: The shape from another source.
         folder: The checkpoint, for the message.
-        name: What says otherwise.
+        name: Name of the other source.
     Raises: ConfigError: the two differ.
     """
     for field in ("rotary_base", "rope", "max_position_embeddings"):
@@ -235,7 +235,7 @@ def check_same_rope(trained: LlamaGeometry, other: LlamaGeometry, folder: Path, 
         if seen != said:
             raise ConfigError(
                 f"{folder} was trained with {field} {seen!r}, and {name} says {said!r}; the export "
-                "carries what was trained: leave the flags out, or, if a file says so, give --hf-config "
+                "contains what was trained: omit the flags, or, if a file says so, give --hf-config "
                 "with the model's own folder"
             )
 
@@ -257,7 +257,7 @@ def _expected_arguments(geometry: LlamaGeometry) -> dict[str, Any]:
 def check_tensors(reader: TorchDistReader, geometry: LlamaGeometry) -> None:
     """Check names and shapes of a checkpoint's model tensors.
 
-    Raises: DataError: a tensor is missing, has another shape, or is one too many.
+    Raises: DataError: a tensor is missing, has another shape, or is unexpected.
     """
     seen = reader.shapes()
     rules = rules_of(geometry)

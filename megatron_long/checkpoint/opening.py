@@ -1,6 +1,6 @@
-"""Which checkpoint of a folder a reader means: the one asked for, or the newest; and whether it is there.
+"""Which checkpoint of a folder a reader uses: the requested one, or the newest; and whether it exists.
 
-Evaluation and conversion ask here. Training, which passes over damaged ones, asks `choosing`.
+For evaluation and conversion. Training, which skips damaged ones, uses `choosing`.
 """
 
 import logging
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class Reader(NamedTuple):
-    """What a reader calls things, for messages."""
+    """A reader's names of flags, for messages."""
 
     flag: str
     """Names the folder."""
@@ -37,7 +37,7 @@ class Reader(NamedTuple):
 
 EVALUATION = Reader("--checkpoint", "--ckpt-step", "give --backend hf too")
 CONVERSION = Reader(
-    "--input", "--iteration", "it can be used as it is, or converted with hf-to-megatron"
+    "--input", "--iteration", "it can be used directly, or converted with hf-to-megatron"
 )
 
 
@@ -46,7 +46,7 @@ class Checkpoint:
     """One checkpoint."""
 
     folder: Path
-    """What `--save` named, with what lies next to the checkpoints."""
+    """The folder of `--save`, with the files next to the checkpoints."""
     iteration: int | None
     """None for converted weights (`release`)."""
 
@@ -62,12 +62,12 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, iteration: int | None = None, *, reader: Reader) -> Checkpoint:
-    """Find a checkpoint without loading it; that its files are whole, `choosing.check_whole` tells.
+    """Find a checkpoint without loading it; `choosing.check_whole` checks its files.
 
     Args:
-        folder: What `--save` named.
-        iteration: Which; None for the newest by the folder's records, or of those that are there.
-    Raises: ConfigError: no checkpoint, or not the one asked for. DataError: that of the records.
+        folder: The folder of `--save`.
+        iteration: Which; None for the newest by the folder's records, or of those that exist.
+    Raises: ConfigError: no checkpoint, or not the requested one. DataError: from the records.
     """
     if not has_checkpoint(folder):
         raise no_checkpoint(folder, reader.flag, reader.hf_remedy, reader.step_flag)

@@ -1,6 +1,6 @@
-"""What a run trains on, kept in each checkpoint and compared when training goes on.
+"""The data that a run trains on, recorded in each checkpoint and compared on resume.
 
-Where a run is in its data is a number of windows; it means something only for the same dataset, cut into
+A run's position in its data is a number of windows, which is valid only for the same dataset, cut into
 windows of the same length.
 """
 
@@ -29,14 +29,14 @@ _NAMES = {
     "mixture": "mixture",
     "sources": "tokens by source",
     "inputs": "files of the corpus (hash)",
-    "stock_data": "--data-path and the like",
+    "stock_data": "--data-path and similar flags",
 }
 _NOT_ALWAYS_KEPT = ("document_masking",)
-"""Of `_NAMES`, what checkpoints of earlier versions do not say: nothing to compare with."""
+"""Those of `_NAMES` that checkpoints of earlier versions lack: not compared."""
 
 
 def describe_data(manifest: Manifest | None, args: Namespace) -> dict[str, Any]:
-    """Give what decides which tokens a window holds, as plain data.
+    """Return the values that determine the tokens of a window, as plain data.
 
     Args:
         manifest: Of `--dataset`; None for Megatron's own data flags.
@@ -60,11 +60,11 @@ def describe_data(manifest: Manifest | None, args: Namespace) -> dict[str, Any]:
         "sources": {name: info.tokens_kept for name, info in sorted(manifest.sources.items())},
         "inputs": hashlib.sha256(inputs.encode()).hexdigest()[:16],
     }
-    return json.loads(json.dumps(facts))  # as it will be read back
+    return json.loads(json.dumps(facts))  # as JSON returns it
 
 
 def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
-    """Refuse to go on with other data than before.
+    """Refuse to resume with different data.
 
     Raises: ConfigError: names everything that differs, before and now.
     """
@@ -74,18 +74,18 @@ def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any], checkpoin
         return
     listed = format_differences(found, _short)
     raise ConfigError(
-        f"{checkpoint} was trained on other data ({listed}); its place in them means nothing here. Give the "
-        "same --dataset and flags to go on, --finetune to start at step 0 from its weights, or "
-        "--allow-dataset-change to go on at the same number of windows all the same"
+        f"{checkpoint} was trained on other data ({listed}); its position in them has no meaning here. "
+        "Give the same --dataset and flags to resume, --finetune to start at step 0 from its weights, or "
+        "--allow-dataset-change to resume at the same number of windows anyway"
     )
 
 
 def check_same_optimizer(checkpoint: Path, args: Namespace) -> None:
-    """Refuse optimizer state that Megatron cannot load: the distributed optimizer has a format of its own.
+    """Refuse optimizer state that Megatron cannot load: the distributed optimizer has its own format.
 
     Args:
         checkpoint: Its own folder, `iter_0000100`.
-        args: Flags as Megatron has validated them, for it changes this one at times.
+        args: Flags after Megatron's validation, which may change this one.
     Raises: ConfigError: names both. DataError: the checkpoint is damaged.
     """
     from megatron_long.checkpoint.torch_dist import read_common_state
@@ -104,13 +104,13 @@ def check_same_optimizer(checkpoint: Path, args: Namespace) -> None:
 
 
 def file_times(dataset: Path, manifest: Manifest) -> dict[str, list[int]]:
-    """Give size and time of change of each file of a dataset."""
+    """Return size and modification time of each file of a dataset."""
     stats = {name: (dataset / name).stat() for name in dataset_files(manifest)}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def check_content(dataset: Path, manifest: Manifest, times_before: Any) -> None:
-    """Read the dataset through and compare hashes, unless its files are untouched since they last were.
+    """Read the dataset and compare hashes, unless its files have not changed since the last check.
 
     Args:
         times_before: `file_times` as the checkpoint has them; None at the start of a run.
@@ -118,15 +118,13 @@ def check_content(dataset: Path, manifest: Manifest, times_before: Any) -> None:
     """
     if file_times(dataset, manifest) != times_before:
         verify_files(dataset, manifest)
-    if (
-        not manifest.tokenizer_files
-    ):  # of an earlier version: no hashes of these, but of what they say
+    if not manifest.tokenizer_files:  # of an earlier version, which hashes only the vocabulary
         from megatron_long.tokenizer.loading import load_tokenizer
 
         folder = dataset / TOKENIZER_FOLDER
         found = load_tokenizer(folder, "reference").vocabulary_sha256 if folder.exists() else None
         if found not in (None, manifest.tokenizer.vocabulary_sha256):
-            raise DataError(f"{folder} is damaged: it is another vocabulary than the manifest's")
+            raise DataError(f"{folder} is damaged: it is not the vocabulary of the manifest")
 
 
 def _short(value: Any) -> str:

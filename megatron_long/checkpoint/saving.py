@@ -1,7 +1,7 @@
-"""How checkpoints come to be: written next to their place, hashed, renamed; old ones deleted.
+"""How checkpoints are saved: written to a hidden folder, hashed, renamed; old ones deleted.
 
-A save that fails (a full disk) is reported and tried again after some steps; training goes on. All
-processes take the same decisions: whatever one of them meets is told to the others first.
+A failed save (a full disk) is reported and retried after some steps; training continues. All
+processes make the same decisions: each error is first exchanged with the others.
 """
 
 import itertools
@@ -37,11 +37,11 @@ TRAINING_NAME = "training.json"
 """In each checkpoint: what data it was trained on, and the state of the step guard."""
 SHARD_SUFFIX = ".distcp"
 FAULT_STATUS = 3
-"""Exit status of a run that ended for faulty steps, or for weights that are not finite."""
+"""Exit status of a run that ended because of faulty steps or weights that are not finite."""
 SAVE_FAILED_STATUS = 4
 """Exit status of a run whose last checkpoint could not be written."""
 LAST_TRIES_S = (5.0, 15.0, 30.0)
-"""Waits before a last save is tried again, seconds."""
+"""Seconds to wait before each retry of a last save."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +58,14 @@ class Job(Protocol):
         """This process."""
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up anywhere."""
+        """Whether the flag is set on any process."""
 
     def gather(self, item: Any) -> list[Any]:
-        """What each process holds."""
+        """The value of each process."""
 
 
 class ErrorKeepingStream:
-    """A stream whose writes never raise: the first error is kept, what follows goes nowhere.
+    """A stream whose writes never raise: the first error is kept, later writes are dropped.
 
     The traceback of a failed write holds a view of a `BytesIO`, in a cycle with the exception; collecting
     that ends CPython 3.12.1 with a segmentation fault. The error kept has no traceback.
@@ -103,11 +103,11 @@ class CheckpointKeeper:
     job: Job
     save_dir: Path | None
     facts: Callable[[], Mapping[str, Any]]
-    """What `training.json` is to hold."""
+    """Content of `training.json`."""
     keep_last: int | None = None
     keep_every: int | None = None
     pending: int | None = None
-    """Iteration whose save has failed and is still owed."""
+    """Iteration whose save has failed and is still to be retried."""
     tries: int = 0
     in_flight: deque[Path] = field(default_factory=deque)
     """Folders that are still being written in the background (`--async-save`), oldest first."""
@@ -115,15 +115,15 @@ class CheckpointKeeper:
     _errors: list[str] = field(default_factory=list)
 
     def note(self, error: BaseException) -> None:
-        """Keep what this process met, to be told to the others at the next chance."""
+        """Record an error of this process, to be exchanged with the others at the next opportunity."""
         self._errors.append(f"{type(error).__name__}: {error}")
 
     def write(self, final: Path, save: Callable[[Path], Any]) -> Any:
-        """Let `save` fill a folder next to `final`, and put it in place when it is whole.
+        """Let `save` fill a folder next to `final`, and rename it when it is complete.
 
         Args:
-            save: Megatron's; gives a request with `finalize_fns` where it saves in the background.
-        Raises: SaveFailed: on every process, whichever of them met an error.
+            save: Megatron's; returns a request with `finalize_fns` if it saves in the background.
+        Raises: SaveFailed: on every process, if any of them had an error.
         """
         partial = final.with_name(f".{final.name}{PARTIAL_SUFFIX}")
         try:
@@ -135,18 +135,18 @@ class CheckpointKeeper:
             else:
                 self.in_flight.append(partial)
                 request.finalize_fns.append(lambda: self._arrive(partial, final, facts))
-        except BaseException:  # torch's CheckpointException is no Exception
-            if self.job.rank == 0:  # what was written takes the room that the next try needs
+        except BaseException:  # torch's CheckpointException is not an Exception
+            if self.job.rank == 0:  # the written part takes the space that the next try needs
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         return request
 
     def attempt(self, iteration: int, save: Callable[[], None], failures: tuple) -> bool:
-        """Save, and survive it if that fails.
+        """Save, and continue if that fails.
 
         Args:
             failures: Exceptions of the writer that all processes raise together.
-        Returns: Whether it is saved, or on its way.
+        Returns: Whether it is saved, or being saved.
         """
         self._errors.clear()
         try:
@@ -159,11 +159,11 @@ class CheckpointKeeper:
         return True
 
     def complete(self, iteration: int, finalize: Callable[[], None], failures: tuple) -> None:
-        """Let Megatron put saves in place that were written in the background, and survive those that failed.
+        """Let Megatron finalize saves written in the background, and continue if one failed.
 
         Args:
-            iteration: The present one.
-            finalize: Megatron's; ends at the first save that failed, having forgotten it.
+            iteration: The current one.
+            finalize: Megatron's; stops at the first failed save, which it forgets.
             failures: See `attempt`.
         """
         self._errors.clear()
@@ -184,20 +184,20 @@ class CheckpointKeeper:
         self._errors.clear()
         if self.job.rank == 0:
             logger.error(
-                "checkpoint of iteration %d could not be saved (%s); training goes on, the next try is "
+                "checkpoint of iteration %d could not be saved (%s); training continues, the next try is "
                 "at iteration %d",
                 *(saved, "; ".join(sorted(noted)) or _first_words(error), self._retry_at),
             )
 
     def is_due(self, iteration: int) -> bool:
-        """Whether a failed save is to be tried again now."""
+        """Whether a failed save is to be retried now."""
         return self.pending is not None and not self.in_flight and iteration >= self._retry_at
 
     def insist(self, save: Callable[[], None], settle: Callable[[], None]) -> None:
-        """Try a last save some more times, for after it the process ends.
+        """Retry a last save a few times, because the process ends after it.
 
         Args:
-            settle: Waits for what is written in the background.
+            settle: Waits for saves in the background.
         Raises: SystemExit: with `SAVE_FAILED_STATUS`, if it still fails.
         """
         settle()
@@ -248,9 +248,9 @@ class CheckpointKeeper:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Read what a checkpoint tells of its training; empty for those of other programs.
+    """Read a checkpoint's record of its training; empty for those of other programs.
 
-    Raises: DataError: the file is damaged, which its hash has told before where the checkpoint has hashes.
+    Raises: DataError: the file is damaged; with hashes, this was detected before.
     """
     path = folder / TRAINING_NAME
     if not path.is_file():
@@ -261,17 +261,17 @@ def read_facts(folder: Path) -> dict[str, Any]:
         facts = None
     if not isinstance(facts, dict):
         raise DataError(
-            f"{path} is damaged: it holds no JSON object; copy the checkpoint again, or take another with "
+            f"{path} is damaged: it holds no JSON object; copy the checkpoint again, or use another with "
             "--ckpt-step"
         )
     return facts
 
 
 def _written_by(folder: Path, rank: int) -> list[str]:
-    """Names of the shards that a process wrote: they are in its node's memory, and surely visible to it.
+    """Names of the shards that a process wrote: they are in its node's cache, and always visible to it.
 
-    Megatron's writers number those of a rank from 0 (`__3_0.distcp`, `__3_1.distcp`). Asked for by name, so
-    that the first process alone lists the folder: a shared file system's server answers each listing.
+    Megatron's writers number those of a rank from 0 (`__3_0.distcp`, `__3_1.distcp`). They are opened by
+    name, so that only the first process lists the folder: each listing is a request to a shared file system.
     """
     names = (f"__{rank}_{number}{SHARD_SUFFIX}" for number in itertools.count())
     return list(itertools.takewhile(lambda name: (folder / name).is_file(), names))
@@ -290,7 +290,7 @@ def _write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
 def _publish(partial: Path, final: Path, infos: Mapping[str, FileInfo]) -> None:
     rest = set(files_within(partial)) - set(
         infos
-    )  # metadata, and what a writer has named otherwise
+    )  # metadata, and files that a writer names differently
     write_hashes(partial, {**infos, **hash_files(partial, rest)})
     if not has_metadata(partial):
         raise OSError(f"{no_metadata(partial)} (it was to become {final})")
@@ -301,7 +301,7 @@ def _publish(partial: Path, final: Path, infos: Mapping[str, FileInfo]) -> None:
 
 
 def _first_words(error: BaseException) -> str:
-    """What went wrong; torch's exception brings whole tracebacks along."""
+    """The error message; torch's exception contains whole tracebacks."""
     return " ".join(str(error).split())[:500]
 
 

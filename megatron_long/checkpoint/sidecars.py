@@ -1,11 +1,11 @@
-"""What lies next to Megatron's checkpoints in their folder: HF config, tokenizer, command line.
+"""The files next to Megatron's checkpoints in their folder: HF config, tokenizer, command line.
 
 DIR/latest_checkpointed_iteration.txt, DIR/iter_0000100/ or DIR/release/   Megatron's own
 DIR/hf_config.json    the model as Hugging Face's config.json describes it, with the RoPE trained
-DIR/hf_generation_config.json    as it came with the model, where it had one
+DIR/hf_generation_config.json    that of the original model, if it has one
 DIR/tokenizer/        the tokenizer's files
 DIR/run.json          command line and dataset fingerprint of the run that writes here
-DIR/hashes.json       hashes of the files above but Megatron's, and which checkpoint is the newest
+DIR/hashes.json       hashes of the files above except Megatron's, and which checkpoint is the newest
 """
 
 import json
@@ -32,12 +32,12 @@ RELEASE_NAME = "release"
 def no_checkpoint(
     folder: Path, flag: str, hf_remedy: str, step_flag: str = "--ckpt-step"
 ) -> ConfigError:
-    """Give the error for a folder that holds no Megatron checkpoint, with the way out for what lies there.
+    """Return the error for a folder without a Megatron checkpoint, with a remedy that fits its content.
 
     Args:
-        flag: What named the folder.
+        flag: The flag that names the folder.
         hf_remedy: What to do with a Hugging Face model.
-        step_flag: What chooses one checkpoint of a folder.
+        step_flag: The flag that selects one checkpoint of a folder.
     """
     number = re.fullmatch(r"iter_(\d+)", folder.name)
     if not folder.exists():
@@ -45,15 +45,13 @@ def no_checkpoint(
     elif (folder / METADATA_NAME).exists() and (number or folder.name == RELEASE_NAME):
         step = f" {step_flag} {int(number[1])}" if number else ""
         return ConfigError(
-            f"{flag} {folder} is one checkpoint, and their common folder is needed: give "
+            f"{flag} {folder} is a single checkpoint, and the folder of checkpoints is needed: give "
             f"{flag} {folder.parent}{step}"
         )
     elif (folder / HF_MODEL_CONFIG).is_file():
         return ConfigError(f"{flag} {folder} is a Hugging Face model folder; {hf_remedy}")
     else:
-        reason = (
-            f"holds no Megatron checkpoint: {TRACKER_NAME} is not there; give the folder that a "
-        )
+        reason = f"holds no Megatron checkpoint: {TRACKER_NAME} is missing; give the folder that a "
         reason += "training run (--save) or"
     return ConfigError(f"{flag} {folder} {reason} tools/convert_checkpoint.py hf-to-megatron wrote")
 
@@ -78,8 +76,8 @@ def write_hf_config(
     """Write the HF config of what is trained.
 
     Args:
-        geometry: What the run's flags say.
-        original: Config the model came with, for what flags do not say (token ids and the like).
+        geometry: The shape from the run's flags.
+        original: The model's original config, for values that are not flags (token ids, for example).
     """
     _write_json(folder / HF_CONFIG_NAME, dict(original or {}) | geometry.to_hf_config())
 

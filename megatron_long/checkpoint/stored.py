@@ -1,4 +1,4 @@
-"""Tensors that lie in files as plain bytes: read in one go into memory of their own.
+"""Tensors stored in files as plain bytes: each read in one operation into its own memory.
 
 safetensors and torch's saved tensors both hold a tensor's bytes in row order at a known place.
 """
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from megatron_long.model.mapping import Unit
 
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""safetensors' names of the types that are taken, and torch's."""
+"""safetensors' names of the supported types, and torch's."""
 STORED_NAMES = {name: stored for stored, name in STORED_DTYPES.items()}
 LOOKAHEAD_BYTES = 2**29
 READERS = 2
-"""Threads that read; the disk is busier with two requests than with one."""
+"""Threads that read; two requests use the disk better than one."""
 
 
 def read_ahead[Found](
     units: Iterable[Unit], read: Callable[[Unit], Found], size_bytes: Callable[[Unit], int]
 ) -> Generator[tuple[Unit, Found]]:
-    """Give what `read` gives for each unit, in order, reading the next ones while the caller works.
+    """Yield the result of `read` for each unit, in order, reading the next ones while the caller works.
 
     Args:
         units: The pieces, in the order in which they are needed.
-        read: Called in threads of its own; what it raises comes out in its turn.
-        size_bytes: Size of a unit; at most `LOOKAHEAD_BYTES`, or one unit, lie ready.
+        read: Called in separate threads; its exceptions are raised in order.
+        size_bytes: Size of a unit; at most `LOOKAHEAD_BYTES`, or one unit, are read ahead.
     """
     waiting: deque[tuple[Unit, Future[Found]]] = deque()
     ready_bytes = 0
@@ -60,14 +60,14 @@ def read_ahead[Found](
 
 
 def _take[Found](waiting: deque[tuple[Unit, Future[Found]]]) -> tuple[Unit, Found]:
-    """Give the oldest; in a function of its own, so that nothing here holds on to its tensors."""
+    """Return the oldest; in a separate function, so that nothing here keeps its tensors."""
     unit, future = waiting.popleft()
     return unit, future.result()
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor lies."""
+    """Location of a tensor in a file."""
 
     path: Path
     offset: int
@@ -78,13 +78,13 @@ class StoredTensor:
     size_bytes: int
 
     def tensor(self) -> Tensor:
-        """Give the tensor."""
+        """Return the tensor."""
         import torch
 
         name = STORED_DTYPES.get(self.stored_dtype)
         kind = (
             getattr(torch, name) if name else torch.uint8
-        )  # others are refused before they are used
+        )  # other types are refused before they are used
         flat = _read(self.path, self.offset, self.size_bytes, kind)
         return flat.reshape(self.shape) if name else flat
 
@@ -95,15 +95,15 @@ def _read(
     flat = read_bytes(path, offset, size_bytes, use_cache=use_cache)
     if (
         offset % kind.itemsize
-    ):  # memory begins like the file, and values must begin at their multiples
+    ):  # memory starts like the file, and values must be aligned to their size
         flat = flat.clone()
     return flat.view(kind)
 
 
 def find_tensors(path: Path, names: Iterable[str]) -> dict[str, StoredTensor]:
-    """Give the places of tensors in a safetensors file, which the library has found whole.
+    """Return the locations of tensors in a safetensors file, which the library has validated.
 
-    The library tells no offsets, and its own reading goes through memory maps.
+    The library gives no offsets, and it reads through memory maps.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -150,7 +150,7 @@ class _Part(io.RawIOBase):
 
 
 def read_saved_tensor(path: Path, offset: int, length: int, *, check_bytes: bool = False) -> Tensor:
-    """Give a tensor that `torch.save` wrote into a part of a file.
+    """Return a tensor that `torch.save` wrote into a part of a file.
 
     Args:
         path: The file.
@@ -158,7 +158,7 @@ def read_saved_tensor(path: Path, offset: int, length: int, *, check_bytes: bool
         length: Its size, in bytes.
         check_bytes: Whether to compare checksums, of the tensor and of its shape, with those stored.
     Raises: ValueError, KeyError, OSError, zipfile.BadZipFile, pickle.UnpicklingError: it is damaged, or
-        no plain tensor.
+        not a plain tensor.
     """
     import torch
 
@@ -172,7 +172,7 @@ def read_saved_tensor(path: Path, offset: int, length: int, *, check_bytes: bool
 def read_saved_box(
     path: Path, offset: int, length: int, start: Sequence[int], sizes: Sequence[int]
 ) -> Tensor:
-    """Give a block of a tensor that `torch.save` wrote; and read from its first value to its last only.
+    """Return a block of a tensor that `torch.save` wrote; reads only from its first value to its last.
 
     Reads through the system's page cache: several processes take their blocks of the same files.
 
@@ -192,7 +192,7 @@ def read_saved_box(
     count = 1 + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
     width = shell.dtype.itemsize
     if (first + count) * width > entry.file_size:
-        raise ValueError(f"{entry.file_size} bytes, and value {first + count - 1} is asked for")
+        raise ValueError(f"{entry.file_size} bytes, and value {first + count - 1} is requested")
     flat = _read(path, begin + first * width, count * width, shell.dtype, use_cache=True)
     return flat.as_strided(tuple(sizes), strides)
 
@@ -200,14 +200,14 @@ def read_saved_box(
 def _find_values(
     path: Path, offset: int, length: int, *, check_bytes: bool
 ) -> tuple[Tensor, zipfile.ZipInfo, int]:
-    """Give a saved tensor without values, the entry of its storage, and where that begins in the file."""
+    """Return a saved tensor without values, the entry of its storage, and its offset in the file."""
     import torch
 
     with path.open("rb") as file:
         part: Any = _Part(file, offset, length)
         shell = torch.load(part, map_location="meta", weights_only=True)
         if not isinstance(shell, torch.Tensor) or type(shell) is not torch.Tensor:
-            raise pickle.UnpicklingError(f"a {type(shell).__name__} where a tensor must be")
+            raise pickle.UnpicklingError(f"a {type(shell).__name__} instead of a tensor")
         part.seek(0)
         with zipfile.ZipFile(part) as archive:
             (entry,) = [i for i in archive.infolist() if i.filename.endswith("/data/0")]

@@ -1,7 +1,7 @@
 """Reading Megatron's `torch_dist` folders one piece at a time; `torch_dist_writer` writes them.
 
 `torch_dist` is the folder of `torch.distributed.checkpoint` (DCP) with two additions of Megatron's:
-`metadata.json`, and the state that is no tensor, pickled as the object `common_state`.
+`metadata.json`, and the state other than tensors, pickled as the object `common_state`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ COMMON_STATE = "common_state/shard_0_1"
 
 
 class TorchDistReader:
-    """The tensors of a `torch_dist` folder, whatever layout they were saved from."""
+    """The tensors of a `torch_dist` folder, saved from any layout."""
 
     def __init__(self, folder: Path, *, prefix: str = "", check_bytes: bool = False) -> None:
         """Read the index.
 
         Args:
             folder: Folder of one iteration.
-            prefix: What the keys begin with; it is left out of them here.
+            prefix: Prefix of the keys, which is removed here.
             check_bytes: Whether to compare the checksum of every piece that is read.
         Raises: DataError: not such a folder, or a file that the index names is missing or short.
         """
@@ -55,7 +55,7 @@ class TorchDistReader:
         self.folder = folder
         try:
             self._metadata: Metadata = _read_index(folder)
-        except Exception as error:  # a damaged pickle raises nearly anything
+        except Exception as error:  # a damaged pickle can raise nearly any exception
             raise _unreadable_index(folder, error) from error
         self.prefix = prefix
         self._check_bytes = check_bytes
@@ -77,11 +77,11 @@ class TorchDistReader:
                 )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Give the global shape of every tensor, those of the optimizer among them."""
+        """Return the global shape of every tensor, including those of the optimizer."""
         return {key: tuple(stored.size) for key, stored in self._tensors()}
 
     def dtype(self, key: str) -> torch.dtype:
-        """Give the type in which a tensor is stored."""
+        """Return the type in which a tensor is stored."""
         return dict(self._tensors())[key].properties.dtype
 
     def _tensors(self) -> list[tuple[str, TensorStorageMetadata]]:
@@ -96,19 +96,19 @@ class TorchDistReader:
         wanted, items, dtype = self._plan(key, layer)
         try:
             found = self._assemble(items, wanted, dtype)
-        except Exception as error:  # damaged bytes raise nearly anything
+        except Exception as error:  # damaged bytes can raise nearly any exception
             raise self._unreadable(key, error) from error
         return found if layer is None else found[0]
 
     def fill_box(self, key: str, offset: Sequence[int], target: Tensor) -> int:
-        """Copy a block of a tensor into memory that is there, and read no more than that.
+        """Copy a block of a tensor into existing memory, reading only that block.
 
         Args:
             key: Name of the tensor.
             offset: First index of the block, by axis of the stored tensor.
-            target: As many axes, any type and device; what lies beyond the stored tensor, as where the
-                vocabulary is padded further, stays as it is.
-        Returns: Values copied.
+            target: The same number of axes, any type and device; values beyond the stored tensor, as if the
+                vocabulary is padded further, stay unchanged.
+        Returns: Number of values copied.
         Raises: DataError: there is no such tensor, or its bytes are damaged.
         """
         stored = self._metadata.state_dict_metadata.get(self.prefix + key)
@@ -128,11 +128,11 @@ class TorchDistReader:
                 place = place.narrow(axis, start, item.lengths[axis])
             try:
                 place.copy_(self._box(item))
-            except Exception as error:  # damaged bytes raise nearly anything
+            except Exception as error:  # damaged bytes can raise nearly any exception
                 raise self._unreadable(key, error) from error
             filled += place.numel()
         if filled != prod(sizes):
-            raise self._unreadable(key, ValueError(f"{filled} of {prod(sizes)} values are there"))
+            raise self._unreadable(key, ValueError(f"{filled} of {prod(sizes)} values are present"))
         return filled
 
     def _box(self, item: ReadItem) -> Tensor:
@@ -175,7 +175,7 @@ class TorchDistReader:
             target.copy_(part)
             filled += part.numel()
         if filled != whole.numel():
-            raise ValueError(f"{filled} of {whole.numel()} values are there")
+            raise ValueError(f"{filled} of {whole.numel()} values are present")
         return whole
 
     def _part(self, item: ReadItem) -> Tensor:
@@ -188,29 +188,29 @@ class TorchDistReader:
 
 
 def stored_keys(folder: Path) -> set[str]:
-    """Give the names of everything that a checkpoint holds, the optimizer's among it; reads the index alone.
+    """Return the names of all entries of a checkpoint, including the optimizer's; reads only the index.
 
     Raises: DataError: it cannot be read.
     """
     _check_format(folder)
     try:
         return set(_read_index(folder).state_dict_metadata)
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:  # a damaged pickle can raise nearly any exception
         raise _unreadable_index(folder, error) from error
 
 
 def read_common_state(folder: Path) -> dict[str, Any]:
-    """Read what a checkpoint holds besides tensors: `args`, `iteration` and so on.
+    """Read the content of a checkpoint other than tensors: `args`, `iteration` and so on.
 
-    No class of Megatron is imported, which would take ten seconds: an object that is none of the few that
-    are needed comes as a `_Stub`, and nothing of it is run. torch's restricted unpickler reads it.
+    No class of Megatron is imported, which would take ten seconds: an object other than the few that
+    are needed becomes a `_Stub`, and none of its code is run. torch's restricted unpickler reads it.
 
     Raises: DataError: it cannot be read.
     """
     _check_format(folder)
     try:
         index = _read_index(folder)
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:  # a damaged pickle can raise nearly any exception
         raise _unreadable_index(folder, error) from error
     try:
         stored = (index.storage_data or {})[MetadataIndex(COMMON_STATE)]
@@ -220,11 +220,11 @@ def read_common_state(folder: Path) -> dict[str, Any]:
         (state,) = _load_objects(stream)
         if not isinstance(state, dict):
             raise TypeError(f"a {type(state).__name__}")
-    except (Exception, CheckpointException) as error:  # a damaged pickle raises anything
+    except (Exception, CheckpointException) as error:  # a damaged pickle can raise any exception
         raise DataError(
-            f"{folder}: the common state cannot be read as tensors and plain values alone "
-            f"({type(error).__name__}): the checkpoint is damaged, or made to run a program; "
-            "copy it again, use another iteration, or take one from a source that you trust"
+            f"{folder}: the common state cannot be read as tensors and plain values only "
+            f"({type(error).__name__}): the checkpoint is damaged, or crafted to run code; "
+            "copy it again, use another iteration, or use one from a source that you trust"
         ) from error
     return state
 
@@ -232,7 +232,7 @@ def read_common_state(folder: Path) -> dict[str, Any]:
 def _unreadable_index(folder: Path, error: Exception) -> DataError:
     return DataError(
         f"{folder}/.metadata cannot be read ({type(error).__name__}: {error}); "
-        "the checkpoint is incomplete, damaged, or made to run a program: use another iteration, or a "
+        "the checkpoint is incomplete, damaged, or crafted to run code: use another iteration, or a "
         "source that you trust"
     )
 
@@ -244,9 +244,9 @@ def _read_index(folder: Path) -> Metadata:
 
 
 def _load_objects(stream: io.BytesIO) -> Any:
-    """What `torch.save` has written, with a `_Stub` for each class that torch does not let through.
+    """Load the output of `torch.save`, with a `_Stub` for each class that torch does not allow.
 
-    Every checksum of its archive is compared.
+    Every checksum of the archive is verified.
     """
     with zipfile.ZipFile(stream) as archive:
         damaged = archive.testzip()
@@ -262,7 +262,7 @@ def _load_objects(stream: io.BytesIO) -> Any:
 
 
 class _Stub:
-    """Stands for an object of a class that is not imported; it keeps nothing and does nothing."""
+    """Placeholder for an object of a class that is not imported; it stores nothing and does nothing."""
 
     def __new__(cls, *args: object, **kwargs: object) -> _Stub:
         return super().__new__(cls)

@@ -1,8 +1,8 @@
 """Writing Megatron's `torch_dist` folders one piece at a time: see `torch_dist` for the format.
 
-Megatron's own writer gathers the whole model first and wants a process group and CUDA; DCP's planners
-are made for what is needed here, tensors that come into being when their turn to be written comes. DCP's
-own writer of files keeps some of what it has written, and drops the errors of its threads.
+Megatron's own writer gathers the whole model first and needs a process group and CUDA; DCP's planners
+support what is needed here, tensors that are created when they are written. DCP's
+own file writer keeps some of what it has written, and drops the errors of its threads.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from megatron_long.hashing import FileInfo
 
 @dataclass(frozen=True, kw_only=True)
 class LazyPiece:
-    """A part of a stored tensor that `make` brings into being."""
+    """A part of a stored tensor that `make` creates."""
 
     key: str
     global_shape: tuple[int, ...]
@@ -52,11 +52,11 @@ class LazyPiece:
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor]
-    """Gives the tensor, which is let go when it is written."""
+    """Returns the tensor, which is freed when it is written."""
 
 
 class _LazySavePlanner(DefaultSavePlanner):
-    """Plans from shapes alone and asks for each tensor when it is written."""
+    """Plans from shapes only and requests each tensor when it is written."""
 
     def __init__(self, pieces: Sequence[LazyPiece], objects: Mapping[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -98,10 +98,10 @@ class _LazySavePlanner(DefaultSavePlanner):
 
 
 class _StreamedWriter(dcp.FileSystemWriter):
-    """Writes all pieces into one file, each as soon as it is there."""
+    """Writes all pieces into one file, each as soon as it is available."""
 
     written: dict[str, FileInfo]
-    """Size and hash of what was written, by name."""
+    """Size and hash of the written files, by name."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         assert plan.storage_data is not None
@@ -132,7 +132,7 @@ class _StreamedWriter(dcp.FileSystemWriter):
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """Give the tensor in a storage that holds nothing else, for torch saves storages."""
+    """Return the tensor in a storage of its own, because torch saves whole storages."""
     tensor = tensor.detach().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone()
@@ -144,15 +144,15 @@ def write_torch_dist(
     """Write a `torch_dist` folder.
 
     Args:
-        folder: The folder to fill; made if missing.
+        folder: The folder to fill; created if missing.
         pieces: The tensors; together they must cover each global shape exactly.
-        objects: Picklable things by their full key, `common_state/shard_0_1` among them.
+        objects: Picklable objects by their full key, including `common_state/shard_0_1`.
     Returns: Size and hash of the files that hold the tensors, by name; the others are small.
-    Raises: DataError: the disk refuses. What a piece's `make` raises comes through.
+    Raises: DataError: writing fails. What a piece's `make` raises comes through.
     """
     writer = _StreamedWriter(folder)
     planner = _LazySavePlanner(pieces, objects)
-    with warnings.catch_warnings():  # that there is no process group is meant
+    with warnings.catch_warnings():  # the absence of a process group is intended
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)

@@ -1,4 +1,4 @@
-"""The model of a run that goes on: what was trained, RoPE included, not what a recipe begins with."""
+"""The model of a resumed run: the trained one, including RoPE, not the recipe's initial one."""
 
 import json
 from collections.abc import Callable
@@ -24,16 +24,16 @@ _NAMES = {
     "norm_epsilon": "--norm-epsilon",
     "tie_embeddings": "tied embeddings",
 }
-"""What must stay, by field of `LlamaGeometry`."""
+"""Fields of `LlamaGeometry` that must not change."""
 _SHOWN: dict[str, Callable[[Any], str]] = {
     "rope": lambda rope: json.dumps(rope.to_hf(), sort_keys=True),
     "rotary_base": lambda base: f"{base:,.12g}",
 }
-"""How values are written in messages; others as JSON."""
+"""How values are formatted in messages; others as JSON."""
 
 
 def trained_model(load: str | None, *, finetune: bool) -> LlamaGeometry | None:
-    """Give the model whose training goes on; None at the start of a run.
+    """Return the model of a resumed run; None at the start of a run.
 
     Args:
         load: `--load`.
@@ -48,7 +48,7 @@ def trained_model(load: str | None, *, finetune: bool) -> LlamaGeometry | None:
 
 
 def keep_rope(model: LlamaGeometry | None, trained: LlamaGeometry) -> LlamaGeometry:
-    """Give the model that is named for this start (None: the trained one), with the RoPE that was trained."""
+    """Return the model named for this start (None: the trained one), with the RoPE that was trained."""
     return replace(
         model or trained,
         rope=trained.rope,
@@ -58,7 +58,7 @@ def keep_rope(model: LlamaGeometry | None, trained: LlamaGeometry) -> LlamaGeome
 
 
 def check_same_model(trained: LlamaGeometry, now: LlamaGeometry, load: str) -> None:
-    """Refuse to go on with another model than was trained.
+    """Refuse to resume with a different model.
 
     Raises: ConfigError: names everything that differs, before and now.
     """
@@ -72,7 +72,7 @@ def check_same_model(trained: LlamaGeometry, now: LlamaGeometry, load: str) -> N
         for item in found
     )
     raise ConfigError(
-        f"the model in --load {load} was trained with other flags ({listed}); drop them to go on with the "
-        "model as it is, or give --finetune (and another --save) to change it on purpose: that starts at "
+        f"the model in --load {load} was trained with other flags ({listed}); drop them to resume with the "
+        "model unchanged, or give --finetune (and another --save) to change it: this starts at "
         "step 0 from its weights"
     )

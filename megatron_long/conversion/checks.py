@@ -1,4 +1,4 @@
-"""What must hold before, while and after weights are converted: names, shapes, types, values, bits."""
+"""Checks before, during and after a conversion: names, shapes, types, values, bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = (KEEP, "float32", "bfloat16")
 
 
 def check_folders(input_dir: Path, output_dir: Path, *, force: bool) -> None:
-    """Refuse an input that is not there, and an output that is or would take the input with it.
+    """Refuse a missing input, and an output that would replace the input.
 
     Raises: ConfigError: any of these.
     """
@@ -40,7 +40,7 @@ def check_folders(input_dir: Path, output_dir: Path, *, force: bool) -> None:
 def check_hf_tensors(weights: Weights, geometry: LlamaGeometry) -> None:
     """Check names and shapes before anything is converted.
 
-    Raises: DataError: a tensor is missing, has another shape, or is one too many.
+    Raises: DataError: a tensor is missing, has another shape, or is unexpected.
     """
     names = set(weights.names)
     if geometry.num_layers > len(names):  # before names are made up for each of them
@@ -87,7 +87,7 @@ def _check_tied_output(weights: Weights, geometry: LlamaGeometry) -> None:
 
 
 def choose_hf_dtype(weights: Weights, geometry: LlamaGeometry, wanted: str) -> dtype:
-    """Give the type to store a Hugging Face model in.
+    """Return the type to store a Hugging Face model in.
 
     Args:
         weights: The model.
@@ -111,7 +111,7 @@ def choose_hf_dtype(weights: Weights, geometry: LlamaGeometry, wanted: str) -> d
 
 
 def choose_megatron_dtype(reader: TorchDistReader, geometry: LlamaGeometry, wanted: str) -> dtype:
-    """Give the type to store a Megatron model in: see `choose_hf_dtype`."""
+    """Return the type to store a Megatron model in: see `choose_hf_dtype`."""
     found: dict[str, str] = {}
     for unit in units_of(geometry):
         key = unit.rule.megatron_key
@@ -127,7 +127,7 @@ def choose_megatron_dtype(reader: TorchDistReader, geometry: LlamaGeometry, want
 
 
 def _one_dtype(found: dict[str, str], wanted: str, folder: Path) -> dtype:
-    """Give the wanted type, or the only one found; `found` has a tensor's name for each type."""
+    """Return the wanted type, or the only one found; `found` has a tensor's name for each type."""
     import torch
 
     if wanted not in DTYPES:
@@ -145,7 +145,7 @@ def check_same(written: Tensor, source: Tensor, name: str) -> None:
     if not _same_bits(written, source):
         raise DataError(
             f"--verify: tensor {name} read back differs from the input; "
-            "the disk or the memory of this machine is at fault: nothing was kept"
+            "the disk or the memory of this machine is faulty; no output was kept"
         )
 
 
@@ -162,7 +162,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
     """Raise a `DataError` that calls the tensor `name` if it holds NaN or infinity."""
     import torch
 
-    # Extremes carry both NaN and infinity, and cost a hundredth of looking at every value.
+    # Extremes reveal both NaN and infinity, at a hundredth of the cost of checking every value.
     if not all(extreme.isfinite() for extreme in torch.aminmax(tensor)):
         count = int((~torch.isfinite(tensor)).sum())
         raise DataError(

@@ -1,7 +1,7 @@
-"""From a Hugging Face folder or a GGUF file to a Megatron checkpoint; `export` is the way back.
+"""Convert a Hugging Face folder or a GGUF file to a Megatron checkpoint; `export` is the reverse.
 
-Every tensor is read when it is needed and dropped when it is written, so that memory holds one, never
-the model. What is written is whole or absent.
+Every tensor is read when it is needed and freed when it is written, so that memory holds one, never
+the model. Output is written atomically.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def hf_to_megatron(
         output_dir: The checkpoint folder, for Megatron's `--load`.
         stretch: RoPE and context to train with instead of the model's own.
         options: See `Options`.
-    Raises: ConfigError, DataError: the message says what is wrong; nothing is left behind.
+    Raises: ConfigError, DataError: the message says what is wrong; no output is left.
     """
     from megatron_long.checkpoint.torch_dist import TorchDistReader
 

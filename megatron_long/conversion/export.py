@@ -1,6 +1,6 @@
-"""To a Hugging Face folder: from a Megatron checkpoint saved in any layout, or from a GGUF file.
+"""Write a Hugging Face folder from a Megatron checkpoint saved in any layout, or from a GGUF file.
 
-Memory holds one tensor, never the model; what is written is whole or absent.
+Memory holds one tensor, never the model; output is written atomically.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def megatron_to_hf(
 ) -> ConversionReport:
     """Write a Hugging Face model from a Megatron checkpoint saved in any layout.
 
-    The optimizer's state is skipped, but for its main copy of FP8 parameters. RoPE and the longest
+    The optimizer's state is skipped, except its main copy of FP8 parameters. RoPE and the longest
     context are those of training.
 
     Args:
@@ -81,11 +81,11 @@ def megatron_to_hf(
         output_dir: The model folder to write.
         iteration: Which iteration; the latest if None.
         hf_config: Model folder whose `config.json`, and tokenizer if the checkpoint has none, to
-            take instead of the checkpoint's own.
+            use instead of the checkpoint's own.
         weights: One of `WEIGHTS`.
-        stretch: RoPE and context that the user takes for trained; refused where training had others.
+        stretch: RoPE and context that the user expects; refused if training used others.
         options: See `Options`.
-    Raises: ConfigError, DataError: the message says what is wrong; nothing is left behind.
+    Raises: ConfigError, DataError: the message says what is wrong; no output is left.
     """
     from megatron_long.checkpoint.torch_dist import TorchDistReader, read_common_state
 
@@ -93,7 +93,7 @@ def megatron_to_hf(
     source = open_checkpoint(input_dir, iteration, reader=CONVERSION).path
     check_folders(input_dir, output_dir, force=options.force)
     is_hashed = not options.check_hashes or _check_hashes(input_dir, source, hf_config)
-    TorchDistReader(source)  # its files are all there, before anything else is said of it
+    TorchDistReader(source)  # its files exist, before any other message about it
     state = read_common_state(source)
     config, geometry = _trained_model(input_dir, source, state, hf_config, stretch or Stretch())
     prefix = find_weights(state, weights, source)
@@ -117,14 +117,14 @@ def megatron_to_hf(
 
 
 def _check_hashes(input_dir: Path, source: Path, hf_config: Path | None) -> bool:
-    """Compare the files with their hashes, if there are some; else say what can be checked without."""
+    """Compare the files with their hashes, if there are any; else log what is checked without them."""
     if hf_config is None:
         check_sidecars(input_dir)
     if check_whole(source):
         return True
     _log.warning(
-        "%s has no %s: each tensor is compared with the checksum that torch has stored with it, but changes "
-        "of its index (%s) and of files next to the checkpoint (%s, %s) may pass unnoticed",
+        "%s has no %s: each tensor is compared with the checksum that torch stored with it, but changes "
+        "to its index (%s) and to files next to the checkpoint (%s, %s) are not detected",
         source,
         HASHES_NAME,
         ".metadata",
@@ -137,7 +137,7 @@ def _check_hashes(input_dir: Path, source: Path, hf_config: Path | None) -> bool
 def _choose_dtype(
     reader: TorchDistReader, geometry: LlamaGeometry, state: dict[str, Any], options: Options
 ) -> dtype:
-    """Give the type to store; main copies are float32, of a model that was trained in another type."""
+    """Return the type to store; main copies are float32, of a model that was trained in another type."""
     wanted = options.dtype
     if reader.prefix and wanted == KEEP:
         wanted = str(state["args"].params_dtype).removeprefix("torch.")
@@ -153,12 +153,12 @@ def gguf_to_hf(
         input_path: The file.
         output_dir: The model folder to write.
         options: See `Options`; logits are not compared, as there is one model only.
-    Raises: ConfigError, DataError: the message says what is wrong; nothing is left behind.
+    Raises: ConfigError, DataError: the message says what is wrong; no output is left.
     """
     options = options or Options()
     check_folders(input_path, output_dir, force=options.force)
     if not sources.is_gguf(input_path):
-        raise ConfigError(f"--input {input_path} is no GGUF file (its name must end in .gguf)")
+        raise ConfigError(f"--input {input_path} is not a GGUF file (its name must end in .gguf)")
     config, geometry = sources.read_config(input_path), sources.read_source_geometry(input_path)
     with sources.open_weights(input_path) as weights:
         check_hf_tensors(weights, geometry)
@@ -183,7 +183,7 @@ def gguf_to_hf(
 def _trained_model(
     input_dir: Path, source: Path, state: dict[str, Any], hf_config: Path | None, stretch: Stretch
 ) -> tuple[dict[str, Any], LlamaGeometry]:
-    """Give the model's configuration as it came, and its shape with the RoPE of training."""
+    """Return the model's original configuration, and its shape with the RoPE of training."""
     config_path = hf_config / CONFIG_NAME if hf_config else input_dir / HF_CONFIG_NAME
     if not config_path.is_file():
         raise ConfigError(f"{config_path} does not exist; give --hf-config with the model's folder")

@@ -2,9 +2,9 @@
 
     python -m megatron_long.conversion.logits_check --iteration DIR --source HF --config FILE --dtype TYPE
 
-Both sides are the real thing, transformers' model and Megatron's `GPTModel`, each built with one layer
-that is filled again for every layer of the model, so that memory holds a layer, never the model. All
-is float32 on the host. The tokens stand at both ends of the context, so that a wrong RoPE is seen.
+Both sides are the real implementations, transformers' model and Megatron's `GPTModel`, each built with one
+layer that is refilled for every layer of the model, so that memory holds one layer, never the model. All
+is float32 on the host. The tokens are at both ends of the context, so that a wrong RoPE is detected.
 Prints one line of JSON. Legend: s sequence, h hidden, v vocabulary.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TOLERANCE = 1e-3
-"""Of the largest logit; float32 rounding over 30 layers makes about 1e-5, a wrong RoPE 1e-1."""
+"""Relative to the largest logit; float32 rounding over 30 layers gives about 1e-5, a wrong RoPE 1e-1."""
 NUM_TOKENS = 16
 """At each end of the context."""
 _TINY_VOCABULARY = 128

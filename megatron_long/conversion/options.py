@@ -1,4 +1,4 @@
-"""What a conversion may be asked for, and what it says when it is done."""
+"""Options of a conversion, and its report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megatron_long.conversion.checks import KEEP
 from megatron_long.conversion.pieces import size_of
 from megatron_long.model.geometry import LlamaGeometry
 from megatron_long.model.mapping import units_of
+from megatron_long.model.rope import PLAIN_ROPE
 
 if TYPE_CHECKING:
     from torch import dtype
@@ -23,7 +24,7 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every conversion may be asked for."""
+    """Options of every conversion."""
 
     dtype: str = KEEP
     """One of `DTYPES`, the type to store."""
@@ -46,7 +47,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """What a conversion did, or would do."""
+    """Report of a conversion, or of a dry run."""
 
     output: Path
     num_tensors: int
@@ -57,11 +58,29 @@ class ConversionReport:
     geometry: LlamaGeometry
     is_verified: bool = False
     logits_difference: float | None = None
-    """Of the largest logit; None where logits were not compared."""
+    """Relative to the largest logit; None if logits were not compared."""
     weights: str = ""
-    """Which of the checkpoint's weights these are, where it has two kinds."""
+    """Which of the checkpoint's weights these are, if it has two kinds."""
     losses: tuple[str, ...] = ()
-    """What the input does not give back of the original model, in sentences."""
+    """What the input has lost of the original model, in sentences."""
+
+    def describe(self, *, is_dry_run: bool) -> str:
+        """Say in one paragraph what was written, and what the input could not give."""
+        verb = "would write" if is_dry_run else "wrote"
+        verified = "; read back, every bit equal" if self.is_verified else ""
+        if self.logits_difference is not None:
+            difference = f"{self.logits_difference:.0e}"
+            verified += f"; logits of Megatron and transformers within {difference} of the largest"
+        geometry = self.geometry
+        method = "" if geometry.rope == PLAIN_ROPE else f"{geometry.rope.method}, "
+        said = (
+            f"{verb} {self.output}: {self.num_tensors} tensors, "
+            f"{self.num_parameters / 1e6:,.1f} M parameters, {self.size_bytes / 1e9:,.3f} GB of "
+            f"{self.dtype}, RoPE {method}base {geometry.rotary_base:,.0f}, "
+            f"up to {geometry.max_position_embeddings:,} tokens{verified}"
+        )
+        said += f"; from {self.weights}" if self.weights else ""
+        return "\n".join([said, *(f"lost: {sentence}" for sentence in self.losses)])
 
 
 def make_report(

@@ -1,4 +1,4 @@
-"""The smallest pieces that are converted at once, read from either side as Hugging Face tensors."""
+"""The smallest pieces of a conversion, read from either side as Hugging Face tensors."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def read_checkpoint(
 
 
 def size_of(unit: Unit, geometry: LlamaGeometry, stored: dtype) -> int:
-    """Give the bytes of a unit's Hugging Face tensors."""
+    """Return the bytes of a unit's Hugging Face tensors."""
     shapes = unit.rule.layout.hf_shapes(geometry)
     return sum(prod(shape) for shape in shapes) * stored.itemsize

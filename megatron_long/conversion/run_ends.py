@@ -15,14 +15,14 @@ from megatron_long.tokenizer.tokenizer_files import HF_FILE, SENTENCEPIECE_FILE
 
 
 def starts_from_hf(model: str | None, load: str | None) -> bool:
-    """Whether a run begins with Hugging Face weights: the flag is given, and no checkpoint goes on."""
+    """Whether a run begins with Hugging Face weights: the flag is given, and no checkpoint is resumed."""
     return model is not None and not has_checkpoint(load)
 
 
 def first_weights(
     model: str | None, load: str | None, padded_vocab_size: Callable[[], int]
 ) -> Callable[[list], None] | None:
-    """What fills the model chunks with Hugging Face weights; None for a run that does not begin with them.
+    """Return the function that fills the model chunks with Hugging Face weights; None without such a start.
 
     Args:
         padded_vocab_size: See `filler`.
@@ -33,7 +33,7 @@ def first_weights(
 
 
 def check_weights(model: Path) -> None:
-    """Look at the headers of all weights, before any GPU is taken.
+    """Check the headers of all weights, before a GPU is used.
 
     Raises: ConfigError, DataError: a file or tensor is missing, damaged or of another shape.
     """
@@ -42,11 +42,11 @@ def check_weights(model: Path) -> None:
 
 
 def filler(model: Path, padded_vocab_size: Callable[[], int]) -> Callable[[list], None]:
-    """Give the function that fills this rank's model chunks.
+    """Return the function that fills this rank's model chunks.
 
     Args:
         model: Hugging Face folder or GGUF file.
-        padded_vocab_size: Gives the embedding rows of the model that is built, once they are known.
+        padded_vocab_size: Returns the embedding rows of the model that is built, once they are known.
     """
 
     def fill(chunks: list) -> None:
@@ -61,7 +61,7 @@ def filler(model: Path, padded_vocab_size: Callable[[], int]) -> Callable[[list]
 
 
 def vocabulary_of(model: Path) -> str | None:
-    """Give the fingerprint of the vocabulary of a model's tokenizer; None if it has no tokenizer."""
+    """Return the fingerprint of the vocabulary of a model's tokenizer; None if it has no tokenizer."""
     from megatron_long.tokenizer.loading import load_tokenizer
 
     if not sources.is_gguf(model):

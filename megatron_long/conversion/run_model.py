@@ -1,4 +1,4 @@
-"""What model a run trains, and what of it is written next to the checkpoints."""
+"""The model that a run trains, and its files next to the checkpoints."""
 
 import shutil
 from argparse import Namespace

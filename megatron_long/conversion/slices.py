@@ -1,7 +1,7 @@
-"""Which rows and columns of the Hugging Face tensors make a block of a Megatron tensor.
+"""Which rows and columns of the Hugging Face tensors form a block of a Megatron tensor.
 
-Derived from the mapping table itself: each Hugging Face row is numbered, the numbers go through the
-layout's own `to_megatron`, and where they come out says which rows lie where. So a rank can read its
+Derived from the mapping table: each Hugging Face row is numbered, the numbers pass through the
+layout's own `to_megatron`, and their positions in the result show which row is where. So a rank can read its
 slices without a second description of any layout.
 """
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TENSOR_STRIDE = 2**40
-"""Between the numbers of one tensor's rows and the next's; no tensor has so many rows."""
+"""Offset between the row numbers of consecutive tensors; no tensor has so many rows."""
 
 
 @dataclass(frozen=True)
 class RowRun:
-    """Rows that follow each other in one Hugging Face tensor."""
+    """Consecutive rows of one Hugging Face tensor."""
 
     source: int | None
     """Which tensor of the rule; None: padding, which is zero."""
@@ -36,7 +36,7 @@ class RowRun:
 
 
 def row_runs(layout: Layout, geometry: LlamaGeometry, first: int, count: int) -> list[RowRun]:
-    """Give the Hugging Face rows behind `count` rows of a Megatron tensor, in order."""
+    """Return the Hugging Face rows behind `count` rows of a Megatron tensor, in order."""
     import torch
 
     numbered = []
@@ -68,7 +68,7 @@ def read_block(
     offset: Sequence[int],
     shape: Sequence[int],
 ) -> Tensor:
-    """Read a block of a Megatron tensor, and no more than that, from Hugging Face weights.
+    """Read only a block of a Megatron tensor from Hugging Face weights.
 
     Args:
         unit: The tensor, of one layer where it has layers.

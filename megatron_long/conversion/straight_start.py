@@ -1,8 +1,8 @@
 """Fill a built, sharded Megatron model from Hugging Face weights; each rank reads only its slices.
 
-What a rank holds is asked of the model itself: its `sharded_state_dict` names, for every parameter, the
-tensor of the whole model and the block of it, whatever tensor, pipeline, virtual pipeline or context
-parallelism cut it, and whichever layers it is made of.
+The model itself reports what a rank holds: its `sharded_state_dict` names, for every parameter, the
+tensor of the whole model and the block of it, for any tensor, pipeline, virtual pipeline or context
+parallelism, and any type of layers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def fill_model(
     for chunk in chunks:
         for entry in parameters_of(chunk):
             if isinstance(entry, ShardedTensorFactory):
-                # SwiGLU: gate and up are cut on their own, and lie one after the other.
+                # SwiGLU: gate and up are split separately and concatenated.
                 plan = replace(entry, data=torch.empty(entry.data.shape, device="meta")).build()
                 parts = dict_list_map_outplace(
                     lambda part: _read(part, rules, weights, geometry), plan
@@ -62,8 +62,8 @@ def _read(
     rule = rules.get(part.key)
     if rule is None:
         raise ConfigError(
-            f"the flags build a model with {part.key}, which {weights.location} has nothing for; drop "
-            "the flags that add to the model that its configuration describes"
+            f"the flags build a model with {part.key}, which {weights.location} does not contain; drop "
+            "the flags that extend the model of its configuration"
         )
     expected = checkpoint_shape(rule, geometry)
     if tuple(part.global_shape) != expected:

@@ -1,4 +1,4 @@
-"""The RoPE and context that a model is to be trained with, as flags of conversion ask for them."""
+"""The RoPE and context to train a model with, from the flags of a conversion."""
 
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,7 @@ class Stretch:
     """Longest context after training, in tokens."""
 
     def apply(self, model: LlamaGeometry) -> LlamaGeometry:
-        """Give the model as it is to be trained.
+        """Return the model as it is to be trained.
 
         Raises: ConfigError: flags that do not go together, or a stretch that is too small.
         """

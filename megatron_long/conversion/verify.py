@@ -1,4 +1,4 @@
-"""What was written is what was read: every tensor bit by bit, hashed, and the logits of both models."""
+"""Verification of a conversion: every tensor bit by bit, hashed, and the logits of both models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ UnitTensors = Callable[[Unit], Iterable[tuple[str, "Tensor"]]]
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """Give the SHA-256 of a tensor's bytes in row order, without name, shape or type."""
+    """Return the SHA-256 of a tensor's bytes in row order, without name, shape or type."""
     import torch
 
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -57,7 +57,7 @@ def verify_output(
     is_import: bool,
     is_stretched: bool = False,
 ) -> ConversionReport:
-    """Compare what lies in `folder` with what it was made from, and write that down.
+    """Compare the output in `folder` with its input, and write the result.
 
     Args:
         folder: The output.
@@ -129,7 +129,7 @@ def compare_logits(
 ) -> float:
     """Compare the logits of a checkpoint, by Megatron, with those of transformers.
 
-    In a process of its own, which computes in float32 on the host, a layer at a time: see
+    Runs in a separate process, which computes in float32 on the host, a layer at a time: see
     `logits_check`.
 
     Args:
@@ -165,7 +165,8 @@ def compare_logits(
         raise DataError(
             f"--verify: the logits of Megatron and transformers differ by {difference:.1e} of the largest "
             f"logit (at most {tolerance:.0e} may be rounding), though every tensor is the same: transformers "
-            f"reads another model in {config.name} than the checkpoint's arguments say; nothing was kept"
+            f"reads another model from {config.name} than the checkpoint's arguments describe; no output was "
+            "kept"
         )
     return float(difference)
 
@@ -175,7 +176,7 @@ def _check_config(path: Path, geometry: LlamaGeometry) -> None:
     if geometry_from_hf(path) != replace(
         geometry, padded_vocab_size=pad_vocab_size(geometry.vocab_size)
     ):
-        raise DataError(f"--verify: {path.name} describes another model than was converted")
+        raise DataError(f"--verify: {path.name} does not describe the converted model")
 
 
 _JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

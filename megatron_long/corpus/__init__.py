@@ -1,1 +1,1 @@
-"""What is read: files of a corpus, and the documents in them."""
+"""Input: files of a corpus, and the documents in them."""

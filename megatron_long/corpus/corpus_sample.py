@@ -1,4 +1,4 @@
-"""A few texts of a corpus, from files that lie evenly over the list of inputs."""
+"""A few texts of a corpus, from files spread evenly over the list of inputs."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +10,7 @@ TEXT_CHARS_PER_FILE = 1 << 16
 
 
 def sample_texts(files: Sequence[InputFile], keys: RecordKeys) -> Iterator[str]:
-    """Give texts from the beginning of some files, always the same ones; bad documents are passed over."""
+    """Yield texts from the beginning of some files, always the same ones; bad documents are skipped."""
     count = min(len(files), SAMPLE_FILES)
     chars_per_file = SAMPLE_FILES * TEXT_CHARS_PER_FILE // max(count, 1)
     for index in sorted({number * len(files) // count for number in range(count)}):

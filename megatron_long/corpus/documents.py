@@ -1,7 +1,7 @@
-"""From a file of the corpus to documents: lines of JSON or rows of parquet, each checked.
+"""Documents from a file of the corpus: lines of JSON or rows of parquet, each validated.
 
-Documents come in batches and know their line (or row), so every error names `file:line`. A document
-that cannot be read ends the run, or is left out and listed, as `BadDocuments` says.
+Documents are read in batches and record their line (or row), so every error names `file:line`. A document
+that cannot be read ends the run, or is skipped and listed, depending on `BadDocuments`.
 """
 
 import functools
@@ -22,7 +22,7 @@ from megatron_long.corpus.inputs import (
 from megatron_long.errors import ConfigError, DataError
 
 LONGEST_SOURCE_BYTES = 200
-"""Of a source's name in names of files: a file system takes 255, endings and temporary names included."""
+"""Limit of a source's name in file names: file systems allow 255 bytes, including temporary suffixes."""
 DEFAULT_SOURCE_KEYS = ("meta.redpajama_set_name", "source")
 SOURCE_FROM_FOLDER = "folder"
 DEFAULT_TEXT_KEY = "text"
@@ -42,7 +42,7 @@ REDPAJAMA_SOURCES = {
 
 
 class Document(NamedTuple):
-    """One text of the corpus with the source it belongs to; a tuple, for a corpus has billions."""
+    """One text of the corpus with its source; a tuple, because a corpus has billions of them."""
 
     text: str
     source: str
@@ -52,7 +52,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordKeys:
-    """Where a record keeps its text and its source: dotted paths into the JSON object."""
+    """Where a record has its text and its source: dotted paths into the JSON object."""
 
     text: str = DEFAULT_TEXT_KEY
     source: tuple[str, ...] | str = DEFAULT_SOURCE_KEYS
@@ -60,25 +60,25 @@ class RecordKeys:
 
     @functools.cached_property
     def source_paths(self) -> tuple[str, ...]:
-        """Give the paths to try; none when the folder is the label."""
+        """Return the paths to try; none when the folder is the label."""
         if self.source == SOURCE_FROM_FOLDER:
             return ()
         return (self.source,) if isinstance(self.source, str) else tuple(self.source)
 
     @functools.cached_property
     def text_parts(self) -> list[str]:
-        """Give the path of the text, part by part."""
+        """Return the path of the text, part by part."""
         return self.text.split(".")
 
     @functools.cached_property
     def source_parts(self) -> list[list[str]]:
-        """Give the paths to try, part by part."""
+        """Return the paths to try, part by part."""
         return [path.split(".") for path in self.source_paths]
 
 
 @dataclass
 class BadDocuments:
-    """What to do with documents that cannot be read, and what was done."""
+    """What to do with documents that cannot be read, and the documents skipped so far."""
 
     skip: bool = False
     count: int = 0
@@ -92,7 +92,7 @@ class BadDocuments:
         """
         if not self.skip:
             raise DataError(
-                f"{item.path}:{line} {reason}; {remedy}, or leave such documents out with "
+                f"{item.path}:{line} {reason}; {remedy}, or skip such documents with "
                 "--on-bad-document skip"
             )
         self.count += 1
@@ -102,20 +102,20 @@ class BadDocuments:
 
 @dataclass
 class FileState:
-    """How far a file is read."""
+    """How far a file has been read."""
 
     position_bytes: int = 0
     """Bytes of the stored file (compressed, if it is) that were read."""
     xxh3_128: str = ""
     """Hash of the stored file, once all of it is read."""
     batch_bytes: int = BATCH_BYTES
-    """Text of a batch, about."""
+    """Approximate text size of a batch."""
     used_bytes: int = 0
-    """Bytes of text (with JSON around it) given so far."""
+    """Bytes of text (including JSON) returned so far."""
 
 
 def canonical_source(label: str) -> str:
-    """Give the name used for a source label.
+    """Return the name used for a source label.
 
     >>> canonical_source("RedPajamaGithub"), canonical_source("Patents")
     ('GitHub', 'Patents')
@@ -129,7 +129,7 @@ def read_documents(
     """Read the documents of one file in batches of about BATCH_BYTES of text.
 
     Args:
-        state: Kept up to date while reading.
+        state: Updated while reading.
     Raises: DataError: the file is damaged, or a document is bad and not to be skipped.
     """
     with open_input(item) as reader:
@@ -180,7 +180,7 @@ def _document(record: Any, line: int, keys: RecordKeys, label: str | None) -> Do
 
 @functools.lru_cache(1024)
 def _check_label(label: str) -> None:
-    """Refuse a source whose held-out documents could have no file; a cache, for sources are few."""
+    """Refuse a source whose name is too long for a file of held-out documents; cached, as sources are few."""
     length = len(quote(label, safe=" "))
     if length > LONGEST_SOURCE_BYTES:
         raise ValueError(
@@ -192,7 +192,7 @@ def _check_label(label: str) -> None:
 
 def _look_up(record: Any, parts: list[str]) -> Any:
     for part in parts:
-        if type(record) is str:  # parquet files keep `meta` as JSON now and then
+        if type(record) is str:  # parquet files sometimes store `meta` as JSON
             try:
                 record = orjson.loads(record)
             except orjson.JSONDecodeError:
@@ -204,10 +204,12 @@ def _look_up(record: Any, parts: list[str]) -> Any:
 
 
 def _lacks(record: Any, what: str, flag: str, key: str) -> tuple[str, str]:
-    found = f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is no object"
+    found = (
+        f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
+    )
     return (
         f"has no {what} string at {key!r} ({found})",
-        f"fix the line, or name the key with {flag} (dots go into nested objects)",
+        f"fix the line, or name the key with {flag} (dots select keys of nested objects)",
     )
 
 
@@ -293,7 +295,7 @@ def _read_parquet(
 
 
 def _records(table: Any) -> list[Any]:
-    """Give the rows of a table; in place of one that is not UTF-8, the error."""
+    """Return the rows of a table; for one that is not UTF-8, the error."""
     try:
         return table.to_pylist()
     except UnicodeDecodeError:

@@ -1,6 +1,6 @@
-"""The files of a corpus: find them, open them anywhere fsspec reaches, give their bytes or lines.
+"""The files of a corpus: find them, open them by path or fsspec URL, read their bytes or lines.
 
-A file is known by a name relative to what the user gave, so a corpus keeps its keys when it is moved.
+A file is identified by its name relative to the user's path, so a corpus keeps its keys when it is moved.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ class InputFile:
     """One file of the corpus."""
 
     name: str
-    """Name in manifest and keys: relative to the `--input` folder, never an absolute path."""
+    """Name in manifest and keys: relative to the `--input` folder, never absolute."""
     path: str
     """Local path or URL."""
     size_bytes: int
     version: str = ""
-    """What changes when the file does: time of modification, or the store's own tag."""
+    """Version of the file: modification time, or the store's own tag."""
     folder: str = ""
     """First folder of the name, or the base name of the `--input` folder: a label if asked for."""
     start_bytes: int = 0
@@ -41,16 +41,16 @@ class InputFile:
     groups: tuple[int, int] | None = None
     """First row group and end, for a piece of a parquet file."""
     xxh3_128: str = ""
-    """Hash of the whole file, if it is known already."""
+    """Hash of the whole file, if already known."""
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of the file that this piece is, or all."""
+        """Number of bytes of this piece, or of the whole file."""
         return self.size_bytes if self.piece_bytes is None else self.piece_bytes
 
 
 def is_url(path: str | Path) -> bool:
-    """Tell a URL from a local path.
+    """Return whether a path is a URL.
 
     >>> is_url("s3://bucket/a"), is_url("a/b")
     (True, False)
@@ -59,9 +59,9 @@ def is_url(path: str | Path) -> bool:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Give the fsspec file system of a URL, and the path inside it.
+    """Return the fsspec file system of a URL, and the path inside it.
 
-    Raises: ConfigError: fsspec, or what it needs for this kind of store, is not installed.
+    Raises: ConfigError: fsspec, or its package for this kind of store, is not installed.
     """
     try:
         import fsspec
@@ -100,9 +100,9 @@ def find_inputs(paths: Sequence[Path | str]) -> list[InputFile]:
 
 
 class HashingReader(io.RawIOBase):
-    """Reads a binary file, or a piece of it, and hashes what went by.
+    """Reads a binary file, or a piece of it, and hashes what it reads.
 
-    `finish` gives the hash of the whole file, which for a piece must be known already.
+    `finish` returns the hash of the whole file, which for a piece must be known already.
     """
 
     def __init__(self, raw: Any, item: InputFile) -> None:
@@ -128,7 +128,7 @@ class HashingReader(io.RawIOBase):
         return count
 
     def finish(self) -> str:
-        """Read what is left and give the xxh3_128 of all of it."""
+        """Read the rest and return the xxh3_128 of the whole file."""
         if self._known:
             return self._known
         while self.read(1 << 20):
@@ -138,7 +138,7 @@ class HashingReader(io.RawIOBase):
 
 @contextmanager
 def open_input(item: InputFile) -> Iterator[HashingReader]:
-    """Open the bytes of a file, or of a piece of it, as they are stored."""
+    """Open the stored bytes of a file, or of a piece of it."""
     with open_seekable(item, buffering=0) as raw:
         if item.start_bytes:
             raw.seek(item.start_bytes)
@@ -154,14 +154,14 @@ def open_seekable(item: InputFile, buffering: int = -1) -> Any:
 
 
 def hash_input(item: InputFile) -> str:
-    """Give the xxh3_128 of a file of the corpus."""
+    """Return the xxh3_128 of a file of the corpus."""
     whole = dataclasses.replace(item, start_bytes=0, piece_bytes=None, xxh3_128="")
     with open_input(whole) as reader:
         return reader.finish()
 
 
 def decompressed(item: InputFile, reader: HashingReader) -> IO[bytes]:
-    """Give the text of a .jsonl file, decompressed by its suffix."""
+    """Return the text of a .jsonl file, decompressed by its suffix."""
     if item.path.endswith(".gz"):
         return cast(IO[bytes], io.BufferedReader(gzip.GzipFile(fileobj=reader), 1 << 16))
     if item.path.endswith(".zst"):
@@ -177,9 +177,9 @@ def decompressed(item: InputFile, reader: HashingReader) -> IO[bytes]:
 
 
 class _ZstandardStream(io.RawIOBase):
-    """Decompresses frame after frame; zstandard's own reader takes a file that is cut off for whole.
+    """Decompresses frame after frame; zstandard's own reader accepts a truncated file.
 
-    In small pieces: a compressed byte can stand for 32 KiB of text, so that a piece gives 64 MiB at most.
+    Input pieces are small: a compressed byte can expand to 32 KiB of text, so a piece gives at most 64 MiB.
     """
 
     PIECE_BYTES = 2048
@@ -249,7 +249,7 @@ def _list_url(root: str) -> Iterator[tuple[str, InputFile]]:
         details = [system.info(top)]
     for detail in details:
         path = detail["name"]
-        # A store without a tag or a time still has the size: changes of content alone go unseen.
+        # A store without a tag or a time still has the size: changes of content alone are not detected.
         version = detail.get("ETag") or detail.get("mtime") or detail.get("LastModified") or ""
         name = path.removeprefix(top).lstrip("/") or path.rpartition("/")[2]
         folder = top.rpartition("/")[2] if path != top else top.split("/")[-2]
@@ -264,4 +264,4 @@ def _require_some(found: Sequence[object], root: Path | str) -> None:
 
 def _require_suffix(root: Path | str) -> None:
     if not str(root).endswith(SUFFIXES):
-        raise DataError(f"--input {root} has a suffix that is not read; use {', '.join(SUFFIXES)}")
+        raise DataError(f"--input {root} has an unsupported suffix; use {', '.join(SUFFIXES)}")

@@ -1,1 +1,1 @@
-"""What is written and read back: the indexed dataset, its manifest, its check, its windows, its report."""
+"""The indexed dataset, its manifest, verification, training windows and report."""

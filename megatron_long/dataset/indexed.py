@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset (`.bin` of tokens, `.idx` of documents), written and read with numpy alone.
+"""Megatron's indexed dataset (`.bin` of tokens, `.idx` of documents), written and read only with numpy.
 
 Layout of `.idx`, little-endian: magic, version u64, dtype code u8, sequence count u64, document count
 u64 (documents + 1), lengths i32, byte pointers i64, document indices i64. Each document is one sequence.
@@ -26,7 +26,7 @@ MAX_LENGTH = 2**31 - 1
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Give the dtype Megatron stores a vocabulary in: two bytes where they are enough.
+    """Return the dtype in which Megatron stores a vocabulary: two bytes if they are enough.
 
     >>> str(token_dtype(32000)), str(token_dtype(128256))
     ('uint16', 'int32')
@@ -37,12 +37,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def bin_path(prefix: Path) -> Path:
-    """Give the token file of a prefix: `.bin` is appended, dots in the name stay."""
+    """Return the token file of a prefix: `.bin` is appended, dots in the name stay."""
     return prefix.with_name(prefix.name + ".bin")
 
 
 def idx_path(prefix: Path) -> Path:
-    """Give the index file of a prefix: `.idx` is appended, dots in the name stay."""
+    """Return the index file of a prefix: `.idx` is appended, dots in the name stay."""
     return prefix.with_name(prefix.name + ".idx")
 
 
@@ -53,8 +53,8 @@ def write_index(
 
     Args:
         dtype: Of the tokens.
-        count: How many documents there are.
-        lengths: Gives the lengths of all documents in parts; it is called twice.
+        count: Number of documents.
+        lengths: Returns the lengths of all documents in parts; it is called twice.
     """
     dtype = np.dtype(dtype)
     with open(path, "wb") as file:
@@ -71,9 +71,9 @@ def write_index(
 
 
 class IndexedDatasetWriter:
-    """Write documents one after another; the two files appear whole at `finalize`, or not at all.
+    """Write documents one after another; `finalize` moves the two complete files into place.
 
-    Use it in a `with` block: leaving it by an exception removes what was written so far.
+    Use it in a `with` block: an exception removes what was written so far.
     """
 
     def __init__(self, prefix: Path, dtype: DTypeLike) -> None:
@@ -90,7 +90,7 @@ class IndexedDatasetWriter:
         """Append one document."""
         if len(tokens) > MAX_LENGTH:
             raise DataError(
-                f"a document of {len(tokens):,} tokens; the format ends at {MAX_LENGTH:,}"
+                f"a document of {len(tokens):,} tokens; the format's limit is {MAX_LENGTH:,}"
             )
         self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
         self._lengths.append(len(tokens))
@@ -115,9 +115,9 @@ class IndexedDatasetWriter:
 
 
 class IndexedDatasetReader:
-    """Read an indexed dataset through memory maps; opening reads the header alone.
+    """Read an indexed dataset through memory maps; opening reads only the header.
 
-    Raises: DataError: a file is missing, is no index, or the two do not fit together.
+    Raises: DataError: a file is missing, is not an index, or the two do not match.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -140,7 +140,7 @@ class IndexedDatasetReader:
         )
         if size_bytes != expected:
             raise DataError(
-                f"{tokens_file} has {size_bytes:,} bytes where {idx} tells of {expected:,}; one of them "
+                f"{tokens_file} has {size_bytes:,} bytes, but {idx} describes {expected:,}; one of them "
                 "is cut off or from another dataset: copy or make the dataset again"
             )
         self.num_tokens = size_bytes // self.dtype.itemsize
@@ -165,18 +165,18 @@ class IndexedDatasetReader:
         return len(self.lengths)
 
     def read(self, index: int) -> NDArray:
-        """Give the tokens of document `index`, a view into the file."""
+        """Return the tokens of document `index`, a view into the file."""
         start = int(self._pointers[index]) // self.dtype.itemsize
         return self._tokens[start : start + int(self.lengths[index])]
 
     def read_span(self, start_token: int, count: int) -> NDArray:
-        """Give `count` tokens from `start_token` of all documents written one after another."""
+        """Return `count` tokens from `start_token` of the concatenated documents."""
         return self._tokens[start_token : start_token + count]
 
     def document_starts(self, start_token: int, count: int) -> NDArray[np.int64]:
-        """Give where documents begin inside a span, relative to it.
+        """Return the positions at which documents begin inside a span, relative to it.
 
-        The first element is always 0: the span's own beginning, be it inside a document or not.
+        The first element is always 0: the beginning of the span, inside a document or not.
         """
         size = self.dtype.itemsize
         # bisect, not np.searchsorted: the latter would copy the whole unaligned array.
@@ -186,13 +186,13 @@ class IndexedDatasetReader:
         return np.concatenate([np.zeros(1, np.int64), inside])
 
     def documents_between(self, start_token: int, count: int) -> tuple[int, int]:
-        """Give the first document that has a token in a span, and one past the last."""
+        """Return the first document that has a token in a span, and one past the last."""
         size = self.dtype.itemsize
         first = max(bisect.bisect_right(self._pointers, start_token * size) - 1, 0)
         return first, bisect.bisect_left(self._pointers, (start_token + count) * size, lo=first)
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
-        # Data loader processes open the files anew; a pickled memory map would carry the data.
+        # Data loader processes reopen the files; a pickled memory map would contain the data.
         return type(self), (self.prefix,)
 
 

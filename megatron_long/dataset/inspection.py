@@ -1,4 +1,4 @@
-"""Single documents and training windows of a dataset, in words, with where each came from."""
+"""Single documents and training windows of a dataset as text, with their origin."""
 
 import itertools
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ SNIPPET_CHARS = 60
 
 @dataclass(frozen=True)
 class WindowPart:
-    """The part of one document that lies in a window."""
+    """The part of one document that is in a window."""
 
     offset: int
     """Where it begins in the window, in tokens."""
@@ -43,7 +43,7 @@ class DatasetBrowser:
 
     Args:
         split: `train`, or the name of a source for its held-out documents.
-    Raises: DataError: the folder is no dataset or is damaged. ConfigError: no such split.
+    Raises: DataError: the folder is not a dataset or is damaged. ConfigError: no such split.
     """
 
     def __init__(self, dataset: Path, split: str = TRAIN_PREFIX) -> None:
@@ -65,20 +65,20 @@ class DatasetBrowser:
         return np.load(path, "r")
 
     def source(self, document: int) -> str:
-        """Give the source of a document."""
+        """Return the source of a document."""
         if self.split != TRAIN_PREFIX or self._rows is None:
             return self.split
         return self.manifest.source_names[int(self._rows[document]["source"])]
 
     def place(self, document: int) -> str:
-        """Give `file:line` of a document in the corpus."""
+        """Return `file:line` of a document in the corpus."""
         if self._rows is None:
             return "held out"
         row = self._rows[document]
         return f"{self.manifest.inputs[int(row['file'])].name}:{int(row['line'])}"
 
     def describe_document(self, document: int) -> str:
-        """Give a document's origin, in one line, and its text.
+        """Return a document's origin, in one line, and its text.
 
         Raises: ConfigError: there is no such document.
         """
@@ -93,7 +93,7 @@ class DatasetBrowser:
         return f"{head}\n{self.decode(tokens)}"
 
     def window_parts(self, window: int, seq_length: int) -> Iterator[WindowPart]:
-        """Give the documents in tokens [window * seq_length, (window + 1) * seq_length).
+        """Yield the documents in tokens [window * seq_length, (window + 1) * seq_length).
 
         Raises: ConfigError: there is no such window.
         """
@@ -114,13 +114,13 @@ class DatasetBrowser:
             yield WindowPart(begin, end - begin, document, inside, length, tokens[begin:end])
 
     def snippet(self, part: WindowPart) -> str:
-        """Give the beginning of a part as one line of text."""
+        """Return the beginning of a part as one line of text."""
         text = self.decode(part.tokens[: 2 * SNIPPET_CHARS])
         line = " ".join(text.split())
         return line[:SNIPPET_CHARS] + ("…" if len(line) > SNIPPET_CHARS else "")
 
     def decode(self, tokens: NDArray) -> str:
-        """Give the text of tokens, without the BOS and EOD around it."""
+        """Return the text of tokens, without the BOS and EOD around it."""
         marks = (self.tokenizer.bos_id, self.tokenizer.eod_id)
         ids = tokens.tolist()
         first = 1 if ids and ids[0] == marks[0] else 0

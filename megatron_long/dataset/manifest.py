@@ -1,6 +1,6 @@
-"""The manifest of a dataset: what it holds, what it was made from, and hashes to check it by.
+"""The manifest of a dataset: its content, its origin, and hashes to verify it.
 
-It holds no path of the machine and no time, so equal inputs and options give equal bytes.
+It contains no local path and no time, so equal inputs and options give equal bytes.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ DOCUMENTS_FILE = "documents.npy"
 TRAIN_PREFIX = "train"
 TOKENIZER_FOLDER = "tokenizer"
 LENGTH_STEPS = tuple(2**k for k in (12, 14, 15, 16, 17))
-"""Lengths at which the share of tokens in documents at least as long is told: 4K to 128K."""
+"""Lengths for which the share of tokens in documents at least as long is recorded: 4K to 128K."""
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """The tokenizer the tokens were made with; a copy of it lies in `tokenizer/`."""
+    """The tokenizer that produced the tokens; `tokenizer/` has a copy of it."""
 
     kind: str
     vocab_size: int
@@ -37,7 +37,7 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One pair of .bin and .idx, and what lies next to it."""
+    """One pair of .bin and .idx, and the files next to it."""
 
     prefix: str
     """Path of the pair relative to the dataset folder, without suffix."""
@@ -61,7 +61,7 @@ class SourceInfo:
     documents_kept: int
     tokens_kept: int
     long_share_before: float
-    """Share of the source's tokens that lie in long documents, in the corpus."""
+    """Share of the source's tokens that are in long documents, in the corpus."""
     long_share_after: float
     tokens_by_length_before: list[int]
     """Tokens in documents of [2^k, 2^(k+1)) tokens at index k."""
@@ -72,7 +72,7 @@ class SourceInfo:
     """Documents that had to be tokenized; the others were dropped by hash and size."""
     tokens_tokenized: int = 0
     tokens_in_is_exact: bool = True
-    """Whether every document was tokenized; if not, `tokens_in` and what is "before" is estimated from
+    """Whether every document was tokenized; if not, `tokens_in` and the "before" values are estimated from
     those that were, by size, and so is what was dropped."""
     documents_dropped: int = 0
     tokens_dropped: int = 0
@@ -82,9 +82,9 @@ class SourceInfo:
     passes: int = 0
     """Passes over the source, the last one counted whole."""
     short_keep_ratio: float = 1.0
-    """Probability with which short documents were kept: given, or solved for the share asked."""
+    """Probability with which short documents were kept: given, or solved for the requested share."""
     token_share_from_length_before: dict[str, float] = field(default_factory=dict)
-    """Share of tokens in documents of at least so many tokens."""
+    """Share of tokens in documents of at least this many tokens."""
     token_share_from_length_after: dict[str, float] = field(default_factory=dict)
 
 
@@ -102,7 +102,7 @@ class InputInfo:
 
 @dataclass(frozen=True)
 class OrderInfo:
-    """How evenly the sources lie in the file: shares in windows against shares of the whole."""
+    """How evenly the sources are spread over the file: shares in windows against shares of the whole."""
 
     window_tokens: int
     num_windows: int
@@ -113,7 +113,7 @@ class OrderInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All that is known of a dataset."""
+    """The description of a dataset."""
 
     seed: int
     mixture: dict[str, Any]
@@ -133,15 +133,15 @@ class Manifest:
     """`file`, `line` and `reason` of the first of them."""
     warnings: list[str] = field(default_factory=list)
     made_by: dict[str, str] = field(default_factory=dict)
-    """Name and version of the engine that made the tokens; no part of the fingerprint, for every engine
+    """Name and version of the engine that made the tokens; not part of the fingerprint, because every engine
     gives the same tokens."""
     tokenizer_files: dict[str, FileInfo] = field(default_factory=dict)
-    """Of the copy in `tokenizer/`, by their path relative to the dataset folder; no part of the fingerprint,
-    for the vocabulary is. Empty in datasets of earlier versions."""
+    """Of the copy in `tokenizer/`, by path relative to the dataset folder; not part of the fingerprint,
+    because the vocabulary is. Empty in datasets of earlier versions."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything else; two datasets with the same one are the same bytes."""
+        """Hash of everything else; datasets with the same fingerprint have the same bytes."""
         return _fingerprint(_content(self))
 
     @property
@@ -165,7 +165,7 @@ def read_manifest(dataset_dir: Path) -> Manifest:
     path = Path(dataset_dir) / MANIFEST_FILE
     if not path.is_file():
         raise DataError(
-            f"{dataset_dir} is no dataset: it has no {MANIFEST_FILE}; give the --output folder of "
+            f"{dataset_dir} is not a dataset: it has no {MANIFEST_FILE}; give the --output folder of "
             "tools/preprocess_mix.py"
         )
     try:
@@ -184,14 +184,14 @@ def read_manifest(dataset_dir: Path) -> Manifest:
         )
         raise DataError(f"{path} is damaged ({reason}); make the dataset again") from None
     if manifest.fingerprint != fingerprint:
-        raise DataError(f"{path} was changed after it was made (its fingerprint does not fit)")
+        raise DataError(f"{path} was changed after it was written (its fingerprint does not match)")
     for name, info in dataset_files(manifest).items():
         file = Path(dataset_dir) / name
         size_bytes = file.stat().st_size if file.is_file() else None
         if size_bytes != info.size_bytes:
             state = "is missing" if size_bytes is None else f"has {size_bytes:,} bytes"
             raise DataError(
-                f"{file} {state}, its manifest tells of {info.size_bytes:,} bytes; copy or make the "
+                f"{file} {state}, its manifest says {info.size_bytes:,} bytes; copy or make the "
                 "dataset again"
             )
     return manifest
@@ -201,8 +201,8 @@ def verify_files(dataset_dir: Path, manifest: Manifest, *, held_out_only: bool =
     """Read every file of the dataset and compare its hash with the manifest.
 
     Args:
-        held_out_only: Read the held-out documents alone, which are all that an evaluation needs.
-    Raises: DataError: a file does not hold what it held when it was made.
+        held_out_only: Read only the held-out documents, which an evaluation needs.
+    Raises: DataError: a file has changed since it was written.
     """
     held_out = {
         name: info for split in manifest.valid.values() for name, info in split.files.items()
@@ -210,26 +210,26 @@ def verify_files(dataset_dir: Path, manifest: Manifest, *, held_out_only: bool =
     for name, info in (held_out if held_out_only else dataset_files(manifest)).items():
         if hash_file(dataset_dir / name).xxh3_128 != info.xxh3_128:
             raise DataError(
-                f"{dataset_dir / name} is damaged: its hash is not the manifest's; copy or make the dataset "
-                "again"
+                f"{dataset_dir / name} is damaged: its hash differs from the manifest's; copy or make the "
+                "dataset again"
             )
 
 
 def dataset_files(manifest: Manifest) -> dict[str, FileInfo]:
-    """Give the files of all splits, and the tokenizer's, by their path relative to the dataset folder."""
+    """Return the files of all splits, and the tokenizer's, by their path relative to the dataset folder."""
     splits = [manifest.train, *manifest.valid.values()]
     files = {name: info for split in splits for name, info in split.files.items()}
     return files | manifest.tokenizer_files
 
 
 def hash_tokenizer_files(dataset_dir: Path) -> dict[str, FileInfo]:
-    """Give what the manifest keeps of the tokenizer's copy in a dataset folder."""
+    """Return the manifest's record of the tokenizer's copy in a dataset folder."""
     paths = sorted((dataset_dir / TOKENIZER_FOLDER).iterdir())
     return {f"{TOKENIZER_FOLDER}/{path.name}": hash_file(path) for path in paths}
 
 
 def share_at_least(tokens_by_length: Sequence[int], length_tokens: int) -> float:
-    """Give the share of tokens in documents of at least so many tokens, a power of two.
+    """Return the share of tokens in documents of at least so many tokens, a power of two.
 
     >>> share_at_least([0, 10, 30], 4)
     0.75
@@ -239,19 +239,19 @@ def share_at_least(tokens_by_length: Sequence[int], length_tokens: int) -> float
 
 
 def documents_path(prefix: Path) -> Path:
-    """Give the file that tells where the documents of a held-out split come from."""
+    """Return the file that records the origin of the documents of a held-out split."""
     return prefix.with_name(prefix.name + ".documents.npy")
 
 
 def tokenizer_info(tokenizer: Tokenizer) -> TokenizerInfo:
-    """Give what the manifest keeps of a tokenizer."""
+    """Return the manifest's record of a tokenizer."""
     names = [field.name for field in dataclasses.fields(TokenizerInfo)]
     return TokenizerInfo(**{name: getattr(tokenizer, name) for name in names})
 
 
 def _content(item: Any) -> dict[str, Any]:
-    """Give the fields of a dataclass, nested; a field that was added later is left out at its default,
-    so that manifests written before keep their fingerprint."""
+    """Return the fields of a dataclass, nested; a field that was added later is omitted at its default,
+    so that older manifests keep their fingerprint."""
     content = {}
     for entry in dataclasses.fields(item):
         value = getattr(item, entry.name)

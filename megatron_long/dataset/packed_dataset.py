@@ -1,7 +1,7 @@
 """Training windows cut from an indexed dataset in file order.
 
-Sample i is tokens [i*S, i*S + S + 1) of all documents written one after another: no index to build, the
-same file serves every sequence length, and to resume is arithmetic. Shapes: s sequence.
+Sample i is tokens [i*S, i*S + S + 1) of the concatenated documents: there is no index to build, the
+same file serves every sequence length, and the position to resume at is arithmetic. Shapes: s sequence.
 """
 
 from pathlib import Path
@@ -25,9 +25,9 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         num_samples: Samples to serve; None for one pass.
         eod_id: End-of-document token. Given, the loss skips positions that hold it, whose label is the
             first token of an unrelated document; None counts every position.
-        mask_documents: Tell where documents begin (`document_starts`), for attention that does not cross
-            these places; the loss then skips the last token of each document, whose label is in another.
-        allow_repeat: Start over after the last whole window instead of refusing.
+        mask_documents: Also return where documents begin (`document_starts`), for attention that does not
+            cross these positions; the loss then skips each document's last token, whose label is in another.
+        allow_repeat: Start over after the last whole window instead of raising an error.
     Raises: ConfigError: `num_samples` is more than one pass holds. DataError: damaged files.
     """
 
@@ -64,7 +64,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Give `tokens`, `labels`, `position_ids` [s] int64 and `loss_mask` [s] float32.
+        """Return `tokens`, `labels`, `position_ids` [s] int64 and `loss_mask` [s] float32.
 
         With `mask_documents` also `document_starts` [s] uint8.
         """
@@ -88,7 +88,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return sample
 
     def document_starts(self, index: int) -> NDArray[np.int64]:
-        """Give the offsets at which documents begin inside sample `index`; the first is always 0.
+        """Return the offsets at which documents begin inside sample `index`; the first is always 0.
 
         With `seq_length` appended they are the sample's `cu_seqlens`.
         """

@@ -66,7 +66,7 @@ fingerprint <code>{{ manifest.fingerprint }}</code>.</p>
 {{ show(inputs) -}}
 </body></html>
 """
-"""Filled by Jinja2, which escapes whatever comes from files."""
+"""Filled by Jinja2, which escapes text from files."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,14 @@ def write_report(folder: Path, manifest: Manifest) -> None:
     """Write the figure as PNG, and the page.
 
     Args:
-        folder: Where to; made if missing.
+        folder: Where to write; created if missing.
     """
     figure = plot_sources(manifest.sources, manifest.mixture["long_threshold_tokens"])
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name is a box then
+        warnings.filterwarnings(
+            "ignore", "Glyph .* missing from font"
+        )  # such a name is drawn as boxes
         # Without the version of matplotlib in the file: the same dataset gives the same bytes.
         figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,7 @@ def write_report(folder: Path, manifest: Manifest) -> None:
 
 
 def report_page(manifest: Manifest, figure_png: bytes) -> str:
-    """Give the page as one HTML text."""
+    """Return the page as one HTML text."""
     import jinja2
 
     tokenizer = dataclasses.asdict(manifest.tokenizer) | {"dtype": manifest.dtype}
@@ -120,7 +122,7 @@ def report_page(manifest: Manifest, figure_png: bytes) -> str:
 
 
 def _sources_table(sources: Mapping[str, SourceInfo]) -> PageTable:
-    """Make a column a source, and a row a number; the last column adds them up."""
+    """Build a table with a column for each source and a row for each number; the last column is the total."""
     columns = [dataclasses.asdict(info) for info in [*sources.values(), add_sources(sources)]]
     rows = []
     for field in dataclasses.fields(SourceInfo):
@@ -154,7 +156,7 @@ def _files_table(manifest: Manifest) -> PageTable:
 
 
 def _other_fields(manifest: Manifest) -> dict[str, Any]:
-    """Give fields of the manifest that have no table of their own."""
+    """Return fields of the manifest that have no table of their own."""
     known = {"seed", "mixture", "tokenizer", "dtype", "train", "valid", "sources", "inputs"}
     known.add("tokenizer_files")
     return {

@@ -1,4 +1,4 @@
-"""What a dataset holds, for people: the table by source and the figure of lengths and shares."""
+"""Human-readable summary of a dataset: the table by source and the figure of lengths and shares."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 def source_table(sources: Mapping[str, SourceInfo]) -> Table:
-    """Make the table of sources: documents, tokens, shares, share of tokens in long documents."""
+    """Build the table of sources: documents, tokens, shares, share of tokens in long documents."""
     table = Table(*COLUMNS[:1], box=None, pad_edge=False)
     for column in COLUMNS[1:]:
         table.add_column(column, justify="right")
@@ -51,7 +51,7 @@ def print_sources(sources: Mapping[str, SourceInfo]) -> None:
 def add_sources(sources: Mapping[str, SourceInfo]) -> SourceInfo:
     """Add up all sources: counts and shares are summed, ratios are weighted by tokens.
 
-    A ratio is of what comes out if its name ends in `_after`, and of what goes in otherwise.
+    A ratio refers to the training set if its name ends in `_after`, and to the corpus otherwise.
     """
     infos = list(sources.values())
     total: dict[str, Any] = {}

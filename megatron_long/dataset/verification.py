@@ -1,4 +1,4 @@
-"""Whether a dataset still is what its manifest tells: hashes, index, lengths, tokens."""
+"""Checks a dataset against its manifest: hashes, index, lengths, tokens."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ REMEDY = "copy or make the dataset again"
 
 
 def verify_dataset(dataset: Path) -> Iterator[str]:
-    """Check everything that can be checked without the corpus; give a sentence for each thing checked.
+    """Check everything that can be checked without the corpus; yield a sentence for each check.
 
     Raises: DataError: the first thing that is wrong, with its file.
     """
@@ -35,17 +35,17 @@ def verify_dataset(dataset: Path) -> Iterator[str]:
     splits = {"train": manifest.train, **manifest.valid}
     for split in splits.values():
         _verify_split(dataset, split, manifest)
-    yield f"every index fits its tokens ({len(splits)} splits)"
+    yield f"every index matches its tokens ({len(splits)} splits)"
     yield "every document ends with EOD, and no token is outside the vocabulary"
     _verify_documents(dataset, manifest)
     for split in manifest.valid.values():
         path = documents_path(dataset / split.prefix)
         if path.is_file():  # datasets of the first release have none
             _verify_rows(path, dataset / split.prefix, manifest)
-    yield "documents.npy fits the index, the inputs and the tokens of each source"
+    yield "documents.npy matches the index, the inputs and the tokens of each source"
     found = load_tokenizer(dataset / TOKENIZER_FOLDER, REFERENCE).vocabulary_sha256
     if found != manifest.tokenizer.vocabulary_sha256:
-        raise DataError(f"{dataset / TOKENIZER_FOLDER} is another vocabulary than the manifest's")
+        raise DataError(f"{dataset / TOKENIZER_FOLDER} is not the vocabulary of the manifest")
     yield "tokenizer/ is the vocabulary of the manifest"
 
 
@@ -114,9 +114,9 @@ def _read_index(path: Path, count: int) -> tuple[NDArray, NDArray, NDArray]:
         kinds = (("<i4", count), ("<i8", count), ("<i8", count + 1))
         lengths, pointers, indices = (np.fromfile(file, kind, number) for kind, number in kinds)
         if file.read(1):
-            raise DataError(f"{path} is longer than its header tells; {REMEDY}")
+            raise DataError(f"{path} is longer than its header says; {REMEDY}")
     return lengths, pointers, indices
 
 
 def _wrong(path: Path, what: str, found: object, expected: object) -> DataError:
-    return DataError(f"{path}: {what} is {found}, the manifest tells of {expected}; {REMEDY}")
+    return DataError(f"{path}: {what} is {found}, the manifest says {expected}; {REMEDY}")

@@ -1,8 +1,8 @@
 """Run Megatron on a machine without CUDA: `torch.cuda` calls are mapped to the host.
 
-Megatron-Core speaks to its device through `torch.cuda` and `device="cuda"`. Without CUDA, `install`
-points both at the CPU, once, before Megatron is imported; with CUDA it does nothing, so that the
-same entry points serve a laptop and a cluster. It changes no arithmetic: the operators are torch's own.
+Megatron-Core uses its device through `torch.cuda` and `device="cuda"`. Without CUDA, `install`
+maps both to the CPU, once, before Megatron is imported; with CUDA it does nothing, so that the
+same entry points work on a laptop and on a cluster. Arithmetic is unchanged: the operators are torch's own.
 """
 
 import collections
@@ -19,7 +19,7 @@ HOST = torch.device("cpu")
 
 
 class _HostStream:
-    """Stands in for `torch.cuda.Stream` and `Event`: on the host everything is already in order."""
+    """Replaces `torch.cuda.Stream` and `Event`: on the host everything is already in order."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -57,7 +57,7 @@ def is_installed() -> bool:
 
 
 def install() -> bool:
-    """Map `torch.cuda` to the host unless CUDA is there; to be called before Megatron is imported.
+    """Map `torch.cuda` to the host unless CUDA is available; call it before importing Megatron.
 
     Returns: Whether the host backend is active.
     """
@@ -84,7 +84,7 @@ def _nothing(*args: object, **kwargs: object) -> None:
 
 
 def _replacements() -> dict[str, Any]:
-    """The functions of `torch.cuda` that Megatron 0.19.2 calls, by name, as the host serves them."""
+    """The functions of `torch.cuda` that Megatron 0.19.2 calls, by name, with their host versions."""
     stream = _HostStream()
     properties = types.SimpleNamespace(major=8, minor=0, name="cpu", total_memory=0)
     return {
@@ -100,7 +100,7 @@ def _replacements() -> dict[str, Any]:
         "current_stream": lambda *_, **__: stream,
         "default_stream": lambda *_, **__: stream,
         "stream": lambda *_, **__: contextlib.nullcontext(),
-        # The "CUDA" generator is the default one: what dropout on the host really draws from.
+        # The "CUDA" generator is the default one, which dropout on the host uses.
         "manual_seed": _seed,
         "manual_seed_all": _seed,
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),

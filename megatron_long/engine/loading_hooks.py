@@ -1,4 +1,4 @@
-"""What is changed where Megatron loads: which checkpoint, and which of its weights.
+"""Changes to Megatron's loading: which checkpoint, and which of its weights.
 
 A contract for each symbol is in `tests/engine/test_megatron_adapter.py`.
 """
@@ -16,11 +16,11 @@ CHANGED_SYMBOLS = {
     "megatron.training.checkpointing": ("read_metadata", "checkpoint_exists"),
     "megatron.core.dist_checkpointing": ("load",),
 }
-"""What is replaced, by module."""
+"""Symbols replaced, by module."""
 
 
 def load_from(choice: Choice, args: Namespace) -> None:
-    """Let Megatron load this checkpoint, whatever the tracker file says."""
+    """Make Megatron load this checkpoint, regardless of the tracker file."""
     checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
     folder = choice.folder.parent
     read, exists = checkpointing.read_metadata, checkpointing.checkpoint_exists
@@ -38,11 +38,11 @@ def load_from(choice: Choice, args: Namespace) -> None:
 
 
 def load_main_copy(iteration: Path, prefix: str) -> None:
-    """Let Megatron fill the model with the optimizer's main copy where it loads this checkpoint.
+    """Make Megatron fill the model with the optimizer's main copy when it loads this checkpoint.
 
     Args:
         iteration: Folder of the checkpoint.
-        prefix: What the main copy's names have before the model's.
+        prefix: Prefix of the main copy's names.
     """
     from megatron_long.engine.main_weights import rename_on_load
 
@@ -51,7 +51,7 @@ def load_main_copy(iteration: Path, prefix: str) -> None:
 
 
 def install_exact_start(iteration: Path, prefix: str) -> None:
-    """Let the optimizer's main copy be the checkpoint's weights, once Megatron has loaded the model alone.
+    """Fill the optimizer's main copy with the checkpoint's weights after Megatron has loaded only the model.
 
     Args:
         iteration: Folder of the checkpoint.
@@ -74,11 +74,11 @@ def install_exact_start(iteration: Path, prefix: str) -> None:
 
 
 def take_weights(iteration: Path, prefix: str, args: Namespace) -> None:
-    """Let a start that loads no optimizer state have the weights as they were before FP8 rounded them.
+    """Return a start without optimizer state the weights from before FP8 rounding.
 
     Args:
         iteration: Folder of the checkpoint.
-        prefix: See `load_main_copy`; "" where the model's own weights are not rounded.
+        prefix: See `load_main_copy`; "" if the model's own weights are not rounded.
         args: Flags after Megatron's validation.
     """
     if prefix:

@@ -1,7 +1,7 @@
 """Megatron's training loop, changed in one place: it fires the events of `engine.callback`.
 
-The loop calls its own functions by their names in its module. `Loop.install` replaces those of
-`CHANGED_SYMBOLS` by methods of the same names, which call Megatron's and fire events around it.
+The loop looks up its functions by name in its module. `Loop.install` replaces those of
+`CHANGED_SYMBOLS` with methods of the same names, which call Megatron's and fire events around it.
 """
 
 import functools
@@ -27,29 +27,29 @@ CHANGED_SYMBOLS = {
         "save_checkpoint",
     )
 }
-"""What is replaced, by module; and `prepare_grads` of the optimizer that is trained."""
+"""Symbols replaced, by module; and `prepare_grads` of the optimizer."""
 
 
 class Saving(Protocol):
     """How checkpoints are saved."""
 
     def save(self, step: Step, write: Callable[[], None]) -> bool:
-        """Let Megatron write one; whether it is written, or on its way."""
+        """Let Megatron write one; return whether it is written, or being written."""
 
     def is_due(self, iteration: int) -> bool:
-        """Whether a save that has failed is to be tried again."""
+        """Whether a failed save is to be retried."""
 
     def insist(self, save: Callable[[], None]) -> None:
-        """The process ends after this save, which has been tried once, or after none."""
+        """The process ends after this save, which has been tried once, or without one."""
 
 
 class Loop:
     """Megatron's functions with events around them.
 
     Args:
-        events: Gets the events; see `Callbacks` for several.
-        saving: What each save goes through.
-        args: Flags, in which Megatron counts.
+        events: Receives the events; see `Callbacks` for several.
+        saving: Performs each save.
+        args: Flags, which contain Megatron's counters.
     """
 
     def __init__(self, events: Callback, saving: Saving, args: Namespace) -> None:
@@ -60,7 +60,7 @@ class Loop:
         self._step: Step | None = None
 
     def install(self) -> None:
-        """Take the place of Megatron's functions."""
+        """Replace Megatron's functions."""
         for name in self._stock:
             setattr(self._training, name, getattr(self, name))
 
@@ -71,7 +71,7 @@ class Loop:
         return self._stock["train"](*positional, **named)
 
     def train_step(self, *positional: Any, **named: Any) -> tuple:
-        """A step, whose `should_exit` makes the loop leave with the exit status next to it."""
+        """A step, whose `should_exit` makes the loop exit with the exit status next to it."""
         given = self._given("train_step", positional, named)
         if self._step is None:
             self._watch_gradients(given["optimizer"])
@@ -88,13 +88,13 @@ class Loop:
         return (losses, 1, end.snapshot is not None, True, end.status, *figures)
 
     def training_log(self, *positional: Any, **named: Any) -> Any:
-        """The line of a step, printed or not."""
+        """The log line of a step, printed or not."""
         given = self._given("training_log", positional, named)
         self.events.on_log(Log(given["iteration"], given["loss_dict"], given["grad_norm"]))
         return self._stock["training_log"](*positional, **named)
 
     def post_training_step_callbacks(self, *positional: Any, **named: Any) -> Any:
-        """What Megatron does after its validation."""
+        """Megatron's work after its validation."""
         given = self._given("post_training_step_callbacks", positional, named)
         self.events.between_steps(Step(given["iteration"], given["model"], given["optimizer"]))
         return self._stock["post_training_step_callbacks"](*positional, **named)
@@ -109,7 +109,7 @@ class Loop:
         context: Any,
         data: Any,
     ) -> bool:
-        """Megatron's saves and decision, a failed save once more, and saves that callbacks ask for."""
+        """Megatron's saves and decision, retries of a failed save, and saves requested by callbacks."""
         leaves: bool = self._stock["checkpoint_and_decide_exit"](
             model, optimizer, scheduler, iteration, flops, context, data
         )
@@ -149,7 +149,7 @@ class Loop:
         return self._signatures[name].bind(*positional, **named).arguments
 
     def _watch_gradients(self, optimizer: Any) -> None:
-        """Let `prepare_grads`, by which FP16 training leaves an overflow out, ask the callbacks too."""
+        """Make `prepare_grads`, which skips overflows in FP16 training, also call the callbacks."""
         stock = optimizer.prepare_grads
 
         @torch.no_grad()

@@ -1,13 +1,13 @@
-"""A start from weights alone takes them as the checkpoint has them, not as FP8 rounds them.
+"""A start from weights alone uses those of the checkpoint, not their FP8 rounding.
 
-The optimizer works on a float32 main copy of the weights. Where the model's parameters are FP8,
+The optimizer works on a float32 main copy of the weights. If the model's parameters are FP8,
 Megatron-Core 0.19.2 makes that copy from the rounded parameters in each start that loads no optimizer state
-(`--pretrained-checkpoint`, `--finetune`, `--no-load-optim`): 2.65% RMS error, as large as all that the
-training moves. Here each rank reads its own range of the main copy from the checkpoint instead, and no byte
-more. Nothing is held twice: values go from the file into the main copy.
+(`--pretrained-checkpoint`, `--finetune`, `--no-load-optim`): 2.65% RMS error, as large as the total change
+by training. Here each rank reads only its own range of the main copy from the checkpoint instead.
+Nothing is held twice: values go from the file into the main copy.
 
-A run with FP8 parameters saves them as FP8 rounded them too. Of its checkpoint the main copy is taken, for
-the model as well (`checkpoint.megatron_folder.find_weights`).
+A run with FP8 parameters also saves the rounded values. From its checkpoint the main copy is used, also for
+the model (`checkpoint.megatron_folder.find_weights`).
 """
 
 import importlib
@@ -22,16 +22,16 @@ from megatron_long.checkpoint.torch_dist import TorchDistReader, stored_keys
 from megatron_long.engine.optimizer_shards import parameters_of, shard
 
 MODEL = "model"
-"""Names of the model chunks in Megatron's state begin so: `model`, or `model0` and so on."""
+"""Prefix of model chunks in Megatron's state: `model`, or `model0` and so on."""
 
 
 def rename_on_load(load: Callable, iteration: Path, prefix: str) -> Callable:
-    """Give `dist_checkpointing.load` that fills the model with the main copy.
+    """Return a `dist_checkpointing.load` that fills the model with the main copy.
 
     Args:
         load: The stock function.
         iteration: Folder of the checkpoint for which names are changed.
-        prefix: What the main copy's names have before the model's.
+        prefix: Prefix of the main copy's names.
     """
     mapping: Any = importlib.import_module("megatron.core.dist_checkpointing.mapping")
     utils: Any = importlib.import_module("megatron.core.dist_checkpointing.dict_utils")
@@ -58,12 +58,12 @@ def take_main_weights(
     """Fill the float32 main copy of the distributed optimizer from a checkpoint; each rank reads its ranges.
 
     Args:
-        optimizer: Megatron's, its main copy made from the model.
+        optimizer: Megatron's, whose main copy was made from the model.
         chunks: The pipeline stages that this rank holds, without wrappers.
         iteration: Folder of the checkpoint, `torch_dist`.
-        prefix: What the names to read have before those of the model: "" for the checkpoint's model.
-            Where the model's vocabulary is padded further than the checkpoint's, the padding stays.
-    Returns: Values filled on this rank; 0 where the optimizer keeps no main copy of its own.
+        prefix: Prefix of the names to read, before those of the model: "" for the checkpoint's model.
+            If the model's vocabulary is padded further than the checkpoint's, the padding stays.
+    Returns: Number of values filled on this rank; 0 if the optimizer has no main copy of its own.
     """
     plans = {entry.data: entry for chunk in chunks for entry in parameters_of(chunk)}
     reader, filled = TorchDistReader(iteration), 0
@@ -76,7 +76,7 @@ def take_main_weights(
 
 
 def _main_shards(optimizer: Any) -> Iterator[tuple[Tensor, int, Tensor]]:
-    """Each 16-bit or FP8 parameter of which this rank has a main copy, where that begins, and the copy."""
+    """Each 16-bit or FP8 parameter with a main copy on this rank, the copy's offset, and the copy."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         groups = getattr(part, "shard_fp32_from_float16_groups", ())
         for parameters, mains in zip(

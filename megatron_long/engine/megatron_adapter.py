@@ -1,6 +1,6 @@
-"""How `megatron.training` is called, and the changes that it needs before it can be.
+"""Calls of `megatron.training`, and the changes that it needs first.
 
-Nothing of `megatron.training` is declared stable: the version is checked first, only files of `engine` import
+No API of `megatron.training` is declared stable: the version is checked first, only files of `engine` import
 it, each of them lists the symbols that it changes (`CHANGED_SYMBOLS`), and
 `tests/engine/test_megatron_adapter.py` holds a contract for each. Import this module after
 `host_backend.install()`.
@@ -42,11 +42,11 @@ OLDEST_RESILIENCY = "0.6"
 PATCHED_SYMBOLS = {
     "megatron.training.training": ("initialize_megatron", "set_jit_fusion_options"),
 }
-"""What is replaced on the host backend, by module."""
+"""Symbols replaced on the host backend, by module."""
 
 
 def check_version() -> None:
-    """Refuse a megatron-core that the patches were not written for, or that cannot be imported.
+    """Refuse a megatron-core version that the patches do not support, or that cannot be imported.
 
     Raises: ConfigError: names the version found and those supported.
     """
@@ -63,8 +63,8 @@ def check_version() -> None:
         return
     if Version(resiliency) < Version(OLDEST_RESILIENCY):
         raise ConfigError(
-            f"nvidia-resiliency-ext {resiliency} is installed, and megatron-core {version} cannot be "
-            f"imported next to one before {OLDEST_RESILIENCY}; upgrade it, or pip uninstall "
+            f"nvidia-resiliency-ext {resiliency} is installed, but megatron-core {version} needs "
+            f"{OLDEST_RESILIENCY} or later and fails to import; upgrade it, or pip uninstall "
             "nvidia-resiliency-ext"
         )
 
@@ -78,16 +78,16 @@ def parse_flags(
     """Parse Megatron's flags with Megatron's own parser; later flags win.
 
     Args:
-        argv: The words.
-        add_arguments: Adds flags of ours to Megatron's.
-        tool_flags: Flags that the calling tool has taken out: an unknown one may be meant to be one of them.
+        argv: Command-line arguments.
+        add_arguments: Adds our flags to Megatron's.
+        tool_flags: Flags that the calling tool has removed, to suggest for an unknown flag.
     Raises: ConfigError: an unknown flag, a value of the wrong type or choice, or `--yaml-cfg`.
     """
     from megatron.training.arguments import parse_args
 
     if any(word.partition("=")[0] == "--yaml-cfg" for word in argv):
         raise ConfigError(
-            "--yaml-cfg would take the place of all other flags, ours and the recipe's among them; write its "
+            "--yaml-cfg would replace all other flags, including ours and the recipe's; write its "
             "values as flags"
         )
 
@@ -112,7 +112,7 @@ def parse_flags(
 
 
 def _refuse_flags(parser: ArgumentParser, tool_flags: Sequence[str], message: str) -> NoReturn:
-    """Stand in for `parser.error`, which would print the usage of some 700 flags first."""
+    """Replacement for `parser.error`, which would first print the usage of about 700 flags."""
     unknown = [word for word in message.split() if word.startswith("--")]
     known = [*tool_flags, *parser._option_string_actions]
     near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
@@ -134,8 +134,8 @@ def validate_flags(args: Namespace, *, quiet: bool = False) -> None:
 
     Args:
         args: The parsed flags.
-        quiet: Leave out the list of all 800 values, which Megatron prints.
-    Raises: ConfigError: Megatron refuses them; its words are kept.
+        quiet: Suppress Megatron's list of all 800 values.
+    Raises: ConfigError: Megatron refuses them; its message is kept.
     """
     from megatron.training import global_vars
     from megatron.training.arguments import validate_args
@@ -165,7 +165,7 @@ def validate_flags(args: Namespace, *, quiet: bool = False) -> None:
 
 
 def _source_line(error: BaseException) -> str:
-    """What an assertion without words has asserted."""
+    """The condition of an assertion without a message."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"`{frames[-1].line}` does not hold"
 
@@ -173,10 +173,11 @@ def _source_line(error: BaseException) -> str:
 def _build_tokenizer(build: Callable, args: Namespace) -> Any:
     try:
         return build(args)
-    except Exception as error:  # whatever a tokenizer's package raises
+    except Exception as error:  # any exception of a tokenizer's package
         raise ConfigError(
-            f"Megatron cannot make a tokenizer of --tokenizer-type {args.tokenizer_type} --tokenizer-model "
-            f"{args.tokenizer_model} --vocab-size {args.vocab_size} ({type(error).__name__}: {error})"
+            f"Megatron cannot create a tokenizer from --tokenizer-type {args.tokenizer_type} "
+            f"--tokenizer-model {args.tokenizer_model} --vocab-size {args.vocab_size} "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 
@@ -195,10 +196,10 @@ def build_model_config(args: Namespace) -> Any:
 
 
 def install_patches(*, output_layer_is_called: bool = True) -> None:
-    """Put in place what training and scoring share, here and in `engine.fixes`.
+    """Install the patches that training and scoring share, here and in `engine.fixes`.
 
     Args:
-        output_layer_is_called: False where an output processor takes the layer's place in training.
+        output_layer_is_called: False if an output processor replaces the layer in training.
     """
     check_version()
     guard_checkpoints()
@@ -226,7 +227,7 @@ def run_pretrain(
     *,
     lengths_vary: bool = False,
 ) -> None:
-    """Run Megatron's training to its end, and leave the process group; see `engine.run` for the arguments.
+    """Run Megatron's training, and destroy the process group; see `engine.run` for the arguments.
 
     Raises: ConfigError: the run that is continued had another schedule, or its optimizer was not saved.
     """
@@ -255,14 +256,14 @@ def run_pretrain(
             raise
         raise ConfigError(
             f"--load {args.load} holds no optimizer state, as after --no-save-optim; give --no-load-optim to "
-            "go on at its step with a new optimizer, or --finetune to start at step 0 from its weights"
+            "resume at its step with a new optimizer, or --finetune to start at step 0 from its weights"
         ) from error
     leave_process_group()
 
 
 @contextlib.contextmanager
 def refused_pickles_named(load: str | None) -> Iterator[None]:
-    """Tell of an object that `guard_checkpoints` did not let through in one paragraph."""
+    """Report in one paragraph an object that `guard_checkpoints` rejected."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -275,8 +276,8 @@ def refused_pickles_named(load: str | None) -> Iterator[None]:
             raise
         reason = next((line for line in causes[0].splitlines() if "GLOBAL" in line), causes[0])
         raise DataError(
-            f"the checkpoint in --load {load} cannot be read as tensors and plain values alone ({reason}): "
-            "it is damaged, or made to run a program when it is loaded; take one from a source that you trust"
+            f"the checkpoint in --load {load} cannot be read as tensors and plain values only ({reason}): "
+            "it is damaged, or crafted to run code when it is loaded; use one from a source that you trust"
         ) from error
 
 
@@ -307,9 +308,9 @@ def load_model_for_scoring(args: Namespace) -> torch.nn.Module:
     """Build this rank's part of the model and load its weights.
 
     Args:
-        args: Flags after `validate_flags`; without `load` the weights stay as they were initialised.
+        args: Flags after `validate_flags`; without `load` the weights keep their initial values.
     Returns: The model chunk of this rank, in evaluation mode.
-    Raises: ConfigError: virtual pipeline stages were asked for.
+    Raises: ConfigError: virtual pipeline stages were requested.
     """
     from megatron.training.checkpointing import load_checkpoint
 
@@ -330,7 +331,7 @@ def leave_process_group() -> None:
 
 
 def stock_blend(args: Namespace) -> tuple:
-    """Megatron's reading of `--data-path` and `--train-data-path`: (blend, blend_per_split)."""
+    """Megatron's interpretation of `--data-path` and `--train-data-path`: (blend, blend_per_split)."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
     return get_blend_and_blend_per_split(args)

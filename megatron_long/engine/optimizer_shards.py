@@ -1,4 +1,4 @@
-"""Each rank saves and loads its own part of the distributed optimizer, in the space of the model's tensors.
+"""Each rank saves and loads its own part of the distributed optimizer, in model-tensor coordinates.
 
 Megatron-Core 0.19.2 has two formats whose checkpoints another layout can load. Both first gather the whole
 state of a tensor- and pipeline-parallel part: in the host memory of every rank (12 bytes a parameter each,
@@ -9,9 +9,9 @@ takes boxes of any size. Keys, global shapes and the recorded format are those o
 `--dist-ckpt-optim-fully-reshardable`: stock Megatron reads these checkpoints, and this module reads those of
 stock Megatron.
 
-It also keeps clear of a defect of the stock format: where Megatron pads gradient buckets (a hidden size that
+It also avoids a bug of the stock format: if Megatron pads gradient buckets (a hidden size that
 128 does not divide, data-parallel sizes with a factor of 3), 0.19.2 saves weights and moments shifted
-(Megatron-LM pull request 5077 repairs it later).
+(Megatron-LM pull request 5077 fixes it later).
 """
 
 import importlib
@@ -29,7 +29,7 @@ CHANGED_SYMBOLS = {
         "DistributedOptimizer.load_parameter_state_from_fully_reshardable",
     ),
 }
-"""What is replaced, by module."""
+"""Symbols replaced, by module."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """First index and size of a block, by axis."""
@@ -41,7 +41,7 @@ def cut_into_boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
     Args:
         shape: Of the array.
         start: First value of the range.
-        stop: Behind its last value.
+        stop: One past its last value.
     Returns: At most `2 * len(shape) - 1` boxes; none for an empty range.
 
     >>> cut_into_boxes((4, 10), 5, 32)
@@ -75,7 +75,7 @@ def shard(tensor: Any, values: Tensor, start: int, key: str, replica_id: tuple) 
         values: Values of the range [n]; views of them become the data, to be saved or filled.
         start: Where the range begins in the parameter on this rank, in values.
         key: Name in the checkpoint.
-        replica_id: Which copy this is; all zeros is the one that is saved.
+        replica_id: Which copy this is; the one with all zeros is saved.
     Returns: A `ShardedTensor` for each box, in the order of the values.
     """
     stop = start + values.numel()
@@ -93,7 +93,7 @@ def shard(tensor: Any, values: Tensor, start: int, key: str, replica_id: tuple) 
 
 
 def parameters_of(chunk: Any) -> Iterator[Any]:
-    """What a model chunk holds: a `ShardedTensor` or `ShardedTensorFactory` for each parameter."""
+    """Content of a model chunk: a `ShardedTensor` or `ShardedTensorFactory` for each parameter."""
     mapping: Any = importlib.import_module("megatron.core.dist_checkpointing.mapping")
     utils: Any = importlib.import_module("megatron.core.dist_checkpointing.dict_utils")
     kinds = (mapping.ShardedTensor, mapping.ShardedTensorFactory)
@@ -121,7 +121,7 @@ def _parts(tensor: Any, key: str) -> Iterator[tuple[Any, int]]:
 def _box(part: Any, offset: tuple[int, ...], data: Tensor, replica_id: tuple) -> Any:
     lead = part.prepend_axis_num
     axes = zip(part.global_offset[lead:], offset, strict=True)
-    # The axes before the tensor's own (its layer) are made its own: so torch's checkpointing takes any box.
+    # Prepended axes (layers) become axes of the tensor: torch's checkpointing then takes any box.
     data = data.view((1,) * lead + data.shape)
     return replace(
         part,
@@ -136,7 +136,7 @@ def _box(part: Any, offset: tuple[int, ...], data: Tensor, replica_id: tuple) ->
 
 
 def save_own_shards() -> None:
-    """Replace how `DistributedOptimizer` saves and loads its fully reshardable format."""
+    """Replace the saving and loading of `DistributedOptimizer`'s fully reshardable format."""
     module: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     optimizer: Any = module.DistributedOptimizer
     optimizer.sharded_param_state_fully_reshardable = _describe
@@ -146,7 +146,7 @@ def save_own_shards() -> None:
 def _describe(
     self: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
 ) -> dict[int, dict[str, dict[int, Any]]]:
-    """What this rank holds: by parameter and kind of state, the boxes. Loading fills the optimizer itself."""
+    """This rank's boxes, by parameter and kind of state. Loading fills the optimizer itself."""
     checkpointing: Any = importlib.import_module("megatron.core.dist_checkpointing.utils")
     utils: Any = importlib.import_module("megatron.core.dist_checkpointing.dict_utils")
     plans, _ = checkpointing.extract_sharded_tensors_and_factories(model_sharded_state_dict)
@@ -175,7 +175,7 @@ def _describe(
 
 @torch.no_grad()
 def _take(self: Any, state_dict: Any) -> None:
-    """Give the optimizer what was loaded."""
+    """Pass the loaded state to the optimizer."""
     for index, (parameter, _) in enumerate(_ranges(self)):
         flat = {
             name: torch.cat([box.reshape(-1) for _, box in sorted(boxes.items())])
@@ -188,7 +188,7 @@ def _take(self: Any, state_dict: Any) -> None:
 
 
 def _ranges(optimizer: Any) -> Iterator[tuple[Tensor, Any]]:
-    """Each parameter of which this rank holds values, and which of them."""
+    """Each parameter of which this rank holds values, and their range."""
     for buffer in optimizer.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:

@@ -1,4 +1,4 @@
-"""Between two steps: the model as it stands in evaluation mode, Megatron's timers standing still."""
+"""Evaluation between two steps: the model in evaluation mode, with Megatron's timers stopped."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ class Writers:
 
 @contextlib.contextmanager
 def training_paused(step: Step) -> Iterator[Writers]:
-    """Bracket an evaluation as Megatron's loop brackets its own; every rank does.
+    """Wrap an evaluation as Megatron's loop wraps its own; called on every rank.
 
-    Within it `step.model[0]`, the only chunk, is in evaluation mode and its parameters are whole.
+    Inside, `step.model[0]`, the only chunk, is in evaluation mode and its parameters are gathered.
     """
     from megatron.core.utils import get_model_config
     from megatron.training import global_vars, training

@@ -26,11 +26,11 @@ def run_training(
 
     Args:
         args: Flags after `megatron_adapter.validate_flags`.
-        callbacks: Told of each event, in this order.
+        callbacks: Receive each event, in this order.
         keeper: Writes the checkpoints.
-        program_start: Time of the day, seconds, for Megatron's figures of its start.
-        fill_model: Called with the model chunks of this rank when they are built and before anything,
-            the optimizer among it, is made from them.
+        program_start: Time in seconds, for Megatron's startup figures.
+        fill_model: Called with the model chunks of this rank when they are built and before anything else,
+            including the optimizer, is created from them.
         lengths_vary: Whether micro-batches may differ in length.
     Raises: ConfigError: see `megatron_adapter.run_pretrain`.
     """

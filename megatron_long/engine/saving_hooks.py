@@ -1,6 +1,6 @@
-"""How Megatron saves, changed: the keeper names the folders, survives failing saves and insists on the last.
+"""Changes to Megatron's saving: the keeper names folders, survives failed saves and retries the last.
 
-`KeptSaves` is what `engine.loop` sends each save through. The rest is changed where the files are written.
+`engine.loop` passes each save to `KeptSaves`. The other changes are where the files are written.
 """
 
 import atexit
@@ -28,15 +28,15 @@ CHANGED_SYMBOLS = {
     ),
     "megatron.training.initialize": ("init_persistent_async_worker",),
 }
-"""What is replaced, by module."""
+"""Symbols replaced, by module."""
 
 
 class KeptSaves:
-    """Saves that the keeper writes; one with a NaN in it is not begun.
+    """Saves through the keeper; state containing NaN is not saved.
 
     Args:
-        events: Told when saves in the background are waited for.
-        args: Flags, in which Megatron counts.
+        events: Notified when saves in the background are waited for.
+        args: Flags, which contain Megatron's counters.
     """
 
     def __init__(self, keeper: CheckpointKeeper, events: Callback, args: Namespace) -> None:
@@ -44,7 +44,7 @@ class KeptSaves:
         self._finalize: Callable[[bool, bool], None] | None = None
 
     def install(self) -> None:
-        """Change what is below `save_checkpoint`."""
+        """Replace functions called by `save_checkpoint`."""
         writers = ["megatron.core.dist_checkpointing.strategies.filesystem_async"]
         if self.args.async_save and self.args.async_strategy == "nvrx":
             writers.append("nvidia_resiliency_ext.checkpointing.async_ckpt.filesystem_async")
@@ -55,7 +55,7 @@ class KeptSaves:
         training.maybe_finalize_async_save = self.finalize
 
     def save(self, step: Step, write: Callable[[], None]) -> bool:
-        """Let Megatron write a checkpoint, and survive it if that fails.
+        """Let Megatron write a checkpoint, and continue if that fails.
 
         Raises: SystemExit: NaN or Inf in the weights or the optimizer of any rank.
         """
@@ -68,7 +68,7 @@ class KeptSaves:
             if self.keeper.job.rank == 0:
                 sys.stderr.write(
                     f"error: NaN or Inf in the weights or the optimizer after step {step.iteration}: they "
-                    "are not saved, the checkpoint before is the newest\n"
+                    "are not saved, the previous checkpoint remains the newest\n"
                 )
             raise SystemExit(FAULT_STATUS)
         is_saved = self.keeper.attempt(step.iteration, write, (CheckpointException,))
@@ -77,15 +77,15 @@ class KeptSaves:
         return is_saved
 
     def is_due(self, iteration: int) -> bool:
-        """Whether a save that has failed is to be tried again."""
+        """Whether a failed save is to be retried."""
         return self.keeper.is_due(iteration)
 
     def insist(self, save: Callable[[], None]) -> None:
-        """Do not let the process end before its last checkpoint is whole, see `CheckpointKeeper.insist`."""
+        """Keep the process alive until its last checkpoint is complete, see `CheckpointKeeper.insist`."""
         self.keeper.insist(save, lambda: self.finalize(blocking=True))
 
     def finalize(self, blocking: bool = False, terminate: bool = False) -> None:
-        """`maybe_finalize_async_save`, which survives saves that have failed in the background."""
+        """`maybe_finalize_async_save`, which continues after failed saves in the background."""
         from torch.distributed.checkpoint.api import CheckpointException
 
         assert self._finalize is not None
@@ -99,9 +99,9 @@ class KeptSaves:
 
 
 def _shield_helpers(writers: Sequence[str]) -> None:
-    """Let no signal reach the processes that the last save needs.
+    """Keep signals from reaching the processes that the last save needs.
 
-    They are the one that holds the writers' results, spawned at the first save, and the lasting writer of
+    These are the one that holds the writers' results, spawned at the first save, and the persistent writer of
     `--async-save`, which Megatron ends with a message.
     """
     initialize: Any = importlib.import_module("megatron.training.initialize")
@@ -131,7 +131,7 @@ def _shield_results(files: Any) -> None:
 
 
 def _patch_writers(keeper: CheckpointKeeper, writers: Sequence[str]) -> None:
-    """Write to the keeper's folder; what fails on one process is kept, not raised there alone."""
+    """Write to the keeper's folder; an error on one process is kept, not raised only there."""
     checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
     package: Any = importlib.import_module("megatron.core.dist_checkpointing")
     serialization: Any = importlib.import_module("megatron.core.dist_checkpointing.serialization")
@@ -156,12 +156,12 @@ def _patch_writers(keeper: CheckpointKeeper, writers: Sequence[str]) -> None:
         kept = ErrorKeepingStream(stream)
         result = write_item(transforms, kept, *args, **kwargs)
         if kept.error is not None:
-            keeper.note(kept.error)  # Megatron passes on no more than its class
+            keeper.note(kept.error)  # Megatron passes on only its class
             raise kept.error
         return result
 
     def ensure_directory_exists(filename, check_parent=True):
-        # Megatron would make the checkpoint's own folder, empty until the save is whole.
+        # Megatron would create the checkpoint's own folder, empty until the save is complete.
         if check_parent:
             make_parent(filename)
 

@@ -1,4 +1,4 @@
-"""What training changes on this rank, and whether all of it is finite."""
+"""The state that training changes on this rank, and whether it is finite."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no element is NaN or infinite; quantized tensors are passed over.
+    """Whether no element is NaN or infinite; quantized tensors are skipped.
 
     The tensors may be on several devices, as with `--optimizer-cpu-offload`; each device is waited for once.
     """

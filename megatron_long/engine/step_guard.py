@@ -1,8 +1,8 @@
 """Steps that must not reach the weights: NaN or Inf in the loss or the gradients, and loss spikes.
 
 After the backward pass and before the optimizer every process learns the loss of each micro-batch of the
-step. A faulty step is left out (weights, optimizer and schedule stay as they were, the data go on), counted
-and written to `faults.jsonl` with the documents it read; one too many ends the run.
+step. A faulty step is skipped (weights, optimizer and schedule stay unchanged, the data advance), counted
+and written to `faults.jsonl` with the documents it read; too many end the run.
 """
 
 import json
@@ -24,9 +24,9 @@ from megatron_long.job.side_output import survived
 
 FAULTS_NAME = "faults.jsonl"
 MEMORY_STEPS = 100
-"""Steps that are remembered: for the loss to compare with, and to count faults in."""
+"""Length of the history, for the losses to compare with and the faults to count."""
 MIN_STEPS = 20
-"""Steps that a spike needs to be measured against."""
+"""Minimum history for detecting a spike."""
 MIN_DEVIATION = 0.05
 """Nats; smaller deviations of the loss from step to step count as this much."""
 MAX_WINDOWS = 64
@@ -45,12 +45,12 @@ class StepGuard:
     max_faulty_steps: int
     spike_deviations: float
     batch_windows: Callable[[int, int], Sequence[int]]
-    """Gives the windows that a data-parallel rank reads in a micro-batch of the present step."""
+    """Returns the windows that a data-parallel rank reads in a micro-batch of the current step."""
     describe_windows: Callable[[Sequence[int]], list[dict[str, Any]]]
     reports: bool = True
-    """Whether this process writes of faulty steps; one does."""
+    """Whether this process reports faulty steps; one does."""
     folder: Path | None = None
-    """Where `faults.jsonl` goes; None leaves it at the log."""
+    """Folder of `faults.jsonl`; None only logs."""
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=MEMORY_STEPS))
     faulty: list[int] = field(default_factory=list)
     """Iterations of the faulty steps within the last `MEMORY_STEPS`."""
@@ -82,11 +82,11 @@ class StepGuard:
         return True
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resumed run judges as an unbroken one would."""
+        """State for the checkpoint, so that a resumed run decides as an uninterrupted one."""
         return {"losses": list(self.losses), "faulty": self.faulty}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up the state of a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.losses.extend(state.get("losses", ()))
         self.faulty = list(state.get("faulty", ()))
 
@@ -142,7 +142,7 @@ class StepGuard:
         documents = [doc for window in windows for doc in window["documents"]]
         names = [f"{doc['source']} {doc['id']}" for doc in documents[:5]]
         logger.warning(
-            "step %d is left out: %s; it read %s%s%s",
+            "step %d is skipped: %s; it read %s%s%s",
             *(iteration, reason, ", ".join(names) or "documents that are not known"),
             f" and {len(documents) - 5} more" if len(documents) > 5 else "",
             f"; details in {self.folder / FAULTS_NAME}" if self.folder else "",
@@ -152,7 +152,7 @@ class StepGuard:
 def describe_windows(
     dataset: str | None, seq_length: int, windows: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Give the documents that lie in training windows.
+    """Return the documents in training windows.
 
     Args:
         dataset: Folder of `preprocess_mix`; None gives windows without documents.
@@ -184,7 +184,7 @@ def describe_windows(
 def batch_windows(
     consumed: int, micro_batch_size: int, data_parallel_size: int, rank: int, index: int
 ) -> list[int]:
-    """Windows of one micro-batch, as Megatron's sequential sampler deals them.
+    """Windows of one micro-batch, as assigned by Megatron's sequential sampler.
 
     Args:
         consumed: Windows read before this step.

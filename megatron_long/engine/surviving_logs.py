@@ -1,4 +1,4 @@
-"""No failure of TensorBoard or W&B ends training: their writers are wrapped as Megatron makes them."""
+"""Failures of TensorBoard or W&B do not end training: their writers are wrapped on creation."""
 
 import functools
 import importlib
@@ -13,11 +13,11 @@ CHANGED_SYMBOLS = {
     "megatron.training.global_vars": ("_set_tensorboard_writer", "_set_wandb_writer"),
     "megatron.training.wandb_utils": ("on_save_checkpoint_success",),
 }
-"""What is replaced, by module."""
+"""Symbols replaced, by module."""
 
 
 def install_surviving_logs() -> None:
-    """Let no failure of TensorBoard or W&B end training."""
+    """Keep failures of TensorBoard or W&B from ending training."""
     variables: Any = importlib.import_module("megatron.training.global_vars")
     wandb_utils: Any = importlib.import_module("megatron.training.wandb_utils")
     set_board, set_wandb = variables._set_tensorboard_writer, variables._set_wandb_writer
@@ -33,7 +33,7 @@ def install_surviving_logs() -> None:
     def set_wandb_writer(args):
         try:
             set_wandb(args)
-        except Exception as error:  # on the last rank alone, so that it has to speak for itself
+        except Exception as error:  # only on the last rank, which therefore prints the error itself
             sys.stderr.write(
                 f"error: W&B could not be started ({type(error).__name__}: {error}); log in with `wandb "
                 "login`, write to files with WANDB_MODE=offline, or drop --wandb-project\n"

@@ -9,7 +9,7 @@ from megatron_long.errors import ConfigError
 MONITOR_FLAG = "--enable-ft-package"
 MONITOR_PACKAGE = "nvidia_resiliency_ext"
 MONITOR_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
-"""Environment variable through which a rank finds its monitor."""
+"""Environment variable that tells a rank the address of its monitor."""
 
 
 def is_installed() -> bool:
@@ -21,18 +21,18 @@ def require_package() -> None:
     if not is_installed():
         raise ConfigError(
             f"{MONITOR_FLAG} needs nvidia-resiliency-ext: pip install 'nvidia-resiliency-ext>=0.6' (Linux "
-            "with glibc 2.39, Python up to 3.12), or leave the flag out: --hang-timeout watches without it"
+            "with glibc 2.39, Python up to 3.12), or omit the flag: --hang-timeout works without it"
         )
 
 
 def check_monitor(args: Namespace) -> None:
-    """Refuse flags of nvidia-resiliency-ext that could not do what they say.
+    """Refuse flags of nvidia-resiliency-ext that would have no effect.
 
     Raises: ConfigError: the package or its launcher is missing, or the flag is not supported.
     """
     if args.inprocess_restart:
         raise ConfigError(
-            "--inprocess-restart is not supported; start again in place with --enable-ft-package and "
+            "--inprocess-restart is not supported; restart with --enable-ft-package and "
             "--max-restarts of megatron_long.launch"
         )
     if not args.enable_ft_package:
@@ -43,7 +43,7 @@ def check_monitor(args: Namespace) -> None:
 
 
 def check_monitor_is_there(args: Namespace) -> None:
-    """Refuse to train next to a monitor that was not started.
+    """Refuse to train without a running monitor.
 
     Raises: ConfigError: this process has none.
     """

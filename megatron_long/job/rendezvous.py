@@ -1,4 +1,4 @@
-"""What the processes of a job agree on before Megatron starts, through the store that starts them."""
+"""Agreement of the processes of a job before Megatron starts, through torchrun's store."""
 
 import functools
 import itertools
@@ -18,19 +18,19 @@ _calls = itertools.count()
 
 
 def share() -> tuple[int, int]:
-    """This process's number and how many there are."""
+    """Rank of this process, and the number of processes."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first_process() -> bool:
-    """Whether this process is the first of its job: the one that speaks for all."""
+    """Whether this process is the first of its job: the one that prints and decides for all."""
     return share()[0] == 0
 
 
 def agree(findings: list[str]) -> list[str]:
-    """Give every process what all of them have found; waits for the slowest.
+    """Return to every process what all of them found; waits for the slowest.
 
-    Only those with findings send them, so that a job of thousands costs the store two counters.
+    Only processes with findings send them, so a job of thousands costs the store two counters.
     """
     rank, world_size = share()
     if world_size == 1:
@@ -42,20 +42,22 @@ def agree(findings: list[str]) -> list[str]:
     deadline = time.monotonic() + TIMEOUT_S
     while store.add(f"{number}/done", 0) < world_size:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"rank {rank} waited {TIMEOUT_S:.0f} s for the others of its job")
+            raise TimeoutError(
+                f"rank {rank} waited {TIMEOUT_S:.0f} s for the other ranks of its job"
+            )
         time.sleep(0.02)
     total = store.add(f"{number}/found", 0)
     shares = [json.loads(store.get(f"{number}/{index}")) for index in range(1, total + 1)]
     store.add(f"{number}/read", 1)
     while rank == 0 and store.add(f"{number}/read", 0) < world_size:
-        time.sleep(0.02)  # it may host the store, and leave at once with a refusal
+        time.sleep(0.02)  # it may host the store, and exit at once with an error
     return [finding for share in shares for finding in share]
 
 
 def from_first(compute: Callable[[], list[str]]) -> list[str]:
-    """Give every process what the first one computes, or its refusal.
+    """Return to every process what the first one computes, or raise its error.
 
-    Raises: UserError: of any kind, on every process, with the words of the first.
+    Raises: UserError: of any kind, on every process, with the message of the first.
     """
     found: list[str] = []
     if share()[0] == 0:
@@ -72,15 +74,15 @@ def from_first(compute: Callable[[], list[str]]) -> list[str]:
 
 
 def see_alike(look: Callable[[], str], rounds: int = 90) -> None:
-    """Wait until every process sees what the first one sees: shared file systems show news late.
+    """Wait until every process sees what the first one sees: shared file systems show changes late.
 
     NFS keeps a folder's listing for up to a minute. Processes that see other files would start from other
     checkpoints, or not find theirs.
 
     Args:
-        look: Looks again at each call, and says what it sees.
+        look: Looks again at each call, and returns what it sees.
         rounds: How often to look, once a second.
-    Raises: DataError: on every process, where they still differ; names one that does.
+    Raises: DataError: on every process, if they still differ; names one that does.
     """
     for _ in range(rounds):
         seen = look()
@@ -98,11 +100,11 @@ def see_alike(look: Callable[[], str], rounds: int = 90) -> None:
 
 
 def connect(name: str) -> Any:
-    """Give a connection of its own to the job's store, for a thread: an operation that waits keeps the others
-    of a connection waiting.
+    """Return a separate connection to the job's store, for a thread: a waiting operation blocks the others
+    of a connection.
 
     Args:
-        name: Before every key.
+        name: Prefix of every key.
     """
     from torch import distributed
 
@@ -113,7 +115,7 @@ def connect(name: str) -> Any:
 
 @functools.cache
 def _store() -> Any:
-    """The job's store; kept, for the process that hosts it must not let it go."""
+    """The job's store; kept, because the process that hosts it must not release it."""
     from torch import distributed
 
     store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=TIMEOUT_S)))

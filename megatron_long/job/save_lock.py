@@ -2,15 +2,15 @@
 
 The first process of a job holds `SAVE/.save_lock` in two ways, which cover different file systems:
 
-- A kernel lock (`fcntl.lockf`), which ends with the process, however it ends, and which forked helpers do not
-  hold. Local disks have it, NFS (the server keeps it), and Lustre mounted with `flock`.
-- A sign of life: the file names the holder, and the holder counts up in it every `BEAT_S`. That is for mounts
-  without locks (Lustre `noflock`) or whose locks reach one machine only (Lustre `localflock`, NFS
-  `local_lock`). Whether the holder lives is judged by whether the count changes, never by clocks.
+- A kernel lock (`fcntl.lockf`), which is released when the process ends for any reason, and which forked
+  helpers do not hold. Local disks support it, NFS (the server holds it), and Lustre mounted with `flock`.
+- A heartbeat: the file names the holder, and the holder increments a counter in it every `BEAT_S`, for mounts
+  without locks (Lustre `noflock`) or with locks local to one machine (Lustre `localflock`, NFS
+  `local_lock`). A changing counter means that the holder is alive; clocks are never compared.
 
-On one machine the kernel lock alone decides. From another machine a folder is taken when its holder has left,
-when the same job starts again (SLURM requeue, torchrun restart), or when the count has stood still for
-`SILENCE_S` with the lock free. A lost node's lock on NFS is free when its lease ends, 90 s by default.
+On one machine only the kernel lock decides. Another machine takes a folder when its holder has exited,
+when the same job restarts (SLURM requeue, torchrun restart), or when the counter has not changed for
+`SILENCE_S` and the lock is free. A failed node's lock on NFS expires with its lease, 90 s by default.
 """
 
 import atexit
@@ -36,10 +36,10 @@ BEAT_S, SILENCE_S = 10.0, 60.0
 GRACE_S = 5.0
 """How long a process of this machine may take to end."""
 LEASE_S = 150.0
-"""How long a lock without a sign of life is waited for."""
+"""How long to wait for a lock without a heartbeat."""
 POLL_S = 0.25
 _SIZE = 1024
-"""Bytes of the file: written in place, so that a full disk does not silence the holder."""
+"""Bytes of the file: written in place, so that a full disk does not stop the heartbeat."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 Verdict = Literal["take", "refuse", "wait"]
@@ -51,14 +51,14 @@ class Holder:
 
     host: str
     boot_id: str
-    """Of the running kernel: processes with the same one share its locks, in containers too."""
+    """Id of the running kernel: processes with the same one share its locks, also in containers."""
     pid: int
     started: float
     """Start of the process, seconds since 1970."""
     job: str = ""
-    """SLURM's or torchrun's number of the job."""
+    """SLURM's or torchrun's id of the job."""
     attempt: tuple[int, int] = (0, 0)
-    """How many times SLURM and torchrun have started that job again."""
+    """How many times SLURM and torchrun have restarted that job."""
     beat: int = 0
     ended: bool = False
 
@@ -96,7 +96,7 @@ def decide(
     """Whether a folder can be taken.
 
     Args:
-        is_locked: Whether the kernel gave this process the lock; None where there are no locks.
+        is_locked: Whether the kernel gave this process the lock; None if there are no locks.
         first, now: The holder that the file named at first and names now; None where it names nobody.
         waited_s: Seconds since `first` was read.
     """
@@ -126,13 +126,13 @@ class SaveLock:
         self._writing = threading.Lock()
 
     def take(self) -> None:
-        """Take the folder; waits where the holder may have been killed.
+        """Take the folder; waits if the holder may have been killed.
 
-        Raises: ConfigError: another job works there. OSError: the folder cannot be written to.
+        Raises: ConfigError: another job uses it. OSError: the folder cannot be written to.
         """
         began, first = time.monotonic(), None
         while True:
-            # Each look opens the file anew: NFS then asks the server. Closing it gives the lock back.
+            # Each look reopens the file: NFS then asks the server. Closing it releases the lock.
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             is_locked, now = _try_lock(descriptor), _read(descriptor)
             if first is None and now is not None:
@@ -154,7 +154,7 @@ class SaveLock:
             self._confirm()
 
     def release(self) -> None:
-        """Say that the job has ended, and give the lock back."""
+        """Record that the job has ended, and release the lock."""
         if self._left.is_set():
             return
         with contextlib.suppress(OSError):
@@ -162,7 +162,7 @@ class SaveLock:
         self._let_go()
 
     def _let_go(self) -> None:
-        with self._writing:  # its number may be another file's soon
+        with self._writing:  # its number may soon be that of another file
             self._left.set()
             os.close(self._descriptor)
 
@@ -170,20 +170,20 @@ class SaveLock:
         verdict = decide(self.me, is_locked=is_locked, first=holder, now=holder, waited_s=0)
         if verdict == "wait":
             print(
-                f"note: {self.path.parent} was last held by {holder}, which did not say that it had ended: "
-                f"looking for its sign of life, {SILENCE_S:.0f} s or more",
+                f"note: {self.path.parent} was last held by {holder}, which did not record its end: "
+                f"waiting for its heartbeat, {SILENCE_S:.0f} s or more",
                 file=sys.stderr,
             )
 
     def _refusal(self, holder: Holder | None) -> ConfigError:
         return ConfigError(
-            f"--save {self.path.parent} is in use by another job ({holder or 'it has just begun'}); two jobs "
-            "in one folder would overwrite each other's checkpoints. Wait for that job, end it, or give "
+            f"--save {self.path.parent} is in use by another job ({holder or 'it has just started'}); two "
+            "jobs in one folder would overwrite each other's checkpoints. Wait for that job, end it, or give "
             "another --save"
         )
 
     def _confirm(self) -> None:
-        """Without locks two jobs may have taken the folder at once: the file names the one that has it."""
+        """Without locks two jobs may take the folder at the same time: the file names the one that has it."""
         time.sleep(2)
         with open(self.path, "rb") as file:
             holder = _read(file.fileno())
@@ -202,7 +202,7 @@ class SaveLock:
                 return
             self.me = replace(self.me, **changes)
             os.pwrite(self._descriptor, json.dumps(asdict(self.me)).encode().ljust(_SIZE), 0)
-            os.fsync(self._descriptor)  # NFS would keep it here for a while
+            os.fsync(self._descriptor)  # NFS would cache it for a while
 
 
 def _try_lock(descriptor: int) -> bool | None:
@@ -229,9 +229,9 @@ _held: dict[Path, SaveLock] = {}
 
 
 def hold(folder: Path) -> None:
-    """Hold a folder until this process ends; nothing more where it holds it already.
+    """Hold a folder until this process ends; does nothing if it holds it already.
 
-    Raises: ConfigError: another job works there. OSError: the folder cannot be written to.
+    Raises: ConfigError: another job uses it. OSError: the folder cannot be written to.
     """
     path = folder.resolve()
     if path not in _held:

@@ -1,7 +1,7 @@
-"""What a run writes besides its checkpoints: TensorBoard, W&B, results, standard output.
+"""Output of a run other than checkpoints: TensorBoard, W&B, results, standard output.
 
-None of it may end training. A full disk, a W&B service that SLURM's signal has ended, or a `| tee` that is
-gone costs figures; each is reported once, and once more when it works again.
+No failure of it may end training. A full disk, a W&B service that SLURM's signal has ended, or a closed
+`| tee` loses figures; each is reported once, and once more when it works again.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def survived(what: str) -> Iterator[None]:
-    """Report that something could not be written, and go on without it."""
+    """Report that something could not be written, and continue without it."""
     try:
         yield
     except OSError as error:
-        logger.error("%s could not be written (%s); training goes on", what, words_of(error))
+        logger.error("%s could not be written (%s); training continues", what, words_of(error))
 
 
 class SurvivingWriter:
     """A writer of TensorBoard or W&B whose methods never raise; what fails is lost.
 
     Args:
-        name: What it is called in messages.
+        name: Its name in messages.
         writer: The writer.
-        reopen: Gives a new one when, `RETRY_AFTER_S` after a failure, it is tried again; or raises.
+        reopen: Returns a new one for the next try, `RETRY_AFTER_S` after a failure; or raises.
     """
 
     def __init__(self, name: str, writer: Any, reopen: Callable[[], Any] | None = None) -> None:
@@ -50,7 +50,7 @@ class SurvivingWriter:
         )
 
     def attempt(self, action: Callable[[], Any]) -> Any:
-        """Do something that needs the writer; None if it fails, or has failed just now."""
+        """Do something that needs the writer; None if it fails, or failed recently."""
         failed_at = self._failed_at
         if failed_at is not None and time.monotonic() < failed_at + RETRY_AFTER_S:
             return None
@@ -58,21 +58,21 @@ class SurvivingWriter:
             if failed_at is not None:
                 self._writer = self._reopen()
             result = action()
-        except Exception as error:  # whatever a package of others raises
+        except Exception as error:  # any exception of a third-party package
             if self._failed_at is None:
                 logger.error(
-                    "%s takes no figures (%s); training goes on", self._name, words_of(error)
+                    "%s accepts no figures (%s); training continues", self._name, words_of(error)
                 )
             self._failed_at = time.monotonic()
             return None
         if failed_at is not None and self._failed_at == failed_at:
-            logger.warning("%s takes figures again", self._name)
+            logger.warning("%s accepts figures again", self._name)
             self._failed_at = None
         return result
 
 
 class SurvivingStream:
-    """A text stream whose writes never raise, as standard output on a full disk would."""
+    """A text stream whose writes never raise, unlike standard output on a full disk."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -81,19 +81,19 @@ class SurvivingStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or lose it."""
+        """Write; a failed write is lost."""
         with contextlib.suppress(OSError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, if that works."""
+        """Flush; failures are ignored."""
         with contextlib.suppress(OSError):
             self._stream.flush()
 
 
 def keep_standard_streams() -> None:
-    """Let no `print` end training: neither a full disk, nor a reader of the output that is gone."""
+    """Keep `print` from ending training on a full disk or a closed output."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, SurvivingStream):

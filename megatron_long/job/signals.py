@@ -1,13 +1,13 @@
-"""Signals that ask a run to save and leave: SIGTERM, SIGUSR1 as SLURM may send before the time limit, SIGINT
-(Ctrl-C) and SIGHUP (the terminal has gone).
+"""Signals that ask a run to save and exit: SIGTERM, SIGUSR1 as SLURM may send before the time limit, SIGINT
+(Ctrl-C) and SIGHUP (the terminal was closed).
 
-Megatron's handler notes one signal and its loop acts on it after the step. `watch` lets the others do the
-same; before training begins there is nothing to save, and the process leaves at once. A second Ctrl-C leaves
+Megatron's handler records one signal and its loop acts on it after the step. `watch` makes the others do the
+same; before training begins there is nothing to save, and the process exits at once. A second Ctrl-C exits
 at once at any time.
 
-SLURM and terminals send them to every process of a job, also to the helpers that Megatron starts next to a
+SLURM and terminals send them to every process of a job, also to the helpers that Megatron starts for each
 rank, and the last save needs those. Forked ones (writers of `--async-save` on the host, readers of data) have
-the rank's handlers, which only take a note; spawned ones would die of the signal, and are started within
+the rank's handlers, which only record the signal; spawned ones would die of it, and are started within
 `withheld`.
 """
 
@@ -32,15 +32,15 @@ LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 INTERRUPTED_STATUS = 130
 """Exit status after a second Ctrl-C."""
 LAUNCHER_VARIABLE = "MEGATRON_LONG_LAUNCHER"
-"""Holds the process id of `megatron_long.launch`, which sets it for the ranks."""
+"""Contains the process id of `megatron_long.launch`, which sets it for the ranks."""
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl(2)."""
 SAME_KEY_S = 0.5
-"""A terminal and a launcher may both hand one Ctrl-C on; what comes within this time is one."""
+"""A terminal and a launcher may both forward one Ctrl-C; signals within this time count as one."""
 
 
 def leave_before_training() -> None:
-    """End with status 0 on a signal that comes while the run is still being set up."""
+    """End with status 0 on a signal during the setup of the run."""
     set_handlers(_leave_setup)
 
 
@@ -67,7 +67,7 @@ def watch(note: Callable[[], None]) -> None:
 
 
 def set_handlers(handle: Callable[[int, FrameType | None], None]) -> None:
-    """Handle `LEAVE_SIGNALS`, but for those that the caller ignores: `nohup`, a shell's `&` in a script."""
+    """Handle `LEAVE_SIGNALS`, except those that the caller ignores: `nohup`, a shell's `&` in a script."""
     for number in LEAVE_SIGNALS:
         is_ignored = signal.getsignal(number) is signal.SIG_IGN
         if not (is_ignored and number in (signal.SIGINT, signal.SIGHUP)):
@@ -75,13 +75,13 @@ def set_handlers(handle: Callable[[int, FrameType | None], None]) -> None:
 
 
 class Interrupts:
-    """Counts Ctrl-C as a person presses it."""
+    """Counts presses of Ctrl-C."""
 
     def __init__(self) -> None:
         self._first: float | None = None
 
     def press(self) -> Literal["first", "same", "again"]:
-        """Note one; whether it is the first, the same press of the key once more, or another one."""
+        """Record one; return whether it is the first, a repetition of the same key press, or another one."""
         now = time.monotonic()
         if self._first is None:
             self._first = now
@@ -92,7 +92,7 @@ class Interrupts:
 def leave_on_second_interrupt() -> None:
     """End this process at once on a second SIGINT, from now on.
 
-    Python's handlers wait until native code, as of a collective, gives control back; a thread that reads the
+    Python's handlers wait until native code, such as a collective, returns; a thread that reads the
     wake-up file does not.
     """
     reading, writing = os.pipe()
@@ -107,10 +107,12 @@ def leave_on_second_interrupt() -> None:
                 continue
             press = interrupts.press()
             if press == "again":
-                _say("interrupted twice: left at once, what was not saved is lost")
+                _say("interrupted twice: exiting at once, unsaved progress is lost")
                 end_at_once(INTERRUPTED_STATUS)
             if press == "first":
-                _say("interrupted: saves after this step and leaves; Ctrl-C again leaves at once")
+                _say(
+                    "interrupted: saving after this step, then exiting; Ctrl-C again exits at once"
+                )
 
     threading.Thread(target=count, name="interrupts", daemon=True).start()
 
@@ -121,13 +123,13 @@ def _say(text: str) -> None:
 
 
 def _write_line(text: str) -> None:
-    """To standard error, past its buffer: at the end that cannot be flushed where the terminal has gone."""
+    """Write to standard error, unbuffered: after the terminal is closed, a flush at exit fails."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
 
 def end_at_once(status: int) -> None:
-    """End this process and its helpers without any clean-up but that of temporary files."""
+    """End this process and its helpers; only temporary files are cleaned up."""
     kill_helpers()
     remove_temporary_folder()
     os._exit(status)
@@ -135,15 +137,15 @@ def end_at_once(status: int) -> None:
 
 @contextlib.contextmanager
 def withheld() -> Iterator[None]:
-    """Start helper processes within, and `LEAVE_SIGNALS` never reach them.
+    """Helper processes started within this context never receive `LEAVE_SIGNALS`.
 
-    The mask is inherited when a process is started, so that there is no moment at which the signal could kill
-    it, as before a handler is set. This process gets what was sent meanwhile when the block is left.
+    The signal mask is inherited when a process is started, so there is no moment at which the signal could
+    kill it, as before a handler is set. This process receives pending signals when the block is left.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, LEAVE_SIGNALS)
     try:
-        util.get_temp_dir()  # made here, helpers use this process's, which is removed when it ends
-        resource_tracker.ensure_running()  # goes before every spawned process, and unblocks SIGTERM
+        util.get_temp_dir()  # created here: helpers use this process's folder, which is removed when it ends
+        resource_tracker.ensure_running()  # is started before every spawned process, and unblocks SIGTERM
         signal.pthread_sigmask(signal.SIG_BLOCK, LEAVE_SIGNALS)
         yield
     finally:
@@ -153,7 +155,7 @@ def withheld() -> Iterator[None]:
 def kill_helpers() -> None:
     """Kill the daemons that this process has left; for `atexit`.
 
-    multiprocessing would send SIGTERM, which those of `withheld` do not see, and wait for their end.
+    multiprocessing would send SIGTERM, which those of `withheld` do not receive, and wait for their end.
     """
     for helper in multiprocessing.active_children():
         if helper.daemon:
@@ -161,14 +163,14 @@ def kill_helpers() -> None:
 
 
 def remove_temporary_folder() -> None:
-    """Remove the folder `pymp-*` of this process and its helpers, where there is one."""
+    """Remove the folder `pymp-*` of this process and its helpers, if there is one."""
     folder = multiprocessing.current_process()._config.get("tempdir")  # type: ignore[attr-defined]
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def end_with_parent() -> None:
-    """Let this helper process end when the process that started it is gone, even by SIGKILL.
+    """Make this helper process end when the process that started it ends, even by SIGKILL.
 
     So do those that are forked from it: the fork server of newer Pythons reads the main file instead of
     its children.
@@ -176,7 +178,7 @@ def end_with_parent() -> None:
 
     def watch_parent() -> None:
         while (parent := multiprocessing.parent_process()) is None:
-            time.sleep(1)  # it is known once the helper has read all it is started with
+            time.sleep(1)  # it is known once the helper has read its start data
         parent.join()
         remove_temporary_folder()
         os._exit(1)
@@ -201,11 +203,11 @@ def leave_with_others() -> None:
 
 
 def _say_nothing_to_save(number: int, when: str) -> None:
-    _write_line(f"{signal.Signals(number).name} came {when}: nothing to save")
+    _write_line(f"{signal.Signals(number).name} received {when}: nothing to save")
 
 
 def _leave_setup(number: int, frame: FrameType | None) -> None:
-    for other in LEAVE_SIGNALS:  # what comes back from the launcher must not cut the leaving short
+    for other in LEAVE_SIGNALS:  # a signal from the launcher must not interrupt the exit
         signal.signal(other, signal.SIG_IGN)
     _tell_launcher()
     _say_nothing_to_save(number, "before the first step")
@@ -218,7 +220,7 @@ def _leave_setup(number: int, frame: FrameType | None) -> None:
 
 
 def _tell_launcher() -> None:
-    """Have the launcher hand SIGTERM on: the other ranks would wait for this one, whose status is 0."""
+    """Make the launcher forward SIGTERM: the other ranks would wait for this one, whose status is 0."""
     launcher = os.getppid()
     if os.environ.get(LAUNCHER_VARIABLE) == str(launcher):
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""What Megatron says before the first step, out of the way: in a file, or on the screen with `--verbose`.
+"""Megatron's output before the first step: in a file, or on the screen with `--verbose`.
 
-Values of 800 flags, every parameter's name and dozens of timings come before the first loss. Here a start is
-a few lines of ours, and the rest is kept: rank 0 writes it to a file at once, other ranks hold it back and
+Megatron prints 800 flags, every parameter's name and dozens of timings before the first loss. Here a start is
+a few lines of ours, and the rest is kept: rank 0 writes it to a file at once, other ranks buffer it and
 print its end if the start fails. Errors, and all that follows the first step, are shown unchanged.
 """
 
@@ -20,11 +20,11 @@ FILE_NAME = "start.log"
 FOLDER_NAME = "logs"
 """In the folder of --save."""
 SHOWN_LINES = 40
-"""Of what was held back, when the start fails."""
+"""Number of buffered lines that are printed if the start fails."""
 
 
 class StartLog:
-    """Stands for standard output until `end`.
+    """Replaces standard output until `end`.
 
     Args:
         verbose: Show everything instead.
@@ -75,7 +75,7 @@ class StartLog:
         self._stream.flush()
 
     def write_to(self, path: Path) -> None:
-        """Put what was kept, and what follows, into a file; on a full disk go on without it."""
+        """Write buffered and following text to a file; on a full disk continue without it."""
         if self.verbose:
             return
         with contextlib.suppress(OSError):
@@ -86,7 +86,7 @@ class StartLog:
             self._file.flush()
 
     def take_logging(self) -> None:
-        """Keep the records of others that are no errors; to be called when Megatron has set logging up."""
+        """Keep records of other packages that are not errors; call it after Megatron has set up logging."""
         if self.verbose:
             return
         for handler in logging.root.handlers:
@@ -113,7 +113,7 @@ class StartLog:
             self._file = None
 
     def _filter(self, handler: Any) -> None:
-        """Megatron's handler has a `filter` of its own, which looks at no list of filters."""
+        """Megatron's handler has its own `filter` method, which ignores the list of filters."""
         stock = handler.filter
         handler.filter = lambda record: stock(record) and self._takes(record)
         self._filtered.append(handler)
@@ -150,7 +150,7 @@ class StartLog:
 
 
 def start_log_path(save: str | None, loss_log: str | None) -> Path | None:
-    """Where rank 0 keeps it; None without a folder of the run.
+    """Where rank 0 writes it; None without a folder of the run.
 
     >>> start_log_path("out", "losses/loss.jsonl").as_posix(), start_log_path(None, "a/b.jsonl").as_posix()
     ('out/logs/start.log', 'a/start.log')
@@ -163,7 +163,7 @@ def start_log_path(save: str | None, loss_log: str | None) -> Path | None:
 def describe_start(
     args: Namespace, checkpoint: Path | None, resumes: bool, *, is_main_copy: bool = False
 ) -> list[str]:
-    """Say what is about to be trained.
+    """Describe what is about to be trained.
 
     Args:
         args: Flags after Megatron's validation.

@@ -1,4 +1,4 @@
-"""Signals that end a tool as Ctrl-C does: by an exception, so that what is half written is removed."""
+"""Signals that end a tool as Ctrl-C does: by an exception, so that partial output is removed."""
 
 import contextlib
 import signal
@@ -13,9 +13,9 @@ ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 def unwound_by_signals() -> Iterator[None]:
     """Within it, SIGTERM and SIGHUP raise `SystemExit` with 128 and their number, as a shell reports them.
 
-    SIGINT (Ctrl-C) raises `KeyboardInterrupt` as ever. Whatever else is raised on the way out, as by a writer
-    that misses the end of its file, gives way to these. One signal is enough: those that follow are ignored
-    while files are removed. Signals that are ignored already stay so (`nohup`). For the main thread.
+    SIGINT (Ctrl-C) raises `KeyboardInterrupt` as usual. Any other exception on the way out, such as from a
+    writer that misses the end of its file, is replaced by these. One signal is enough: later ones are ignored
+    while files are removed. Signals that are ignored already stay ignored (`nohup`). For the main thread.
     """
     received: list[int] = []
 

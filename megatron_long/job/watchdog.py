@@ -1,12 +1,13 @@
-"""Ends a job that gives no sign of life, with the stacks of every thread of every process.
+"""Ends a job that sends no heartbeat, with the stacks of every thread of every process.
 
-Who notices first tells the others through the job's store; each writes its stacks, says so, and leaves when
-all have, or when they had time enough. So none dies of the end of another before it has written.
+The first process to detect a hang notifies the others through the job's store. Each writes its stacks,
+reports that, and exits when all have, or after a time limit. So none is ended by the exit of another before
+it has written.
 
-Native code that holds Python's lock stops both threads of this class. Then faulthandler's own thread, which
-needs no lock, writes and ends the process, `GRACE_S` later than the threads would: by then the process that
-watches this one has noticed its silence and the others have written. Where even writing blocks, as on a file
-system that no longer answers, the kernel ends the process.
+Native code that holds the GIL stops both threads of this class. Then faulthandler's own thread, which does
+not need it, writes and ends the process, `GRACE_S` later than the threads would: by then the process that
+watches this one has detected the missing heartbeat and the others have written. If even writing blocks, as on
+a file system that no longer responds, the kernel ends the process.
 """
 
 import contextlib
@@ -25,17 +26,17 @@ from megatron_long.job.rendezvous import share
 
 STACKS_FOLDER = "stacks"
 LONG_PHASE = 4
-"""How many times as long a phase may take that is no ordinary step: start, first step, saving."""
+"""Factor for the time limit of phases other than ordinary steps: start, first step, saving."""
 POLL_S = 1.0
-"""How often a process looks at its own time and at the store; an eighth of the time-out if that is less."""
+"""How often a process checks its own time and the store; an eighth of the timeout if that is less."""
 GRACE_S = 10.0
-"""What every process that can run Python gets for writing its stacks once one has noticed."""
+"""Time for every process that can run Python to write its stacks once one has detected a hang."""
 ANSWER_S = 60.0
-"""How long a process that has written waits for those that do not answer."""
+"""How long a process that has written waits for those that do not respond."""
 LAST_S = 30.0
-"""After that, what remains until the kernel ends a process that cannot end by itself."""
+"""Time after that until the kernel ends a process that cannot end by itself."""
 LEFT = -1
-"""What a process tells the one that watches it when it watches no more."""
+"""What a process sends to the one that watches it when it stops."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,9 @@ class Watchdog:
 
     Args:
         timeout_s: How long a step may take between two micro-batches; 0 watches nothing.
-        folder: Gets `stacks/rank_00003.txt`; None writes to standard error.
+        folder: Where to write `stacks/rank_00003.txt`; None writes to standard error.
         rank: This process.
-        connect: Gives a connection of our own to the store that all processes of the job share, as
+        connect: Returns a separate connection to the store that all processes of the job share, as
             `rendezvous.connect`; not called in a job of one process.
     """
 
@@ -64,7 +65,7 @@ class Watchdog:
         self._ends_at = float("inf")
         self._least_times: float = LONG_PHASE
         self._poll_s = min(POLL_S, timeout_s / 8)
-        self._reason = "is asked for its stacks: another process of the job has noticed a hang"
+        self._reason = "was asked for its stacks: another process of the job detected a hang"
         self._stopped, self._alarm = threading.Event(), threading.Event()
         self._written, self._complete = threading.Event(), threading.Event()
         self._listener: threading.Thread | None = None
@@ -73,7 +74,7 @@ class Watchdog:
         if folder is not None:
             self.path = folder / STACKS_FOLDER / f"rank_{rank:05d}.txt"
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")  # keeps those of before a restart
+            self._file = self.path.open("a", encoding="utf-8")  # keeps those from before a restart
         self.beat()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         if connect is None or share()[1] == 1:
@@ -85,9 +86,9 @@ class Watchdog:
         self._listener.start()
 
     def beat(self, times: float = 1) -> None:
-        """Say that this process is alive; the next sign may take `times` as long as usual.
+        """Report that this process is alive; the next heartbeat may take `times` as long as usual.
 
-        Until the first step is done it may always take `LONG_PHASE` times as long: each micro-batch of that
+        Until the first step is done it may take `LONG_PHASE` times as long: each micro-batch of that
         step may be the first to compile kernels or to meet another rank.
         """
         if not self.timeout_s:
@@ -97,14 +98,14 @@ class Watchdog:
         self._arm(wait)
 
     def end_step(self) -> None:
-        """Say that a step is done."""
+        """Report that a step is done."""
         self._least_times = 1
         self.beat()
 
     def stop(self) -> None:
-        """Watch no more, and remove the empty file; where a hang was noticed, end the process as promised.
+        """Stop watching, and remove the empty file; after a detected hang, end the process.
 
-        That is so where the end of another process brings an exception here.
+        The latter happens if the end of another process raises an exception here.
         """
         if not self.timeout_s:
             return
@@ -121,7 +122,7 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 if not self.path.stat().st_size:
                     self.path.unlink()
-                self.path.parent.rmdir()  # the last process to leave
+                self.path.parent.rmdir()  # the last process to exit
 
     def _arm(self, wait: float) -> None:
         """Set what ends this process when Python cannot: faulthandler's thread, and later the kernel."""
@@ -130,12 +131,12 @@ class Watchdog:
         signal.setitimer(signal.ITIMER_REAL, wait + GRACE_S + ANSWER_S + LAST_S)
 
     def _watch(self) -> None:
-        """Write stacks when this process is late or is asked to; never waits for the store."""
+        """Write stacks when this process is late or is asked to; does not wait for the store."""
         while not self._alarm.wait(self._poll_s):
             if self._stopped.is_set():
                 return
             if time.monotonic() > self._ends_at:
-                self._raise_alarm(f"has given no sign of life for too long ({self._limit()})")
+                self._raise_alarm(f"has sent no heartbeat for too long ({self._limit()})")
         stream = self._file or sys.stderr
         self._arm(ANSWER_S)
         stream.write(f"{time.strftime('%F %T')}: rank {self.rank} {self._reason}\n")
@@ -157,7 +158,7 @@ class Watchdog:
         return f"--hang-timeout {self.timeout_s:g} s"
 
     def _listen(self, connect: Callable[[], Any]) -> None:
-        """Tell the others and hear them, until this process ends."""
+        """Exchange heartbeats with the others until this process ends."""
         talk = Talk(self.rank, share()[1], 2 * self._poll_s)
         store: Any = None
         while not self._stopped.wait(self._poll_s):
@@ -167,26 +168,28 @@ class Watchdog:
                 if not self._alarm.is_set() and talk.is_alarmed(store):
                     self._alarm.set()
                 elif not self._alarm.is_set() and talk.is_silent(store):
-                    self._raise_alarm(f"has heard nothing of rank {talk.watched} ({self._limit()})")
+                    self._raise_alarm(
+                        f"has received no heartbeat from rank {talk.watched} ({self._limit()})"
+                    )
                 if self._alarm.is_set():
                     talk.alarm(store)
                 if self._written.is_set() and talk.all_are_done(store):
                     self._complete.set()
             except RuntimeError:  # torch's DistError
                 store = None
-                if self._written.is_set():  # its host has left, when all had written
+                if self._written.is_set():  # its host has exited, after all had written
                     self._complete.set()
         with contextlib.suppress(RuntimeError):
             talk.leave(store or connect())
 
 
 class Talk:
-    """What processes tell each other in the store; each watches the one of the next rank.
+    """Messages between processes in the store; each watches the one of the next rank.
 
     Args:
         rank: This process.
         world_size: How many there are.
-        slack_s: How much later than told a sign of life may come.
+        slack_s: How much later than announced a heartbeat may come.
     """
 
     def __init__(self, rank: int, world_size: int, slack_s: float) -> None:
@@ -197,12 +200,12 @@ class Talk:
         self._has_alarmed = self._is_done = False
 
     def publish(self, store: Any, ends_at: float) -> None:
-        """Tell how much time this process has left, milliseconds: clocks of nodes differ."""
+        """Send how much time this process has left, in milliseconds, because clocks of nodes differ."""
         left = int(1000 * (ends_at - time.monotonic()))
         store.set(f"left/{self.rank}", str(max(1, left)))
 
     def is_silent(self, store: Any) -> bool:
-        """Whether the watched process has told nothing new for longer than it had time."""
+        """Whether the watched process has sent no heartbeat for longer than its time limit."""
         heard, now = store.add(f"left/{self.watched}", 0), time.monotonic()
         if heard == LEFT:
             self._due = float("inf")
@@ -212,23 +215,23 @@ class Talk:
         return now > self._due
 
     def is_alarmed(self, store: Any) -> bool:
-        """Whether any process has noticed a hang."""
+        """Whether any process has detected a hang."""
         return store.add("alarm", 0) > 0
 
     def alarm(self, store: Any) -> None:
-        """Tell the others of a hang."""
+        """Notify the others of a hang."""
         if not self._has_alarmed:
             store.add("alarm", 1)
             self._has_alarmed = True
 
     def all_are_done(self, store: Any) -> bool:
-        """Say that this process has written its stacks; whether all have, or have left."""
+        """Report that this process has written its stacks; return whether all have, or have exited."""
         done = store.add("done", 0 if self._is_done else 1)
         self._is_done = True
         return done >= self.world_size
 
     def leave(self, store: Any) -> None:
-        """Say that this process is not to be watched, nor waited for."""
+        """Report that this process need not be watched or waited for."""
         store.set(f"left/{self.rank}", str(LEFT))
         if not self._is_done:
             store.add("done", 1)

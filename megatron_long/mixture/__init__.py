@@ -1,1 +1,1 @@
-"""What a training set holds: shares, selection, order, plan."""
+"""Content of a training set: shares, selection, order, plan."""

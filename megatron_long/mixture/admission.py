@@ -1,9 +1,9 @@
 """Which documents are worth tokenizing: limits on their keys, for each source.
 
 The plan takes a source's documents in the order of their keys until its budget is met, so a document
-whose key lies far beyond that point need not be tokenized, and neither need a short one that its other
-key drops. The limits decide how much work is done, never what is chosen: when they prove too tight, the
-run goes round again with wider ones.
+whose key is far beyond that point need not be tokenized, nor need a short one that its other
+key drops. The limits affect the amount of work, never the choice: if they prove too tight, the
+run repeats the stage with wider ones.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ class Limits:
     keep_short: float = 1.0
     """Short documents with a drop key beyond are not used for training."""
     valid: float = 1.0
-    """Documents below may be held out for validation, so they are tokenized whatever the drop key says."""
+    """Documents below may be held out for validation, so they are tokenized regardless of the drop key."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,19 @@ class Admission:
     """For sources that the survey did not see."""
 
     def limits(self, source: str) -> Limits:
-        """Give the limits of a source."""
+        """Return the limits of a source."""
         return self.by_source.get(source, self.default)
 
     def widened(self, wider: Mapping[str, Limits]) -> "Admission":
-        """Give the limits of another round."""
+        """Return the limits of another round."""
         return Admission(self.by_source | dict(wider), self.default)
 
     def to_json(self) -> dict[str, Any]:
-        """Give plain data for the work folder."""
+        """Return plain data for the work folder."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Admission":
-        """Read what `to_json` gave."""
+        """Parse the output of `to_json`."""
         by_source = {name: Limits(**limits) for name, limits in content["by_source"].items()}
         return cls(by_source, Limits(**content["default"]))

@@ -1,7 +1,7 @@
-"""What the tasks of the first stage saw of the corpus, added up; tokens of what was not tokenized estimated.
+"""Corpus counts summed over the tasks of the first stage, with estimates for documents not tokenized.
 
 Within a stratum (source, whether the size proves a document short, log2 of its bytes) the documents that
-are tokenized are chosen by hashes alone, so the tokens of the others follow from their bytes.
+are tokenized are chosen only by hashes, so the tokens of the others can be estimated from their bytes.
 """
 
 from collections import defaultdict
@@ -31,7 +31,7 @@ class SourceStats:
     """Bytes of text."""
     documents_tokenized: int = 0
     tokens: int = 0
-    """Tokens with BOS and EOD, those of documents that were not tokenized estimated."""
+    """Tokens with BOS and EOD; estimated for documents that were not tokenized."""
     tokens_tokenized: int = 0
     long_tokens: int = 0
     """Tokens of long documents, likewise."""
@@ -56,12 +56,12 @@ class CorpusStats:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """Read what a task wrote of its file."""
+    """Read what a task wrote about its file."""
     return orjson.loads((folder / INFO_FILE).read_bytes())
 
 
 def gather_stats(infos: Iterable[Mapping[str, Any]], max_listed: int = 1000) -> CorpusStats:
-    """Add up what the tasks saw."""
+    """Add up the counts of the tasks."""
     strata: dict[str, BySize] = defaultdict(dict)
     lengths: dict[str, BySize] = defaultdict(dict)
     empty = num_bad = text_bytes = 0

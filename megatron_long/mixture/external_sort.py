@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 PREFIX_BITS = 12
 CHUNK_ROWS = 1 << 18
-"""Records held in memory at a time, about."""
+"""Approximate number of records held in memory at a time."""
 
 GroupsAndKeys = Callable[[NDArray], tuple[NDArray, NDArray[np.uint64]]]
 """Gives the group (from 0) and the key of each record of a chunk."""
@@ -22,10 +22,10 @@ def sort_on_disk(
     num_groups: int,
     groups_and_keys: GroupsAndKeys,
 ) -> tuple[NDArray, NDArray[np.int64]]:
-    """Sort records by group and key into a file; equal keys stay in the order they came.
+    """Sort records by group and key into a file; the sort is stable.
 
     Args:
-        chunks: Gives all records, the same each time; it is called twice.
+        chunks: Returns all records, the same each time; it is called twice.
         path: The file to write.
     Returns: The sorted records, memory mapped; where each group starts, and the end [num_groups + 1].
     """
@@ -49,7 +49,7 @@ def sort_on_disk(
 
 
 def iterate_rows(rows: NDArray, start: int = 0, stop: int | None = None) -> Iterator[NDArray]:
-    """Give rows in chunks, each a copy in memory."""
+    """Yield rows in chunks, each a copy in memory."""
     stop = len(rows) if stop is None else stop
     for first in range(start, stop, CHUNK_ROWS):
         yield np.array(rows[first : min(first + CHUNK_ROWS, stop)])
@@ -57,7 +57,7 @@ def iterate_rows(rows: NDArray, start: int = 0, stop: int | None = None) -> Iter
 
 
 def release(rows: NDArray) -> None:
-    """Let go of the memory that a memory-mapped array holds; what was written stays in its file."""
+    """Release the memory that a memory-mapped array holds; written data stays in its file."""
     mapped = getattr(rows, "_mmap", None)
     if mapped is not None:
         mapped.madvise(mmap.MADV_DONTNEED)
@@ -84,7 +84,7 @@ def _scatter(
         records[np.repeat(free[found], count) + rank] = chunk[order]
         free[found] += count
         touched += len(chunk)
-        if touched >= CHUNK_ROWS // 8:  # rows lie far apart: each may hold a page
+        if touched >= CHUNK_ROWS // 8:  # rows are far apart: each may hold a page
             release(records)
             touched = 0
 

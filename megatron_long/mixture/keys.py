@@ -1,4 +1,4 @@
-"""Keys of documents: hashes that alone decide, what is taken and in which order."""
+"""Keys of documents: hashes that alone determine what is taken and in which order."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ KEY_END = 2**64
 
 
 def batch_keys(seed: int, file_name: str, lines: Sequence[int]) -> NDArray[np.uint64]:
-    """Give the keys of documents of one file by their lines, each uniform in [0, 2^64).
+    """Return the keys of documents of one file by their lines, each uniform in [0, 2^64).
 
     Returns: [lines, 2]: `drop_key` and `order_key`.
 
@@ -24,7 +24,7 @@ def batch_keys(seed: int, file_name: str, lines: Sequence[int]) -> NDArray[np.ui
 
 
 def threshold(probability: float) -> np.uint64:
-    """Give the key below which a document lies with this probability; keys are compared with `<=`.
+    """Return the key below which a document is with this probability; keys are compared with `<=`.
 
     >>> int(threshold(0.5)) == 2**63 - 1, int(threshold(1.0)) == 2**64 - 1
     (True, True)
@@ -33,7 +33,7 @@ def threshold(probability: float) -> np.uint64:
 
 
 def below(keys: NDArray[np.uint64], probability: float) -> NDArray[np.bool_]:
-    """Mark the keys that a document with this probability of being taken has.
+    """Mark the keys of documents that are taken with this probability.
 
     >>> below(np.array([0, 2**63, 2**64 - 1], np.uint64), 0.5).tolist()
     [True, False, False]

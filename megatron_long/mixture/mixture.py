@@ -1,4 +1,4 @@
-"""What a training set should hold: the mixture, its strategies, and the tokens each source gets."""
+"""What a training set should contain: the mixture, its strategies, and the tokens of each source."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,9 +19,9 @@ class Strategy:
     """How a strategy treats documents."""
 
     thins_short: bool = False
-    """Short documents are thinned, so that long ones weigh more."""
+    """Short documents are downsampled, so that long ones have more weight."""
     is_pooled: bool = False
-    """All sources are one pool: what its documents give decides the shares."""
+    """All sources are one pool, whose documents determine the shares."""
     cuts: bool = False
     """Documents are cut into pieces of `cut_length_tokens`."""
     names_shares: bool = False
@@ -41,7 +41,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """What the training set should hold."""
+    """What the training set should contain."""
 
     train_tokens: int
     """Tokens of the training set, met exactly."""
@@ -50,7 +50,7 @@ class Mixture:
     short_keep_ratio: float = 0.1
     """Probability with which a document shorter than the threshold is kept."""
     long_token_share: float | None = None
-    """Share of a source's tokens in long documents; given, it takes the place of `short_keep_ratio`."""
+    """Share of a source's tokens in long documents; if given, it replaces `short_keep_ratio`."""
     long_threshold_tokens: int = 4096
     """Documents with at least this many tokens are long."""
     cut_length_tokens: int = 4096
@@ -60,7 +60,7 @@ class Mixture:
     source_shares: str | Mapping[str, float] = NATURAL
     """`natural`, `slimpajama`, or the share of each source (normalized to a sum of 1)."""
     missing_sources: str = "error"
-    """`error`, or `drop` to leave out shares of sources that the corpus lacks."""
+    """`error`, or `drop` to drop shares of sources that the corpus lacks."""
     valid_tokens_per_source: int = 200_000
     """Tokens that each source holds out, in whole documents."""
     allow_repeat: int = 1
@@ -94,14 +94,14 @@ class Mixture:
 
     @property
     def keep_short(self) -> float | None:
-        """Probability to keep a short document; None if it must be solved for."""
+        """Probability of keeping a short document; None if it must be solved for."""
         if not self.rules.thins_short:
             return 1.0
         return self.short_keep_ratio if self.long_token_share is None else None
 
 
 def source_shares(mixture: Mixture, tokens_in: Mapping[str, int]) -> dict[str, float]:
-    """Give the share of each source of the corpus; they sum to 1.
+    """Return the share of each source of the corpus; they sum to 1.
 
     Args:
         tokens_in: Tokens of each source in the corpus.
@@ -130,12 +130,12 @@ def source_shares(mixture: Mixture, tokens_in: Mapping[str, int]) -> dict[str, f
 
 
 def source_budgets(mixture: Mixture, shares: Mapping[str, float]) -> dict[str, int]:
-    """Give the training tokens of each source; they sum to `train_tokens`."""
+    """Return the training tokens of each source; they sum to `train_tokens`."""
     return split_budget(mixture.train_tokens, shares)
 
 
 def named_sources(mixture: Mixture) -> frozenset[str] | None:
-    """Give the sources that have a share, or None if any may be in the corpus."""
+    """Return the sources that have a share, or None if any may be in the corpus."""
     if mixture.source_shares == NATURAL:
         return None
     if isinstance(mixture.source_shares, str):
@@ -150,17 +150,17 @@ def _check_strategy(mixture: Mixture) -> None:
         raise ConfigError(f"--long-token-share {share} is not between 0 and 1")
     if share is not None and not rules.thins_short:
         raise ConfigError(
-            f"--long-token-share has no use with --strategy {mixture.strategy}, which keeps every "
+            f"--long-token-share has no effect with --strategy {mixture.strategy}, which keeps every "
             "document; use per-source or global"
         )
     if rules.is_pooled and mixture.source_shares != NATURAL:
         raise ConfigError(
-            f"--source-shares has no use with --strategy {mixture.strategy}: its shares are what "
+            f"--source-shares has no effect with --strategy {mixture.strategy}: its shares are what "
             "upsampling long documents of all sources gives; leave it out"
         )
     if rules.names_shares != bool(named):
         raise ConfigError(
-            "--strategy upsample-sources needs shares, and no other strategy takes them: "
+            "--strategy upsample-sources needs shares, and no other strategy accepts them: "
             "--strategy upsample-sources ArXiv=0.2 Book=0.2"
         )
     if any(not 0 < value <= 1 for value in named.values()) or sum(named.values()) > 1 + 1e-9:

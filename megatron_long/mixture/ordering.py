@@ -1,7 +1,7 @@
-"""The order of a training set: each source in random order, all of them spread evenly over the whole.
+"""The order of a training set: each source in random order, spread evenly over the whole set.
 
-Plain shuffling leaves every window of the file with a random share of each source. Here the documents of a
-source are put in random order and each gets the position of its middle among the tokens of its source, from 0
+With plain shuffling every window of the file has a random share of each source. Here the documents of a
+source are shuffled and each gets the position of its middle among the tokens of its source, from 0
 to 1; all documents are then merged by position. A window's share of a source is off by about a document.
 """
 
@@ -83,7 +83,7 @@ def measure_evenness(
 
 
 def _positions(shuffled: NDArray, starts: list[int], path: Path) -> NDArray[np.float64]:
-    """Give the middle of each document among the tokens of its source, from 0 to 1."""
+    """Return the middle of each document among the tokens of its source, from 0 to 1."""
     positions = np.memmap(path, np.float64, "w+", shape=(max(len(shuffled), 1),))
     for start, stop in itertools.pairwise(starts):
         total = sum(

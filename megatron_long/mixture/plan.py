@@ -1,6 +1,6 @@
-"""From what the tasks of the first stage left behind to the plan of a dataset: what is taken, in which order.
+"""The plan of a dataset from the output of the first stage: which documents are taken, in which order.
 
-Everything that grows with the corpus lies on disk; arrays in memory hold a chunk of rows at a time.
+Everything that grows with the corpus is on disk; arrays in memory hold a chunk of rows at a time.
 """
 
 import math
@@ -35,7 +35,7 @@ WIDER = 1.5
 
 
 class TooTight(Exception):
-    """The limits left out documents that are needed; `wider` are the limits of another round."""
+    """The limits excluded documents that are needed; `wider` are the limits of another round."""
 
     def __init__(self, wider: dict[str, Limits]) -> None:
         super().__init__(", ".join(wider))
@@ -46,7 +46,7 @@ class TooLittle(DataError):
     """Sources cannot fill their budgets.
 
     Args:
-        short: Tokens available and asked, of each such source.
+            short: Tokens available and asked, of each such source.
         most: Training tokens that the corpus can fill; 0 where a source has nothing left.
         others: What else would help.
         fraction: Share of the corpus that all counts are of.
@@ -77,7 +77,7 @@ class TooLittle(DataError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a dataset takes."""
+    """The documents of a dataset."""
 
     names: list[str]
     """The sources, by their index."""
@@ -101,7 +101,7 @@ def make_plan(
     """Choose and order the documents of a dataset.
 
     Args:
-        folders: What the first stage left of each file of the corpus.
+        folders: Output of the first stage for each file of the corpus.
         overhead: BOS and EOD of a document.
         scratch: Folder for files of the plan; it must exist.
     Raises: TooTight: another round is needed. DataError: a source cannot fill its budget. ConfigError: the
@@ -168,7 +168,7 @@ def _groups(
     budgets: Mapping[str, int],
     scratch: Path,
 ) -> list[Group]:
-    """Sort the rows of all files by source and key, and give each budget its rows."""
+    """Sort the rows of all files by source and key, and assign them to budgets."""
     pooled = mixture.rules.is_pooled
 
     def chunks() -> Iterator[NDArray]:
@@ -208,7 +208,7 @@ def _settle(
     shares: Mapping[str, float],
     warnings: list[str],
 ) -> None:
-    """Settle how many short documents each group keeps, and that it can fill its budget."""
+    """Determine how many short documents each group keeps, and check that it can fill its budget."""
     wider: dict[str, Limits] = {}
     available: dict[str, int] = {}
     for group in groups:
@@ -276,7 +276,7 @@ def _check_supply(
 def _choose_and_order(
     groups: Sequence[Group], mixture: Mixture, overhead: int, names: Sequence[str], scratch: Path
 ) -> tuple[NDArray, list[int]]:
-    """Give the training documents in order, and how many documents of each source are among them."""
+    """Return the training documents in order, and the number of documents of each source."""
     path, num_passes, num_rows = scratch / "chosen.rows", 1, 0
     used = np.zeros(len(names), np.int64)
     with open(path, "wb") as file:
@@ -284,7 +284,7 @@ def _choose_and_order(
             for pieces in fill_budget(group, mixture, overhead):
                 file.write(pieces.tobytes())
                 num_rows += len(pieces)
-                # Pieces of a document follow one another.
+                # Pieces of a document are consecutive.
                 places = pieces[["file", "line"]]
                 is_first = np.append(True, places[1:] != places[:-1]) & (pieces["repeat"] == 0)
                 used += np.bincount(pieces["source"][is_first], minlength=len(names))

@@ -1,4 +1,4 @@
-"""What the first stage leaves of each file: a row of metadata for each document, tokens, counts."""
+"""Output of the first stage for each file: a row of metadata for each document, tokens, counts."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ TOKENS_FILE, ROWS_FILE, INFO_FILE = "tokens.bin", "rows.npy", "info.json"
 
 
 class Stratum(NamedTuple):
-    """Documents that are alike, by source and size."""
+    """Similar documents, by source and size."""
 
     source: int
     """Its place in `sources` of the same file."""
@@ -32,7 +32,7 @@ class Stratum(NamedTuple):
 
 
 class StratumCounts[Value](NamedTuple):
-    """What a file has of a stratum."""
+    """Counts of one stratum in a file."""
 
     documents: Value
     size_bytes: Value
@@ -43,7 +43,7 @@ class StratumCounts[Value](NamedTuple):
 
 
 class LengthCount(NamedTuple):
-    """A row of `lengths` in an `info.json`: tokens in documents of one stratum and about one length."""
+    """A row of `lengths` in an `info.json`: tokens in documents of one stratum and similar length."""
 
     source: int
     is_proven_short: int
@@ -54,6 +54,6 @@ class LengthCount(NamedTuple):
 
 
 def read_strata(info: Mapping[str, Any]) -> Iterator[tuple[Stratum, StratumCounts[int]]]:
-    """Give the rows of `strata` in an `info.json`."""
+    """Yield the rows of `strata` in an `info.json`."""
     for source, is_proven_short, size_bucket, *counts in info["strata"]:
         yield Stratum(source, is_proven_short, size_bucket), StratumCounts(*counts)

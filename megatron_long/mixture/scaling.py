@@ -1,4 +1,4 @@
-"""From counts of a sample to estimates for the whole corpus."""
+"""Estimates for the whole corpus from counts of a sample."""
 
 import dataclasses
 from typing import Any

@@ -1,7 +1,7 @@
 """Which documents a training set takes: held out, kept, used until the budget is met to the token.
 
 Rows of a source come sorted by `order_key` from disk and are read in chunks, so memory does not grow with
-the corpus. The order in which a source is used up is independent of lengths, so that cutting it at its
+the corpus. The order in which a source is used is independent of lengths, so that cutting it at its
 budget prefers neither short nor long documents.
 """
 
@@ -50,16 +50,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Supply:
-    """What a group offers at some probability to keep short documents."""
+    """What a group offers at some probability of keeping short documents."""
 
     tokens: int
     """In one pass over all documents that may be used."""
     long_share: float
-    """Share of the tokens taken that lies in long documents."""
+    """Share of the tokens taken that is in long documents."""
     long_tokens: int
     """Tokens of long documents in one pass."""
     grain: float
-    """Share of the budget that the longest document has: no share is met more closely."""
+    """Share of the budget that the longest document has: the limit of accuracy of shares."""
 
 
 def choose_valid(
@@ -67,7 +67,7 @@ def choose_valid(
 ) -> NDArray[np.int64]:
     """Choose held-out documents: of each source in key order until `target_tokens` are reached.
 
-    Documents that would go beyond VALID_MAX_SHARE of the source are passed over. If none fits, the
+    Documents that would exceed VALID_MAX_SHARE of the source are skipped. If none fits, the
     shortest is taken, provided another remains.
 
     Args:
@@ -108,7 +108,7 @@ def choose_valid(
 
 
 def stored_lengths(mixture: Mixture, overhead: int, lengths: NDArray) -> NDArray[np.int64]:
-    """Give the tokens that documents have in the dataset: more than their own if they are cut.
+    """Return the tokens of documents in the dataset: more than their own if they are cut.
 
     Each piece begins with BOS (if the tokenizer adds it) and ends with EOD.
 
@@ -121,7 +121,7 @@ def stored_lengths(mixture: Mixture, overhead: int, lengths: NDArray) -> NDArray
 
 
 def measure(group: Group, mixture: Mixture, overhead: int, keep_short: float) -> Supply:
-    """Tell what a group offers when short documents are kept with a probability."""
+    """Return what a group offers if short documents are kept with this probability."""
     supply = taken = long_taken = long_supply = longest = 0
     limit = group.budget
     for _, chunk in _usable(group, mixture, keep_short):
@@ -139,9 +139,9 @@ def measure(group: Group, mixture: Mixture, overhead: int, keep_short: float) ->
 
 
 def solve_keep_short(group: Group, mixture: Mixture, overhead: int, highest: float) -> float:
-    """Find with which probability short documents must be kept for `long_token_share` to be met.
+    """Find the probability of keeping short documents that meets `long_token_share`.
 
-    Long documents are never thinned: a group at or above the share keeps everything, and so does one
+    Long documents are never downsampled: a group at or above the share keeps everything, and so does one
     without long documents. A group that would then not fill its budget keeps as many as fill it.
 
     Args:
@@ -154,7 +154,7 @@ def solve_keep_short(group: Group, mixture: Mixture, overhead: int, highest: flo
     is_above = full.long_tokens >= target * full.tokens
     if is_above or not full.long_tokens or full.tokens <= needed or full.long_share > target:
         return highest
-    # From 0 to 1 whatever `highest` is, for the same steps give the same probability.
+    # From 0 to 1 for any `highest`, because the same steps give the same probability.
     low, high = 0.0, 1.0
     for _ in range(SOLVER_STEPS):
         middle = (low + high) / 2
@@ -172,10 +172,10 @@ def solve_keep_short(group: Group, mixture: Mixture, overhead: int, highest: flo
 
 
 def fill_budget(group: Group, mixture: Mixture, overhead: int) -> Iterator[NDArray]:
-    """Take documents in order until exactly the budget, the last one cut, in whole passes if need be.
+    """Take documents in order to exactly the budget, cutting the last one, in whole passes if necessary.
 
-    Yields: CHOSEN_DTYPE; within a later pass the order is another one, but which documents the last, partial
-        pass takes follows `order_key` too.
+    Yields: CHOSEN_DTYPE; a later pass has another order, but the documents that the last, partial
+        pass takes follow `order_key` too.
     """
     left, repeat = group.budget, 0
     while left > 0:
@@ -199,7 +199,7 @@ def fill_budget(group: Group, mixture: Mixture, overhead: int) -> Iterator[NDArr
 def _usable(
     group: Group, mixture: Mixture, keep_short: float
 ) -> Iterator[tuple[NDArray[np.int64], NDArray]]:
-    """Give rows that may be used for training, in chunks, and their indices."""
+    """Yield rows that may be used for training, in chunks, and their indices."""
     start = 0
     for chunk in iterate_rows(group.rows):
         usable = chunk["length_tokens"] >= mixture.long_threshold_tokens

@@ -1,8 +1,8 @@
-"""How many tokens each source gets: shares as asked, and whole-token budgets made of them."""
+"""How many tokens each source gets: the requested shares, and whole-token budgets."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ SHARES_RULE = (
 )
 
 MAX_SHARES_CHARS = 1 << 20
-"""More is no list of shares; YAML's reader takes quadratic time for some texts."""
+"""A list of shares is shorter; YAML's reader takes quadratic time for some texts."""
 
 
 def parse_token_count(text: str, flag: str = "--train-tokens") -> int:
@@ -52,8 +52,34 @@ def parse_token_count(text: str, flag: str = "--train-tokens") -> int:
     return int(count)
 
 
+def parse_shares(words: Sequence[str]) -> dict[str, float]:
+    """Read the NAME=SHARE words after `--strategy upsample-sources`.
+
+    >>> parse_shares(["ArXiv=0.2", "Book=0.1"])
+    {'ArXiv': 0.2, 'Book': 0.1}
+
+    Raises: ConfigError: a word is none, or names a source again.
+    """
+    shares: dict[str, float] = {}
+    for word in words:
+        name, _, share = word.rpartition("=")
+        if canonical_source(name) in shares:
+            raise ConfigError(
+                f"--strategy upsample-sources names {name} twice ({' '.join(words)}); give it one share"
+            )
+        try:
+            shares[canonical_source(name)] = float(share)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ConfigError(
+                f"--strategy ... {word}: write NAME=SHARE after upsample-sources, such as ArXiv=0.2"
+            )
+    return shares
+
+
 KEYS = {"shares", "missing_sources"}
-"""What a YAML file of shares may hold."""
+"""Allowed keys of a YAML file of shares."""
 
 
 def read_shares(path: Path) -> tuple[dict[str, float], str]:
@@ -84,8 +110,8 @@ def read_shares(path: Path) -> tuple[dict[str, float], str]:
         valid = isinstance(share, int | float) and not isinstance(share, bool)
         if not valid or not 0 <= share < math.inf:
             raise ConfigError(
-                f"--source-shares {path}: share of {label} is {share!r}; a share is a number from 0 "
-                "(which leaves the source out) up"
+                f"--source-shares {path}: share of {label} is {share!r}; a share is a number of at least 0 "
+                "(0 excludes the source)"
             )
         name = canonical_source(str(label))
         if name in numbers:
@@ -97,11 +123,11 @@ def read_shares(path: Path) -> tuple[dict[str, float], str]:
 def resolve_shares(
     named: str | Mapping[str, float], missing_sources: str, tokens_in: Mapping[str, int]
 ) -> dict[str, float]:
-    """Give the share of each source of the corpus; they sum to 1.
+    """Return the share of each source of the corpus; they sum to 1.
 
     Args:
         named: `natural`, `slimpajama`, or the share of each source.
-        missing_sources: `error`, or `drop` to leave out shares of sources that the corpus lacks.
+        missing_sources: `error`, or `drop` to drop shares of sources that the corpus lacks.
         tokens_in: Tokens of each source in the corpus.
     Raises: ConfigError: shares of unknown sources, sources without a share, or no share above 0.
     """
@@ -120,7 +146,7 @@ def resolve_shares(
     if unnamed:
         raise ConfigError(
             f"--source-shares gives no share to {', '.join(unnamed)} of the corpus; give a YAML file "
-            "with a share for each (0 leaves a source out)"
+            "with a share for each (0 excludes a source)"
         )
     total_share = sum(asked[name] for name in tokens_in)
     if total_share <= 0:

@@ -1,4 +1,4 @@
-"""What the manifest says of a source: counts before and after, and how much lies in long documents."""
+"""The manifest's entry of a source: counts before and after, and the share of long documents."""
 
 from dataclasses import dataclass, field
 
@@ -45,7 +45,7 @@ def tokens_by_length(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def shares_from_length(by_length: list[int]) -> dict[str, float]:
-    """Give the share of tokens in documents of at least 4K, 16K, ... tokens.
+    """Return the share of tokens in documents of at least 4K, 16K, ... tokens.
 
     >>> shares_from_length([0] * 11 + [30, 10])
     {'4096': 0.25, '16384': 0.0, '32768': 0.0, '65536': 0.0, '131072': 0.0}
@@ -63,7 +63,7 @@ def source_info(
     keep_short: float,
     documents_used: int,
 ) -> SourceInfo:
-    """Put together what the manifest says of a source.
+    """Build the manifest's entry of a source.
 
     Args:
         valid: Held-out rows.

@@ -1,12 +1,12 @@
 """Core attention under context parallelism in plain PyTorch, with document masks.
 
-It takes the place of Megatron's `DotProductAttention` where Transformer Engine is absent, and is the
-reference for it where it is present. Legend: b batch, s sequence of the whole window, h query heads,
+It replaces Megatron's `DotProductAttention` if Transformer Engine is not installed, and is the
+reference for Transformer Engine otherwise. Legend: b batch, s sequence of the whole window, h query heads,
 g key/value groups, d head size; sizes of this rank carry `/cp` (and heads are already divided by tp).
 
 Rank r of cp holds chunks r and 2*cp-1-r of the 2*cp equal chunks of a window ("zigzag", as
-`megatron.core.utils.get_batch_on_this_cp_rank` deals them out), so that causal work is balanced.
-Keys and values are gathered from all ranks and put in sequence order; each of the two local query
+in `megatron.core.utils.get_batch_on_this_cp_rank`), so that causal work is balanced.
+Keys and values are gathered from all ranks in sequence order; each of the two local query
 chunks then attends to the prefix that ends where the chunk ends.
 """
 
@@ -134,7 +134,7 @@ class ContextParallelAttention(MegatronModule):
         self.dropout = float(dropout)
         if config.softmax_type != "vanilla" or config.apply_query_key_layer_scaling:
             raise ConfigError(
-                "the portable attention knows only the plain softmax; drop --softmax-type and "
+                "the portable attention supports only the plain softmax; drop --softmax-type and "
                 "--apply-query-key-layer-scaling, or train with Transformer Engine"
             )
 

@@ -1,7 +1,7 @@
 """Triton kernels of the cross entropy: one pass over a chunk's logits for the loss, one for the gradient.
 
 Legend: c positions of the chunk, v columns (rows of the output layer on this rank). Plain PyTorch
-versions of both stand in `linear_cross_entropy`, and tests compare them.
+versions of both are in `linear_cross_entropy`, and tests compare them.
 """
 
 import torch

@@ -1,13 +1,13 @@
 """Masks between the documents of a window, under context parallelism.
 
-A window is cut where documents begin, and no token attends, or is asked to predict, across a cut. Two
-attentions take such masks, each in its own layout:
+A window is cut where documents begin; no token attends to or predicts a token across a cut. Two
+attention implementations take such masks, each in its own layout:
 
-- The portable one keeps the window as it is: zigzag over the whole of it, offsets next to it (`sbhd`).
-- Transformer Engine's packed kernels (`thd`) deal out every document over the context-parallel ranks, and so
-  want its length a multiple of 2*cp. Padding stands at a document's end, where causal attention lets no real
-  token see it, and the loss does not count it. The real tokens are those of the window, in every layout: the
-  buffer grows instead.
+- The portable one keeps the window unchanged: zigzag over the whole window, with separate offsets (`sbhd`).
+- Transformer Engine's packed kernels (`thd`) split every document over the context-parallel ranks, and
+  so need its length to be a multiple of 2*cp. Padding is at a document's end, where causal attention lets no
+  real token see it, and the loss does not count it. The real tokens are those of the window, in every layout:
+  the buffer grows instead.
 
 Legend: s window, t buffer (window and padding); sizes of this rank carry `/cp`. Offsets are where documents
 begin, from 0, and then the end.
@@ -23,12 +23,12 @@ from megatron_long.model.attention import zigzag_shard
 
 AttentionFormat = Literal["sbhd", "thd"]
 RANK_MULTIPLE = 16
-"""The tokens of a rank are a multiple of this in the padded layout, which FP8 products ask for."""
+"""The tokens of a rank are a multiple of this in the padded layout, as FP8 products require."""
 
 
 @dataclass(frozen=True)
 class PaddedDocuments:
-    """Where the documents of a window lie in a padded buffer."""
+    """Where the documents of a window are in a padded buffer."""
 
     offsets: Tensor
     """In the window [documents + 1], int64, on the CPU."""
@@ -37,11 +37,11 @@ class PaddedDocuments:
 
     @property
     def num_padding(self) -> int:
-        """Tokens of the buffer that stand for nothing."""
+        """Padding tokens of the buffer."""
         return int(self.padded_offsets[-1] - self.offsets[-1])
 
     def shard_rows(self, rank: int, cp: int) -> Tensor:
-        """Give the window position of each token of a rank's part of the buffer, -1 for padding.
+        """Return the window position of each token of a rank's part of the buffer, -1 for padding.
 
         Every document is cut in 2*cp chunks; rank r holds chunks r and 2*cp-1-r of each.
 

@@ -1,4 +1,4 @@
-"""The Llama-like families: what Hugging Face calls them, and in what they differ for Megatron.
+"""The Llama-like families: their names in Hugging Face, and their differences in Megatron.
 
 All are one `GPTModel`; a family is a row here. Sizes are never written down: they come from `config.json`.
 """
@@ -19,7 +19,7 @@ class Family:
     add_qkv_bias: bool = False
     """Whether the projections to queries, keys and values have a bias."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers assumes for keys that `config.json` leaves out, where it is not Llama's."""
+    """What transformers assumes for keys missing in `config.json`, if it differs from Llama."""
 
 
 FAMILIES = (
@@ -44,7 +44,7 @@ FAMILIES = (
 
 
 def find_family(config: Mapping[str, Any], name: str) -> Family:
-    """Give the family of a parsed `config.json`.
+    """Return the family of a parsed `config.json`.
 
     Args:
         config: What the file holds.
@@ -65,17 +65,17 @@ def find_family(config: Mapping[str, Any], name: str) -> Family:
 
 
 def family_of_type(model_type: str) -> Family:
-    """Give the family of a model type that is known to be one."""
+    """Return the family of a model type that is known to be one."""
     return next(family for family in FAMILIES if family.model_type == model_type)
 
 
 def family_of_flags(*, add_qkv_bias: bool) -> Family:
-    """Give a family that has just what Megatron's flags ask for: the first such."""
+    """Return the first family that matches Megatron's flags exactly."""
     return next(family for family in FAMILIES if family.add_qkv_bias == add_qkv_bias)
 
 
 def refuse_unsupported(config: Mapping[str, Any], family: Family, name: str) -> None:
-    """Refuse what would change the arithmetic in a way that Megatron's layers here do not compute.
+    """Reject options that change the arithmetic in a way that Megatron's layers here do not compute.
 
     Raises: ConfigError: names the key, its value and what it must be.
     """
@@ -88,8 +88,8 @@ def refuse_unsupported(config: Mapping[str, Any], family: Family, name: str) -> 
     for key, allowed in rules.items():
         if config.get(key) not in allowed:
             raise ConfigError(
-                f"{name}: {key} is {config[key]!r}; {family.architecture} is taken with "
-                f"{allowed[0]!r} only; give a model without it"
+                f"{name}: {key} is {config[key]!r}; {family.architecture} is supported with "
+                f"{allowed[0]!r} only; use a model without it"
             )
     _refuse_binding_window(config, name)
 
@@ -102,8 +102,8 @@ def _refuse_binding_window(config: Mapping[str, Any], name: str) -> None:
     if window is None or not is_on or (longest is not None and window >= longest):
         return
     raise ConfigError(
-        f"{name}: sliding_window is {window} of max_position_embeddings {longest}, so attention would "
-        "not reach every token, and training here always does; to train the model with full "
-        f'attention from now on, set "sliding_window": null in {name} (up to {window} tokens it '
-        "computes the same)"
+        f"{name}: sliding_window is {window} of max_position_embeddings {longest}, so the model does "
+        "not attend to all tokens, and training here always does; to train the model with full "
+        f'attention, set "sliding_window": null in {name} (the result is the same up to {window} '
+        "tokens)"
     )

@@ -1,7 +1,7 @@
 """FlashAttention 3 and 4 under Transformer Engine: which is there, and one fix.
 
 Transformer Engine passes a window of (-1, 0) for "causal, unlimited". From flash-attn-4 4.0.0b36 (and in
-b24 not yet) a left bound of -1 next to a right bound of 0 is taken as a real bound: nothing is attended,
+b24 not yet) a left bound of -1 with a right bound of 0 is treated as a bound: nothing is attended,
 silently and fast. `fix_windows` makes a negative bound mean "unlimited" again.
 """
 
@@ -29,7 +29,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def fix_windows() -> None:
-    """Make flash-attn-4 read a negative window bound as unlimited; nothing to do without flash-attn-4.
+    """Make flash-attn-4 read a negative window bound as unlimited; does nothing without flash-attn-4.
 
     Raises: ConfigError: a release of flash-attn-4 without the function that is fixed.
     """

@@ -1,6 +1,6 @@
 """Shape of a Llama-like model: read from a Hugging Face `config.json`, given to Megatron as flags.
 
-What the families differ in stands in `families`. Needs neither torch nor Megatron.
+`families` has the differences between families. Needs neither torch nor Megatron.
 """
 
 import json
@@ -44,7 +44,7 @@ _POSITIVE_FIELDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaGeometry:
-    """Everything about a Llama that decides the shapes and the arithmetic of its forward pass."""
+    """The parameters of a Llama that determine the shapes and the arithmetic of its forward pass."""
 
     num_layers: int
     hidden_size: int
@@ -65,7 +65,7 @@ class LlamaGeometry:
     tie_embeddings: bool
     """Whether the output layer is the embedding."""
     rope: BaseRope = PLAIN_ROPE
-    """How RoPE is scaled besides its base."""
+    """How RoPE is scaled, in addition to its base."""
     model_type: str = "llama"
     """Hugging Face's name of the family, see `families`."""
     init_method_std: float = 0.02
@@ -82,7 +82,7 @@ class LlamaGeometry:
             )
         if self.kv_channels % 2:
             raise ConfigError(
-                f"head size {self.kv_channels} is odd; RoPE turns pairs, so it is even"
+                f"head size {self.kv_channels} is odd; RoPE rotates pairs, so it must be even"
             )
         if self.padded_vocab_size < self.vocab_size:
             raise ConfigError(
@@ -95,11 +95,11 @@ class LlamaGeometry:
         return family_of_type(self.model_type).add_qkv_bias
 
     def to_argv(self) -> list[str]:
-        """Give the Megatron flags of this shape.
+        """Return the Megatron flags of this shape.
 
         Dropout is among them because Megatron's default of 0.1 is not Llama's.
 
-        Raises: ConfigError: `rotary_base` is no whole number, which `--rotary-base` cannot take.
+        Raises: ConfigError: `rotary_base` is not a whole number, which `--rotary-base` requires.
         """
         if self.rotary_base != int(self.rotary_base):
             raise ConfigError(
@@ -132,7 +132,7 @@ class LlamaGeometry:
         return argv
 
     def to_hf_config(self) -> dict[str, Any]:
-        """Give the Hugging Face configuration of this shape, in the spellings of transformers 4 and 5."""
+        """Return the Hugging Face configuration of this shape, with the keys of transformers 4 and 5."""
         family = family_of_type(self.model_type)
         return {
             "architectures": [family.architecture],
@@ -152,9 +152,9 @@ class LlamaGeometry:
         }
 
     def to_hf_rope(self) -> dict[str, Any]:
-        """Give the entries of `to_hf_config` that a stretch changes.
+        """Return the entries of `to_hf_config` that a stretch changes.
 
-        Attention here reaches every token, so what comes back has no sliding window.
+        Attention here covers every token, so the result has no sliding window.
         """
         scaling = self.rope.to_hf()
         everywhere = ["full_attention"] * self.num_layers
@@ -247,7 +247,7 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = f"{path} is not JSON: {error}; "
         remedy = (
-            "download it again" if path.suffix == ".json" else "give the folder that it lies in"
+            "download it again" if path.suffix == ".json" else "give the folder that contains it"
         )
         raise ConfigError(reason + remedy) from None
     if not isinstance(config, dict):
@@ -256,10 +256,10 @@ def read_hf_config(path: Path) -> dict[str, Any]:
 
 
 def geometry_from_config(config: Mapping[str, Any], *, name: str = CONFIG_NAME) -> LlamaGeometry:
-    """Give the shape that a parsed Hugging Face configuration describes.
+    """Return the shape that a parsed Hugging Face configuration describes.
 
     Args:
-        config: What `config.json` holds, in the spelling of transformers 4 or 5.
+        config: Content of `config.json`, with the keys of transformers 4 or 5.
         name: What to call the file in errors.
     Raises: ConfigError: see `geometry_from_hf`.
     Source: `transformers` 5.23, `LlamaConfig`, `MistralConfig`, `Qwen2Config`.

@@ -1,4 +1,4 @@
-"""Which modules a layer is made of, and which model class holds them: named here and nowhere else."""
+"""Which modules a layer consists of, and which model class holds them: defined only here."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm with the mark that Megatron needs under sequence parallelism.
 
     The mark asks for the weight's gradient to be summed over the tensor-parallel group; Megatron's own
-    `WrappedTorchNorm` refuses sequence parallelism for want of it (0.19.2).
+    `WrappedTorchNorm` lacks it and refuses sequence parallelism (0.19.2).
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Output layer and cross entropy in one, without the full logits.
+"""Fused output layer and cross entropy, without the full logits.
 
 At 131,072 tokens the float32 logits of a 128K vocabulary take 64 GiB. Here the output layer is applied to
-a chunk of positions at a time; of each chunk the loss is taken and, where gradients are wanted, those of
+a chunk of positions at a time; each chunk yields its loss and, if gradients are needed, those of
 the hidden states and of the output weight at once, so that no logits are kept or computed twice.
 
 Legend: n positions of this rank (s/cp * b), c of them a chunk, h hidden, v padded vocabulary, cut over
@@ -195,7 +195,7 @@ def logit_gradient(
 
 
 def deliver_weight_gradient(weight: Tensor, grad: Tensor) -> Tensor:
-    """Give a float32 gradient to where Megatron collects it, and what autograd should then see.
+    """Accumulate a float32 gradient in Megatron's buffer, and return what autograd should see.
 
     With a gradient buffer (`main_grad`) the sum stays in float32 and autograd gets a placeholder, zero
     where the parameter is shared with the embedding, whose own gradient autograd adds to it.

@@ -1,4 +1,4 @@
-"""Where each Hugging Face tensor lies in a Megatron checkpoint: one table, read both ways.
+"""Where each Hugging Face tensor is in a Megatron checkpoint: one table, used in both directions.
 
 Megatron stacks the layers of a tensor on axis 0 of its checkpoint; the table speaks of one layer.
 RoPE needs no permutation: Hugging Face's `rotate_half` is Megatron's non-interleaved layout.
@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the Hugging Face tensors of one rule lie inside the Megatron tensor."""
+    """How the Hugging Face tensors of one rule are arranged in the Megatron tensor."""
 
     hf_shapes: Callable[[LlamaGeometry], list[Shape]]
     to_megatron: Callable[[Sequence[Tensor], LlamaGeometry], Tensor]
@@ -50,7 +50,7 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class Unit:
-    """The smallest piece that is converted at once: one rule at one layer."""
+    """The smallest piece that is converted at a time: one rule at one layer."""
 
     rule: TensorRule
     layer: int | None
@@ -61,7 +61,7 @@ class Unit:
 
 
 def units_of(geometry: LlamaGeometry) -> Iterator[Unit]:
-    """Give every piece of a model, layer by layer, in Hugging Face's order."""
+    """Yield every piece of a model, layer by layer, in Hugging Face's order."""
     rules = rules_of(geometry)
     per_layer = [rule for rule in rules if rule.is_per_layer]
     yield Unit(rules[0], None)
@@ -71,12 +71,12 @@ def units_of(geometry: LlamaGeometry) -> Iterator[Unit]:
 
 
 def rules_of(geometry: LlamaGeometry) -> list[TensorRule]:
-    """Give the rows that apply to a model."""
+    """Return the rows that apply to a model."""
     return [rule for rule in RULES if rule.applies_to(geometry)]
 
 
 def megatron_shape(rule: TensorRule, geometry: LlamaGeometry) -> Shape:
-    """Give the shape of one layer of a Megatron tensor, without the axis of the layers."""
+    """Return the shape of one layer of a Megatron tensor, without the axis of the layers."""
     import torch
 
     tensors = [torch.empty(shape, device="meta") for shape in rule.layout.hf_shapes(geometry)]
@@ -84,7 +84,7 @@ def megatron_shape(rule: TensorRule, geometry: LlamaGeometry) -> Shape:
 
 
 def checkpoint_shape(rule: TensorRule, geometry: LlamaGeometry) -> Shape:
-    """Give the shape of a tensor in the checkpoint, layers stacked on axis 0."""
+    """Return the shape of a tensor in the checkpoint, layers stacked on axis 0."""
     layers = (geometry.num_layers,) if rule.is_per_layer else ()
     return layers + megatron_shape(rule, geometry)
 

@@ -1,4 +1,4 @@
-"""RoPE methods: each computes its frequencies and says itself to Megatron and to Hugging Face.
+"""RoPE methods: each computes its frequencies and gives Megatron's flags and Hugging Face's keys.
 
 A method is a frozen dataclass next to the base, which is the model's: `LlamaGeometry.rotary_base`. Its
 frequencies are those of `transformers` for the configuration it exports (same formula, same float32
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRope:
-    """RoPE by its base alone: nothing is scaled. The other methods derive from it."""
+    """RoPE with a base and no scaling. The other methods derive from it."""
 
     method: ClassVar[str] = "base"
     """Name for `--rope-method`."""
@@ -36,19 +36,19 @@ class BaseRope:
 
     @property
     def attention_scaling(self) -> float:
-        """What cosines and sines are multiplied with."""
+        """Factor of cosines and sines."""
         return 1.0
 
     def original_length(self, max_position_embeddings: int) -> int:
-        """Tokens that the model was trained on before it was stretched."""
+        """Context length that the model was trained with before it was stretched."""
         return max_position_embeddings
 
     def to_arguments(self) -> dict[str, Any]:
-        """Give Megatron's arguments that differ from its defaults for plain RoPE."""
+        """Return Megatron's arguments that differ from its defaults for plain RoPE."""
         return {}
 
     def to_argv(self) -> list[str]:
-        """Give the flags of `to_arguments`."""
+        """Return the flags of `to_arguments`."""
         words: list[str] = []
         for name, value in (PLAIN_ROPE_ARGUMENTS | self.to_arguments()).items():
             flag = "--" + name.replace("_", "-")
@@ -59,7 +59,7 @@ class BaseRope:
         return words
 
     def to_hf(self) -> dict[str, Any]:
-        """Give the entries of Hugging Face's `rope_parameters`, without the base."""
+        """Return the entries of Hugging Face's `rope_parameters`, without the base."""
         return {"rope_type": self.hf_type}
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class LinearRope(BaseRope):
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Rope(BaseRope):
-    """Llama-3.1's: long wavelengths divided by the factor, short ones kept, a ramp between."""
+    """Llama-3.1's scaling: long wavelengths divided by the factor, short ones kept, a ramp between."""
 
     method: ClassVar[str] = "llama3"
     hf_type: ClassVar[str] = "llama3"
@@ -120,7 +120,7 @@ class Llama3Rope(BaseRope):
         if self.high_freq_factor <= self.low_freq_factor:
             raise ConfigError(
                 f"RoPE llama3: high_freq_factor {self.high_freq_factor} must be above low_freq_factor "
-                f"{self.low_freq_factor}: the ramp runs from the one to the other"
+                f"{self.low_freq_factor}: the ramp is between them"
             )
 
     def inverse_frequencies(self, base: float, head_size: int) -> Tensor:
@@ -190,7 +190,7 @@ class YarnRope(BaseRope):
         return self.beta_fast, self.beta_slow
 
     def _channel(self, turns: float, base: float, head_size: int) -> float:
-        """The pair of channels that turns so often within the original length."""
+        """The pair of channels that makes this many rotations within the original length."""
         original = self.original_max_position_embeddings
         return head_size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
@@ -236,20 +236,20 @@ PLAIN_ROPE_ARGUMENTS: dict[str, Any] = {
     "rotary_seq_len_interpolation_factor": None,
     "use_rope_scaling": False,
 }
-"""Megatron's arguments for RoPE without any scaling; a method's `to_arguments` go over them."""
+"""Megatron's arguments for RoPE without scaling; a method's `to_arguments` override them."""
 LLAMA3_ARGUMENTS = {
     "rope_scaling_low_freq_factor": "low_freq_factor",
     "rope_scaling_high_freq_factor": "high_freq_factor",
     "rope_scaling_original_length": "original_max_position_embeddings",
 }
-"""Our arguments besides Megatron's `--rope-scaling-factor`, by the field that each carries; Megatron-Core has
+"""Our arguments in addition to Megatron's `--rope-scaling-factor`, by field; Megatron-Core has
 these three fixed at the defaults of `Llama3Rope` (see `engine.megatron_adapter`)."""
 
 
 def rope_from_arguments(args: Namespace) -> BaseRope:
     """Read the method from Megatron's arguments, the opposite of `to_arguments`.
 
-    Raises: ConfigError: they name what no Hugging Face Llama has.
+    Raises: ConfigError: no Hugging Face Llama has them.
     """
     if args.position_embedding_type not in ("rope", "yarn"):
         raise ConfigError(
@@ -308,7 +308,7 @@ def attention_scaling(factor: float, mscale: float, mscale_all_dim: float) -> fl
 
 
 def find_mscale(factor: float, scaling: float) -> float:
-    """The one weight that stands for an attention scaling.
+    """The single weight that is equivalent to an attention scaling.
 
     Raises: ConfigError: none does.
     """

@@ -1,17 +1,17 @@
-"""RoPE of a Hugging Face `config.json`, read as `transformers` reads it, or refused where keys disagree.
+"""RoPE of a Hugging Face `config.json`, read as `transformers` reads it, or rejected if keys disagree.
 
-The keys, and who takes what of them:
+The keys, and how the versions use them:
 
 - `rope_parameters`, which transformers 5 writes: method and base in one object.
-- `rope_scaling`, of transformers 4: the method, as `rope_type` or `type`. Where it is given, transformers 5
-  takes it instead of the whole of `rope_parameters`, the base in there included.
+- `rope_scaling`, of transformers 4: the method, as `rope_type` or `type`. If it is present, transformers 5
+  uses it instead of all of `rope_parameters`, including its base.
 - `rope_theta`: the base; transformers 5 prefers one within the object that it takes. Default 10,000.
-- `original_max_position_embeddings` outside of both: for YaRN and Llama-3's method, transformers 5 takes it
-  over the one inside; transformers 4 reads the one inside.
+- `original_max_position_embeddings` outside of both: for YaRN and Llama-3's method, transformers 5 uses it
+  instead of the one inside; transformers 4 reads the one inside.
 
 Source: `transformers` 5.23, `modeling_rope_utils.py` (`convert_rope_params_to_dict`,
 `standardize_rope_params`, `ROPE_INIT_FUNCTIONS`); `transformers` 4.57, `modeling_rope_utils.py` and
-`LlamaConfig`: `rope_parameters` is not known there, and `type` goes over `rope_type`.
+`LlamaConfig`: `rope_parameters` is unknown there, and `type` overrides `rope_type`.
 """
 
 import sys
@@ -26,14 +26,14 @@ DEFAULT_BASE = 10_000.0
 OLD, NEW = "rope_scaling", "rope_parameters"
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 _LARGEST = 1 << 62
-"""Of any length or factor: above it arithmetic in whole numbers of 64 bits, as in transformers, ends."""
+"""Upper limit of any length or factor: beyond it 64-bit integers, as in transformers, overflow."""
 _TYPES_WITH_ORIGINAL_LENGTH = ("yarn", "llama3")
 
 
 def read_rope(
     config: Mapping[str, Any], max_position_embeddings: int, name: str
 ) -> tuple[float, BaseRope]:
-    """Give the RoPE base, and how RoPE is scaled.
+    """Return the RoPE base, and how RoPE is scaled.
 
     Args:
         config: What `config.json` holds.
@@ -51,7 +51,7 @@ def read_rope(
         if other not in (rope, PLAIN_ROPE):
             raise ConfigError(
                 f"{name}: {OLD} is {_shown(old)} and {NEW} is {_shown(new)}, two RoPE methods; keep the one "
-                f"that is meant and remove the other (transformers takes {OLD})"
+                f"that is intended and remove the other (transformers takes {OLD})"
             )
     for key, share in _everywhere(config, "partial_rotary_factor").items():
         if share is not None and share != 1.0:
@@ -60,7 +60,7 @@ def read_rope(
 
 
 def _section(config: Mapping[str, Any], key: str, name: str) -> Mapping[str, Any]:
-    """Give one of the two objects; empty where it is missing, null or empty: transformers passes it over."""
+    """Return one of the two objects; empty if it is missing, null or empty: transformers ignores it."""
     section = config.get(key) or {}
     nested = isinstance(section, Mapping) and any(isinstance(v, Mapping) for v in section.values())
     if not isinstance(section, Mapping) or nested:
@@ -71,7 +71,7 @@ def _section(config: Mapping[str, Any], key: str, name: str) -> Mapping[str, Any
 
 
 def _everywhere(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Give what a key is, outside and in both objects, under names that say where."""
+    """Return what a key is, outside and in both objects, under names that say where."""
     found = {key: config[key]} if key in config else {}
     for section in (OLD, NEW):
         if key in (config.get(section) or {}):
@@ -89,7 +89,7 @@ def _read_base(config: Mapping[str, Any], taken: str, name: str) -> float:
         listed = " and ".join(f"{key} is {value:,.12g}" for key, value in given.items())
         ends = "keep the right one"
         if len(given) == 1:
-            ends = f"next to {OLD} transformers does not see it, and takes {base:,.12g}: put it into {OLD}"
+            ends = f"next to {OLD} transformers ignores it and uses {base:,.12g}: put it into {OLD}"
         raise ConfigError(f"{name}: {listed}; {ends}")
     return base
 
@@ -106,7 +106,7 @@ def _read_method(
     if len(set(both)) > 1:
         raise ConfigError(
             f"{name}: {section}.rope_type is {both[0]!r} and {section}.type is {both[1]!r}; transformers 5 "
-            "takes the one and 4 the other: keep one of them"
+            "uses the former and 4 the latter: keep one of them"
         )
     hf_type = both[0] if both else "default"
     by_type = {kind.hf_type: kind for kind in METHODS.values()}
@@ -138,7 +138,7 @@ def _original_length(config: Mapping[str, Any], section: str, name: str) -> Any:
     if inside != config[ORIGINAL_LENGTH]:
         raise ConfigError(
             f"{name}: {ORIGINAL_LENGTH} is {config[ORIGINAL_LENGTH]} and {section}.{ORIGINAL_LENGTH} is "
-            f"{inside}; transformers 5 takes the former and 4 the latter: keep the right one"
+            f"{inside}; transformers 5 uses the former and 4 the latter: keep the right one"
         )
     return inside
 
@@ -146,7 +146,7 @@ def _original_length(config: Mapping[str, Any], section: str, name: str) -> Any:
 def _with_yarn_defaults(
     given: Mapping[str, Any], max_position_embeddings: int, what: str
 ) -> dict[str, Any]:
-    """Put in what transformers takes where YaRN's parameters are missing, null or 0."""
+    """Fill in transformers' defaults for YaRN parameters that are missing, null or 0."""
     known = dict(given)
     if ORIGINAL_LENGTH in known:
         original = _positive(known[ORIGINAL_LENGTH], ORIGINAL_LENGTH, what)
@@ -169,7 +169,7 @@ def _with_yarn_defaults(
 
 
 def check_number(value: Any, key: str, what: str) -> float:
-    """Give a value of a configuration, which must be a number."""
+    """Return a value of a configuration, which must be a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{what}: {key} is {value!r}; it must be a number")
     if not abs(value) <= sys.float_info.max:  # NaN, infinity, or a whole number beyond both

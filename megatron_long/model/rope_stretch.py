@@ -1,4 +1,4 @@
-"""RoPE for a stretch: bases of recipes, and what `--rope-method` makes of a model."""
+"""RoPE for a longer context: bases of recipes, and the effect of `--rope-method` on a model."""
 
 import math
 from dataclasses import replace
@@ -13,11 +13,11 @@ def ntk_rotary_base(
 ) -> int:
     """The base by dynamic NTK: base * (factor * L / L0 - (factor - 1)) ** (d / (d - 2)).
 
-    The longest wavelength grows with the context, while the shortest hardly moves. The authors of the
+    The longest wavelength grows with the context, while the shortest hardly changes. The authors of the
     recipe evaluate Llama-2 with factor 10 at L = 81,920.
 
     Args:
-        base: RoPE base of the model as it is.
+        base: RoPE base of the unmodified model.
         trained_length: Tokens it was trained on, L0.
         target_length: Tokens to reach, L.
         factor: Scaling factor of the formula.
@@ -45,13 +45,13 @@ def stretch_rope(
     factor: float | None = None,
     original_length: int | None = None,
 ) -> LlamaGeometry:
-    """Give a model whose RoPE reaches a longer context.
+    """Return a model whose RoPE reaches a longer context.
 
     Its base stays: `base` leaves that to the recipe, the others scale over the model's own. Applied to its
-    own result it changes nothing, so that a run that goes on finds the RoPE it began with.
+    own result it changes nothing, so that a resumed run keeps the RoPE it began with.
 
     Args:
-        model: The model as it is.
+        model: The unmodified model.
         seq_length: Tokens to reach.
         method: `base`, `linear`, `yarn` or `llama3`.
         factor: The stretch; None computes it.

@@ -1,1 +1,1 @@
-"""What a run will take before it is started: memory, time, layouts; and what this machine offers."""
+"""Prediction of a run before its start: memory, time, layouts; and the capabilities of this machine."""

@@ -1,7 +1,7 @@
-"""What this machine offers for training, what is missing, and what to do about it.
+"""The capabilities of this machine for training, what is missing, and the remedy.
 
-Each check gives findings and raises nothing: a machine that lacks everything is described too. Nothing is
-imported at module level that could be missing.
+Each check returns findings and does not raise: a machine that lacks everything is described too. Packages
+that may be missing are not imported at module level.
 """
 
 import importlib.metadata
@@ -35,7 +35,7 @@ VERSIONS = {
 FUSED_PACKAGES = {
     "transformer-engine": 'fused layers, FP8, attention: pip install -c constraints.txt -e ".[gpu]"',
     "apex": "not needed: only Megatron's own layers and loss (--megatron-loss) would be faster",
-    "flash-attn": "not needed: Transformer Engine brings cuDNN's attention",
+    "flash-attn": "not needed: Transformer Engine includes cuDNN's attention",
     "flash-attn-3": "faster attention than cuDNN's on Hopper, if it is built for this torch",
     "nvidia-resiliency-ext": "not needed: checkpoints are written in the background without it too",
 }
@@ -49,7 +49,7 @@ class Finding:
     state: State
     value: str
     remedy: str = ""
-    """What to do, for a problem; what it is for, for a note."""
+    """The remedy of a problem, or the purpose of an optional package."""
 
 
 def examine(output: Path = Path(), recipe: str | None = None) -> list[Finding]:
@@ -57,7 +57,7 @@ def examine(output: Path = Path(), recipe: str | None = None) -> list[Finding]:
 
     Args:
         output: Folder that checkpoints will be written to.
-        recipe: What is to be trained; by default `DEFAULT_RECIPE`, and what it lacks is but noted.
+        recipe: What is to be trained; by default `DEFAULT_RECIPE`, whose shortfalls are only notes.
     Raises: ConfigError: no such recipe.
     """
     needs = run_of_recipe(build_recipe(recipe or DEFAULT_RECIPE))
@@ -111,7 +111,7 @@ def _gpus() -> Iterator[Finding]:
         value = f"{facts.name}, {facts.major}.{facts.minor}, {total / 2**30:.0f} GiB"
         busy = free < 0.95 * total
         used = f", {(total - free) / 2**30:.1f} GiB in use" if busy else ""
-        remedy = "end what holds its memory (nvidia-smi)" if busy else ""
+        remedy = "end the processes that use its memory (nvidia-smi)" if busy else ""
         yield Finding(f"GPU {index}", "problem" if busy else "ok", value + used, remedy)
     capability = torch.cuda.get_device_capability(0)
     has_fp8 = capability >= (8, 9)
@@ -131,8 +131,8 @@ def _why_none() -> str:
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return "CUDA_VISIBLE_DEVICES is empty: unset it to see the GPUs"
     if shutil.which("nvidia-smi") is None:
-        return "no nvidia-smi here: a machine without NVIDIA's driver"
-    return "nvidia-smi is here: check its driver against torch.version.cuda"
+        return "no nvidia-smi: NVIDIA's driver is not installed"
+    return "nvidia-smi is present: check its driver against torch.version.cuda"
 
 
 def _links(count: int) -> Iterator[Finding]:
@@ -173,10 +173,10 @@ def _cudnn() -> Iterator[Finding]:
 def compare_cudnn(
     version: int | None, wheel: str | None, loaded: list[str], home: str | None
 ) -> Iterator[Finding]:
-    """Say whether the cuDNN in use is torch's own.
+    """Report whether the cuDNN in use is torch's own.
 
-    Transformer Engine takes a system's cuDNN before torch's; with an older one its fused attention goes away
-    without a word, and long windows no longer fit.
+    Transformer Engine prefers a system cuDNN to torch's; with an older one its fused attention is silently
+    disabled, and long windows no longer fit.
 
     Args:
         version: As torch counts, 91900 for 9.19.0.
@@ -194,7 +194,7 @@ def compare_cudnn(
         yield Finding("cuDNN", "problem", f"{seen} is loaded, torch came with {wheel}", remedy)
     elif wheel is not None and home is None:
         value = f"{seen}; CUDNN_HOME is not set"
-        yield Finding("cuDNN", "note", value, f"a system's cuDNN would be taken first: {remedy}")
+        yield Finding("cuDNN", "note", value, f"a system cuDNN would be loaded first: {remedy}")
     else:
         yield Finding("cuDNN", "ok", f"{seen}, CUDNN_HOME={home}")
 
@@ -230,18 +230,16 @@ def _environment() -> Iterator[Finding]:
 
 
 def _disk(output: Path, run: RunShape, *, is_asked: bool) -> Iterator[Finding]:
-    """Room for the checkpoints that the launch script keeps, and the one that is written."""
+    """Disk space for the checkpoints that the launch script keeps, and the one being written."""
     room, size = free_disk(output), checkpoint_bytes(run.parameters)
     if room is None:
-        yield Finding("free disk", "note", f"unknown at {output}", "look at it with df")
+        yield Finding("free disk", "note", f"unknown at {output}", "check it with df")
         return
     state: State = "ok" if room.free_bytes >= (KEPT + 1) * size else "note"
     if is_asked and room.free_bytes < size:
         state = "problem"
     words = f"{run.parameters / 1e9:.1f}B parameters with optimizer: {gigabytes(size)} a checkpoint"
-    remedy = (
-        f"{words}, {KEPT + 1} of them lie there at once with the launch script's --keep-last {KEPT}"
-    )
+    remedy = f"{words}, {KEPT + 1} of them exist at the same time with the launch script's --keep-last {KEPT}"
     value = f"{gigabytes(room.free_bytes)} at {room.where}"
     yield Finding("free disk", state, value, remedy)
 

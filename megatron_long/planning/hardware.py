@@ -1,7 +1,7 @@
-"""GPUs as the planner sees them: datasheet figures, and the share of them that kernels reach.
+"""GPUs in the planner: datasheet figures, and the fraction of them that kernels reach.
 
 The shares are fitted on measured steps of Llama-3-8B at 131,072 tokens on four H200 (docs/planner.md), and
-taken for the other GPUs too.
+used for the other GPUs too.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ class Gpu:
     """One kind of GPU, dense rates without sparsity."""
 
     memory_gib: float
-    """What a process can get of it."""
+    """Memory available to a process."""
     bf16_flops: float
     fp8_flops: float
-    """0 where it has no FP8."""
+    """0 without FP8."""
     memory_bandwidth: float
-    """Bytes a second."""
+    """Bytes per second."""
     nvlink_bandwidth: float
-    """Bytes a second and direction, to the GPUs of its node."""
+    """Bytes per second and direction, to the GPUs of its node."""
     network_bandwidth: float = 50 * GIGA
-    """Bytes a second to GPUs of other nodes, one 400 Gb/s card each."""
+    """Bytes per second to GPUs of other nodes, with one 400 Gb/s card each."""
 
 
 GPUS = {
@@ -57,16 +57,16 @@ GPUS_PER_NODE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Shares of the datasheet's rates that a training step reaches."""
+    """Fractions of the datasheet's rates that a training step reaches."""
 
     attention_forward: float = 564 / 989
     """cuDNN 9.19 flash kernel at 128K, of the BF16 rate."""
     attention_backward: float = 526 / 989
     ring_merge_bytes: float = 30.0
     """Read and written for each value of attention's output that `p2p` merges into the sum of earlier pieces,
-    both passes; bytes, not a share."""
+    both passes; bytes, not a fraction."""
     ring: float = 0.5
-    """Of `p2p` context parallelism, of NVLink's; hidden by attention, so never seen, and taken low."""
+    """Of `p2p` context parallelism, of NVLink's; hidden by attention and never measured, so a low value."""
     bf16_products: float = 702 / 989
     fp8_products: float = 1340 / 1979
     loss: float = 580 / 989
@@ -86,7 +86,7 @@ class Efficiency:
 
 
 ATTENTION_KERNELS = {"cudnn": 1.0, "flash3": 1.18, "flash4": 1.18}
-"""Speed against the cuDNN kernel that Transformer Engine 2.20 picks on Hopper by itself."""
+"""Speed relative to the cuDNN kernel that Transformer Engine 2.20 selects on Hopper by default."""
 SHORT_SEQUENCE = 2048
 """Length at which attention kernels lose half of their rate to their edges."""
 

@@ -1,7 +1,7 @@
-"""Whether a layout trains as the smallest one does: two steps of the user's run in each, compared.
+"""Compares a layout with the smallest one, over two steps of the user's run in each.
 
 What is compared: the loss and the gradient norm of each step, and the loss of every token. A layout that is
-cut wrongly (a mask, a position, a gradient summed twice) shows in the tokens of the first step or in the
+split wrongly (a mask, a position, a gradient summed twice) shows in the tokens of the first step or in the
 norm, before it shows in the mean.
 """
 
@@ -16,18 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_long.checkpoint.choosing import has_checkpoint
 from megatron_long.errors import ConfigError
 
 STEPS = 2
 ALL_VALUES = sys.maxsize
-"""Number of values of a flag that takes all words up to the next flag."""
+"""Number of values of a flag that takes all arguments up to the next flag."""
 LAYOUT_FLAGS = {
     "--tensor-model-parallel-size": 1,
     "--pipeline-model-parallel-size": 1,
     "--context-parallel-size": 1,
     "--cp-comm-type": "p2p",
 }
-"""Flags of the layout, by what they are in the smallest one."""
+"""Flags of the layout, with their values in the smallest one."""
 CUT_FLAGS = {
     "--tensor-model-parallel-size": 1,
     "--pipeline-model-parallel-size": 1,
@@ -44,9 +45,9 @@ CUT_FLAGS = {
     "--account-for-loss-in-pipeline-split": 0,
     "--defer-embedding-wgrad-compute": 0,
 }
-"""Flags that the smallest layout does without, by the values they take."""
+"""Flags that the smallest layout omits, with their number of values."""
 RUN_FLAGS = {
-    # Where the run starts, what it leaves behind.
+    # Where the run starts, what it writes.
     "--save": 1,
     "--save-interval": 1,
     "--save-minutes": 1,
@@ -74,7 +75,7 @@ RUN_FLAGS = {
     "--wandb-exp-name": 1,
     "--wandb-save-dir": 1,
     "--wandb-entity": 1,
-    # How long it is: a warmup must be shorter than the two steps, and their rate decides nothing.
+    # How long it is: a warmup must be shorter than the two steps, and their rate does not matter.
     "--train-iters": 1,
     "--train-samples": 1,
     "--skip-train": 0,
@@ -106,12 +107,12 @@ RUN_FLAGS = {
     "--position-loss-documents": 1,
     "--evaluation-dir": 1,
 }
-"""Flags of the user's run that the comparison sets itself or does without, by the values they take."""
+"""Flags of the user's run that the comparison sets itself or omits, with their number of values."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two layouts may lie apart."""
+    """How far two layouts may differ."""
 
     loss: float
     """Nats, mean over the tokens of a step."""
@@ -134,7 +135,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Steps:
-    """What two steps of a run left."""
+    """The figures of two steps of a run."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -154,7 +155,7 @@ class Comparison:
     """Where the largest difference of one token is, and how large."""
 
     def is_within(self, tolerance: Tolerance) -> bool:
-        """Whether no difference is larger; one that is no number is not."""
+        """Whether no difference is larger; NaN never passes."""
         return (
             self.loss <= tolerance.loss
             and self.grad_norm <= tolerance.grad_norm
@@ -167,6 +168,67 @@ def precision_of(args: Namespace) -> str:
     return "fp8" if args.fp8 else "bf16" if args.bf16 or args.fp16 else "fp32"
 
 
+def compare_layouts(
+    args: Namespace, argv: Sequence[str], world_size: int, reference_world_size: int, folder: Path
+) -> list[Comparison]:
+    """Train two steps in each layout, from one checkpoint: the user's, or random weights made here.
+
+    Args:
+        args, argv: The user's run, parsed and as flags.
+        world_size: Processes of its layout.
+        reference_world_size: Processes of the smallest layout, all of them replicas.
+        folder: Where the runs write.
+    Raises: ConfigError: this machine has fewer GPUs than processes, or a job fails.
+    """
+    _check_devices(max(world_size, reference_world_size))
+    replicas = replicas_of(args, world_size)
+    windows = args.global_batch_size or args.micro_batch_size * replicas
+    common = [*without_flags(argv, RUN_FLAGS), "--global-batch-size", str(windows)]
+    common += ["--eval-iters", "0", "--save-interval", "1000000"]
+    small = smallest_layout(common)
+    start = _start_of(args)
+    if start is None:
+        start = folder / "start"
+        made = ["--train-iters", "1", "--lr", "0", "--min-lr", "0", "--save", str(start)]
+        counts = windows // (args.micro_batch_size * reference_world_size)
+        run_steps(folder / "weights", reference_world_size, counts, [*small, *made])
+    steps = ["--train-iters", str(STEPS), "--load", str(start), "--finetune"]
+    seen, expected = (
+        run_steps(folder / name, size, windows // (args.micro_batch_size * parts), [*flags, *steps])
+        for name, size, parts, flags in (
+            ("layout", world_size, replicas, common),
+            ("smallest", reference_world_size, reference_world_size, small),
+        )
+    )
+    return compare(seen, expected)
+
+
+def _check_devices(processes: int) -> None:
+    """Refuse more processes than this machine has GPUs for; the host backend takes any number."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if torch.cuda.is_available() and processes > count:
+        raise ConfigError(
+            f"--compare starts {processes} processes on this machine, which has {count} GPUs; give the "
+            "--world-size of one replica, with fewer layers if it does not fit"
+        )
+
+
+def replicas_of(args: Namespace, world_size: int) -> int:
+    """Give the data-parallel size."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    return world_size // (tp * pp * args.context_parallel_size)
+
+
+def _start_of(args: Namespace) -> Path | None:
+    """The checkpoint that the run would start from."""
+    for folder in (args.load, args.pretrained_checkpoint):
+        if has_checkpoint(folder):
+            return Path(folder)
+    return None
+
+
 def compare(seen: Steps, expected: Steps) -> list[Comparison]:
     """Compare two runs step by step.
 
@@ -175,7 +237,7 @@ def compare(seen: Steps, expected: Steps) -> list[Comparison]:
     for name in ("step", "row", "position"):
         if not np.array_equal(seen.tokens[name], expected.tokens[name]):
             raise ConfigError(
-                f"the two layouts trained on other tokens ({len(seen.tokens[name]):,} and "
+                f"the two layouts trained on different tokens ({len(seen.tokens[name]):,} and "
                 f"{len(expected.tokens[name]):,} with a loss; their {name}s differ); give data that do "
                 "not depend on the layout (--dataset)"
             )
@@ -199,9 +261,9 @@ def compare(seen: Steps, expected: Steps) -> list[Comparison]:
 
 
 def run_steps(folder: Path, world_size: int, micro_batches: int, argv: Sequence[str]) -> Steps:
-    """Train two steps on this machine and collect what they left.
+    """Train two steps on this machine and collect their figures.
 
-    Raises: ConfigError: the job failed; with its last lines.
+    Raises: ConfigError: the job failed; contains its last lines.
     """
     folder.mkdir(parents=True)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -229,7 +291,7 @@ def reason_of(output: str) -> str:
 
 
 def read_steps(folder: Path) -> Steps:
-    """Put the files of all ranks together, in the order of step, row and position."""
+    """Merge the files of all ranks, in the order of step, row and position."""
     records = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
     parts = []
     for path in sorted(folder.glob("rank-*.npz")):
@@ -245,7 +307,7 @@ def read_steps(folder: Path) -> Steps:
 
 
 def without_flags(argv: Sequence[str], flags: dict[str, int]) -> list[str]:
-    """Leave flags out, with so many values each.
+    """Remove flags, with this many values each.
 
     >>> without_flags(["--save", "x", "--lr", "1", "--finetune", "--load=y"], RUN_FLAGS)
     ['--lr', '1']
@@ -265,6 +327,6 @@ def without_flags(argv: Sequence[str], flags: dict[str, int]) -> list[str]:
 
 
 def smallest_layout(argv: Sequence[str]) -> list[str]:
-    """The flags with one device a replica."""
+    """The flags with one device per replica."""
     kept = without_flags(argv, CUT_FLAGS)
     return kept + [word for flag, value in LAYOUT_FLAGS.items() for word in (flag, str(value))]

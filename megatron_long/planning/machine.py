@@ -1,4 +1,4 @@
-"""What this machine has for a run besides GPUs: host memory within its cgroups, and free disk."""
+"""Resources of this machine other than GPUs: host memory within its cgroups, and free disk."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,31 +11,31 @@ _UNLIMITED = 1 << 60
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that can be had, and where the figure comes from."""
+    """Available bytes, and the source of the figure."""
 
     free_bytes: float
     where: str
 
 
 def host_memory(root: Path = Path("/")) -> Room | None:
-    """Host memory that this process and its peers can still get; page cache counts as free.
+    """Host memory still available to this process and its peers; page cache counts as free.
 
-    The least of `MemAvailable` and of every limit of this process's cgroup (versions 1 and 2) and of the
-    groups that contain it, as SLURM and containers set them. Some virtual machines grow their memory with
-    its use, so that the figure can be too small: warn with it, refuse nothing.
+    The minimum of `MemAvailable` and of every limit of this process's cgroup (versions 1 and 2) and of the
+    groups that contain it, as set by SLURM and containers. Some virtual machines grow their memory on
+    demand, so the figure can be too small: use it for warnings, not for errors.
 
     Args:
-        root: Where `proc` and `sys` lie.
-    Returns: None where the system tells neither.
+        root: Folder that contains `proc` and `sys`.
+    Returns: None if the system reports neither.
     """
     rooms = [*_available(root), *_limits(root)]
     return min(rooms, key=lambda room: room.free_bytes, default=None)
 
 
 def free_disk(folder: Path) -> Room | None:
-    """Free bytes of the file system on which a folder lies or will lie; quotas are not seen.
+    """Free bytes of the file system of an existing or future folder; quotas are not detected.
 
-    Returns: None where the system does not tell.
+    Returns: None if the system does not report it.
     """
     for path in (folder.absolute(), *folder.absolute().parents):
         try:
@@ -48,7 +48,7 @@ def free_disk(folder: Path) -> Room | None:
 
 
 def gigabytes(size_bytes: float) -> str:
-    """A size in words, with the unit that suits it.
+    """A size as text, with a suitable unit.
 
     >>> gigabytes(112.4e9), gigabytes(3.21e6)
     ('112 GB', '3.2 MB')
@@ -64,7 +64,7 @@ def _available(root: Path) -> Iterator[Room]:
 
 
 def _limits(root: Path) -> Iterator[Room]:
-    """Room under each limit on the way from this process's groups to the roots of their trees."""
+    """Space below each limit on the path from this process's groups to the roots of their trees."""
     fields = (line.split(":", 2) for line in _lines(root / "proc" / "self" / "cgroup"))
     groups = {controllers: path for _, controllers, path in (f for f in fields if len(f) == 3)}
     trees = root / "sys" / "fs" / "cgroup"
@@ -97,7 +97,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None for `max`, and where there is none."""
+    """The number in a file; None for `max`, or without a file."""
     text = "".join(_lines(path)).strip()
     return int(text) if text.isdecimal() else None
 

@@ -1,9 +1,9 @@
 """Peak memory of one GPU in a training step, in bytes, part by part.
 
 Weights in BF16 (or FP8 twice, for both directions of a product), gradients in FP32, the distributed
-optimizer's three FP32 values a parameter over data- and context-parallel ranks. Activations are counted
+optimizer's three FP32 values per parameter over data- and context-parallel ranks. Activations are counted
 tensor by tensor, as Transformer Engine's layers keep them. Legend: h hidden, f MLP's inner size, d head
-size; everything of a layer is cut by tensor parallelism, as sequence parallelism is on.
+size; tensor parallelism divides everything in a layer, because sequence parallelism is on.
 """
 
 from dataclasses import dataclass, fields
@@ -15,7 +15,7 @@ BF16, FP32 = 2, 4
 CHUNKED_LOSS = 4.3 * GIB
 """Buffers of the chunked loss, measured beyond its inputs; they do not grow with the sequence."""
 OTHER = 0.5 * GIB
-"""Workspaces and what the allocator cannot give away."""
+"""Workspaces and fragmentation of the allocator."""
 FP8_SAVED = 0.75
 """Of a product's saved input, against BF16; fitted."""
 
@@ -30,7 +30,7 @@ class MemoryParts:
     activations: float
     """Kept from forward to backward pass."""
     transient: float
-    """The largest of what comes and goes: a layer's backward pass, or the loss."""
+    """The largest temporary: a layer's backward pass, or the loss."""
     other: float = OTHER
 
     @property
@@ -66,7 +66,7 @@ def saved_bytes_per_token(run: RunShape) -> float:
     # Input, its norm, queries, keys, values, attention's output, and the sum that enters the MLP.
     saved = hidden + product * hidden + heads + keys_and_values + product * heads + hidden
     if run.layout.dealing_ranks > 1:
-        saved += heads  # the output before it travels between ranks
+        saved += heads  # the output before the exchange between ranks
     if run.recompute == "layernorm":
         saved += product * hidden + BF16 * (2 + product) * model.ffn_hidden_size
     return saved / tp
@@ -97,8 +97,8 @@ def checkpoint_bytes(
 ) -> float:
     """Size of a checkpoint: weights, and with the optimizer its FP32 main parameters and two moments.
 
-    14 bytes a parameter: BF16 weights and 12 bytes of optimizer. FP8 weights are written as BF16
-    (Megatron-Core 0.19.2, `dist_checkpointing`), so that such runs take as much.
+    14 bytes per parameter: BF16 weights and 12 bytes of optimizer. FP8 weights are written as BF16
+    (Megatron-Core 0.19.2, `dist_checkpointing`), so such runs need as much.
 
     Args:
         parameters: Of the whole model.
@@ -114,8 +114,8 @@ def host_memory_of_save(checkpoint: float, num_ranks: int, ranks_of_node: int) -
     """Host memory that a save takes on one node, bytes: each rank copies its own share once.
 
     `checkpoint / num_ranks * ranks_of_node`. Written files stay in the page cache, which is reclaimable
-    and not counted; neither is what the processes take by themselves. For 8B on one node of four GPUs it
-    says 112.4 GB; 106 were measured (docs/results.md).
+    and not counted; neither is the memory of the processes themselves. For 8B on one node of four GPUs it
+    predicts 112.4 GB; 106 were measured (docs/results.md).
 
     Args:
         checkpoint: Bytes, see `checkpoint_bytes`.

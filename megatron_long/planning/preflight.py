@@ -1,7 +1,7 @@
-"""Whether the machine holds a run: memory of each GPU, host memory of a save, disk of `--save`.
+"""Whether a run fits the machine: memory of each GPU, host memory of a save, disk of `--save`.
 
-Called before training. What surely fails is refused, what probably fails is a warning; both with the
-figures and what would fit.
+Called before training. A certain failure is an error, a probable one a warning; both with the
+figures and an alternative that fits.
 """
 
 import contextlib
@@ -46,12 +46,12 @@ UNPREDICTED = (
     "fine_grained_activation_offloading",
     "cpu_offloading_num_layers",
 )
-"""Megatron's arguments that change what a GPU holds in ways that the planner does not count."""
+"""Megatron's arguments that change GPU memory in ways that the planner does not count."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run takes."""
+    """Resources that a run needs."""
 
     run: RunShape
     memory: MemoryParts
@@ -70,12 +70,12 @@ class Needs:
 
 
 def needs_of(args: Namespace, world_size: int) -> Needs | None:
-    """Count what a run takes.
+    """Compute the resources that a run needs.
 
     Args:
         args: Megatron's parsed flags, before its own validation.
         world_size: Processes of the job.
-    Returns: None where the flags do not give the model's whole shape, as without recipe and configuration.
+    Returns: None if the flags do not give the model's whole shape, as without recipe and configuration.
     """
     if None in (getattr(args, name) for name in SHAPE):
         return None
@@ -92,7 +92,7 @@ def needs_of(args: Namespace, world_size: int) -> Needs | None:
 
 
 def check_before_training(args: Namespace) -> None:
-    """Let the first process of the job compare and print warnings; every process refuses with it.
+    """Let the first process of the job compare and print warnings; every process raises its error.
 
     Raises: ConfigError: see `check_machine`.
     """
@@ -110,13 +110,13 @@ def check_before_training(args: Namespace) -> None:
 
 
 def check_machine(args: Namespace, world_size: int, gpu: Gpu | None) -> list[str]:
-    """Compare what a run takes with what this machine has.
+    """Compare the resources that a run needs with this machine.
 
     Args:
         args, world_size: See `needs_of`.
         gpu: What each process trains on; None on the host backend.
-    Returns: Warnings, each with figures and what would fit.
-    Raises: ConfigError: the model's state is larger than a GPU, or the disk holds not one checkpoint.
+    Returns: Warnings, each with figures and an alternative that fits.
+    Raises: ConfigError: the model's state is larger than a GPU, or the disk cannot hold one checkpoint.
     """
     needs = needs_of(args, world_size)
     if needs is None:
@@ -159,7 +159,7 @@ def check_gpu_memory(args: Namespace, needs: Needs, gpu: Gpu) -> list[str]:
 
 
 def check_disk(args: Namespace, needs: Needs, room: Room) -> list[str]:
-    """Compare the checkpoints that will lie on a disk at once with its free room.
+    """Compare the checkpoints that exist on a disk at the same time with its free space.
 
     Raises: ConfigError: not even one fits.
     """
@@ -185,26 +185,26 @@ def check_disk(args: Namespace, needs: Needs, room: Room) -> list[str]:
     why = f"--keep-last {args.keep_last}" if args.keep_last else "the newest"
     return [
         f"--save {folder} has room for {int(free // size)} of the {missing} checkpoints that are still to "
-        f"lie there at once ({why}, and the one that is written): {figures}; free "
+        f"exist at the same time ({why}, and the one being written): {figures}; free "
         f"{gigabytes(size * missing - free)}, or give a folder on another disk"
     ]
 
 
 def check_host_memory(needs: Needs, room: Room) -> list[str]:
-    """Compare what a save copies to the host with the memory that is left there."""
+    """Compare the host memory that a save needs with the memory that is available."""
     if needs.host_bytes <= room.free_bytes:
         return []
     times = math.ceil(needs.host_bytes / max(room.free_bytes, 1.0))
     ranks = needs.run.num_gpus
     return [
         f"each save copies {gigabytes(needs.host_bytes)} to the host memory of a node "
-        f"({needs.ranks_of_node} of {ranks} ranks), and {gigabytes(room.free_bytes)} can be had here "
+        f"({needs.ranks_of_node} of {ranks} ranks), and {gigabytes(room.free_bytes)} are available here "
         f"({room.where}); ask for more (SLURM: --mem=0), or spread the run over {times} times as many nodes"
     ]
 
 
 def _bytes_of_leftovers(folder: Path) -> float:
-    """What a killed process left of checkpoints; the next start removes it."""
+    """Partial checkpoints of a killed process; the next start removes them."""
     total = 0
     with contextlib.suppress(OSError):
         for leftover in folder.glob(".iter_*"):
@@ -213,7 +213,7 @@ def _bytes_of_leftovers(folder: Path) -> float:
 
 
 def ranks_of_node(world_size: int) -> int:
-    """Processes on this node: torchrun tells, else as many as it has GPUs, or a usual node."""
+    """Processes on this node: from torchrun, else its number of GPUs, or that of a usual node."""
     import torch
 
     told = os.environ.get("LOCAL_WORLD_SIZE", "")
@@ -224,14 +224,14 @@ def ranks_of_node(world_size: int) -> int:
 
 
 def visible_gpu() -> Gpu | None:
-    """The GPU of this process, by its name and the memory that it really has; None without one."""
+    """The GPU of this process, by its name and its actual memory; None without one."""
     import torch
 
     if not torch.cuda.is_available():
         return None
     facts = torch.cuda.get_device_properties(0)
     names = [name for name in GPUS if name.split("-")[0] in facts.name.lower()]
-    # Another kind's rates order the layouts that fit; its memory decides which do.
+    # Rates of another kind order the layouts that fit; this GPU's memory decides which fit.
     return replace(GPUS[names[0] if names else "h100"], memory_gib=facts.total_memory / GIB)
 
 

@@ -1,4 +1,4 @@
-"""What is planned: a model, a window, a layout, and how its activations are kept."""
+"""The input of the planner: a model, a window, a layout, and activation recomputation."""
 
 import math
 from argparse import Namespace
@@ -103,7 +103,7 @@ class RunShape:
         return 3 * (self.attention_flops() + self.product_flops() + self.output_flops())
 
     def to_argv(self) -> list[str]:
-        """Flags of megatron_long.pretrain, to be put after a recipe's."""
+        """Flags of megatron_long.pretrain, to append to a recipe's."""
         precision = "--fp8-format hybrid --fp8-recipe tensorwise --fp8-param-gather".split()
         return [
             *self.layout_argv(),
@@ -113,12 +113,12 @@ class RunShape:
         ]
 
     def layout_argv(self) -> list[str]:
-        """Those of them that say how the run is cut, and what is recomputed."""
+        """Those of them that define the layout and recomputation."""
         return [*self.layout.to_argv(), *RECOMPUTE_FLAGS[self.recompute]]
 
 
 def run_of_recipe(recipe: Recipe, num_gpus: int | None = None) -> RunShape:
-    """A recipe on as many GPUs as it names, or on these."""
+    """A recipe on the number of GPUs that it names, or on this number."""
     return RunShape(
         model=recipe.model,
         seq_length=recipe.seq_length,
@@ -131,7 +131,7 @@ def run_of_recipe(recipe: Recipe, num_gpus: int | None = None) -> RunShape:
 
 
 def run_of_arguments(args: Namespace, world_size: int) -> RunShape:
-    """What Megatron's parsed flags ask for."""
+    """The run that Megatron's parsed flags describe."""
     levels = args.hierarchical_context_parallel_sizes
     layout = ParallelLayout(
         tensor=args.tensor_model_parallel_size,

@@ -1,28 +1,34 @@
-"""Every layout that can be cut and fits, fastest first; of those about as fast, the simplest."""
+"""Every valid layout that fits, fastest first; of those about as fast, the simplest."""
 
 import itertools
 import math
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_long.errors import ConfigError
-from megatron_long.flags.recipe import ParallelLayout
-from megatron_long.model.geometry import LlamaGeometry
-from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS_PER_NODE, Gpu
-from megatron_long.planning.memory import MemoryParts, predict_memory
+from megatron_long.flags.recipe import ParallelLayout, build_recipe
+from megatron_long.mixture.shares import parse_token_count
+from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
+from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS_PER_NODE, Gpu, find_gpu
+from megatron_long.planning.memory import MemoryParts, checkpoint_bytes, predict_memory
 from megatron_long.planning.run_shape import RECOMPUTE_FLAGS, RunShape
 from megatron_long.planning.step_time import TimeParts, predict_time
 
 RESERVE_GIB = 4.0
-"""Of a GPU's memory, for CUDA's context, NCCL's buffers and what falls between allocations."""
+"""GPU memory reserved for CUDA's context, NCCL's buffers and fragmentation."""
+
+PRECISIONS = {"bf16": ("bf16",), "fp8": ("fp8",), "both": ("bf16", "fp8")}
+"""Values of --precision: those of the plans to compare."""
 
 NEAR_TIE = 0.02
-"""Plans whose hours differ by this share count as equally fast: predictions are no better."""
+"""Plans whose hours differ by this fraction count as equally fast: predictions are no more accurate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is to be trained, and on what."""
+    """What to train, and on which hardware."""
 
     model: LlamaGeometry
     seq_length: int
@@ -61,7 +67,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One way to do a task, and what it takes."""
+    """One way to do a task, with its time and memory."""
 
     run: RunShape
     memory: MemoryParts
@@ -86,18 +92,65 @@ class Plan:
 
     @property
     def train_iters(self) -> int:
-        """Whole steps that the token budget is enough for, at least one."""
+        """Whole steps within the token budget, at least one."""
         return max(1, self.train_tokens // (self.run.global_batch_size * self.run.seq_length))
 
     def to_argv(self) -> list[str]:
-        """Flags of megatron_long.pretrain, to be put after `--recipe`."""
+        """Flags of megatron_long.pretrain, to append to `--recipe`."""
         return [*self.run.to_argv(), "--train-iters", str(self.train_iters)]
+
+    def record(self) -> dict[str, Any]:
+        """Give all that is predicted, with the parts of its sums, as JSON takes it."""
+        return {
+            "flags": self.to_argv(),
+            "hours": self.hours,
+            "tokens_per_second_per_gpu": self.tokens_per_second,
+            "tflops_per_gpu": self.tflops,
+            "checkpoint_bytes": checkpoint_bytes(self.run.parameters),
+            "step_seconds": {"total": self.time.total_s, **vars(self.time)},
+            "peak_gib": {
+                "total": self.memory.total_gib,
+                **{name: size / 2**30 for name, size in vars(self.memory).items()},
+            },
+        }
+
+
+def read_task(flags: Namespace) -> Task:
+    """Give what the flags of `plan_run.py` ask for; a recipe gives what no flag does.
+
+    Raises: ConfigError: no model is given, or two; see `Task`.
+    """
+    if bool(flags.hf_config) == bool(flags.recipe):
+        raise ConfigError("give the model by one of --hf-config and --recipe")
+    given: dict[str, Any] = {"seq_length": flags.seq_length}
+    for name in ("batch_tokens", "train_tokens"):
+        text = getattr(flags, name)
+        given[name] = parse_token_count(text, f"--{name.replace('_', '-')}") if text else None
+    if flags.recipe:
+        recipe = build_recipe(flags.recipe)
+        model = recipe.model
+        values = {
+            "seq_length": recipe.seq_length,
+            "batch_tokens": recipe.tokens_per_batch,
+            "train_tokens": recipe.train_tokens,
+        }
+    else:
+        model, values = geometry_from_hf(flags.hf_config), {"seq_length": 131_072}
+    values |= {name: value for name, value in given.items() if value is not None}
+    return Task(
+        model=model,
+        num_gpus=flags.gpus,
+        gpu=find_gpu(flags.gpu),
+        precisions=PRECISIONS[flags.precision],
+        attention=flags.attention,
+        **values,
+    )
 
 
 def find_plans(task: Task) -> list[Plan]:
     """The plans that fit, fastest first; those within `NEAR_TIE` of the next one by simplicity.
 
-    Raises: ConfigError: none fits, or none can be cut.
+    Raises: ConfigError: none fits, or none is valid.
     """
     plans = [
         Plan(
@@ -118,7 +171,7 @@ def find_plans(task: Task) -> list[Plan]:
     if not fitting:
         least = min(plan.memory.total_gib for plan in plans)
         raise ConfigError(
-            f"no layout fits: the smallest takes {least:.0f} GiB a GPU and {limit:.0f} are there; give "
+            f"no layout fits: the smallest takes {least:.0f} GiB per GPU and {limit:.0f} are available; give "
             "more --gpus, a --gpu with more memory, or a shorter --seq-length"
         )
     return _simple_before_close(sorted(fitting, key=lambda plan: plan.hours))
@@ -130,10 +183,10 @@ def usable_gib(gpu: Gpu) -> float:
 
 
 def _simple_before_close(plans: list[Plan]) -> list[Plan]:
-    """Order plans that come fastest first: of each group of near ties the simplest is taken next.
+    """Reorder plans sorted by speed: of each group of near ties the simplest is taken next.
 
-    Simple is, in this order: few pipeline stages, few GPUs a replica, few context-parallel ranks that talk in
-    one way, little recomputed, little memory.
+    Criteria, in this order: few pipeline stages, few GPUs per replica, few context-parallel ranks with a
+    single way of communication, little recomputation, little memory.
     """
     ordered = []
     while plans:
@@ -157,7 +210,7 @@ def _complexity(plan: Plan) -> tuple[float, ...]:
 
 
 def possible_runs(task: Task) -> Iterator[RunShape]:
-    """Layouts of powers of two that the model and the window can be cut into, with each recompute."""
+    """Layouts of powers of two that divide the model and the window, with each recompute mode."""
     windows = task.batch_tokens // task.seq_length
     for tp, cp, pp in itertools.product(_powers(GPUS_PER_NODE), *2 * [_powers(task.num_gpus)]):
         if not _can_be_cut(task, tp, cp, pp):
@@ -182,7 +235,7 @@ def possible_runs(task: Task) -> Iterator[RunShape]:
 
 
 def _layouts(model: LlamaGeometry, tp: int, cp: int, pp: int) -> list[ParallelLayout]:
-    """The ways in which keys and values may travel: `a2a` deals out heads, and is slow between nodes."""
+    """Ways to exchange keys and values: `a2a` distributes heads, and is slow between nodes."""
     ring = ParallelLayout(tensor=tp, context=cp, pipeline=pp)
     heads = math.gcd(model.num_query_groups // tp, model.num_attention_heads // tp)
     dealing = math.gcd(heads, min(cp, max(1, GPUS_PER_NODE // tp)))

@@ -1,8 +1,8 @@
 """Seconds of one training step, part by part: arithmetic over rates, traffic over bandwidths.
 
 Causal attention's backward pass is 2.5 times the work of its forward pass, as flash kernels compute the
-scores again; a matrix product's is twice. Communication counts as far as nothing overlaps with it: what stood
-alone in a profile, and of the ring of `p2p` what takes longer than attention to a piece.
+scores again; a matrix product's is twice. Only communication that is not overlapped counts: what was exposed
+in a profile, and for the ring of `p2p` what takes longer than attention to a block.
 """
 
 from dataclasses import dataclass, fields
@@ -18,16 +18,16 @@ from megatron_long.planning.run_shape import RunShape
 
 BF16, FP32 = 2, 4
 STEP_OVERHEAD_S = 0.08
-"""Launches, norms of gradients and the like, once a step."""
+"""Launches, gradient norms and similar, once per step."""
 FP8_CASTS = 0.19
-"""Of the products' time in FP8: casts and the search for largest values."""
+"""Relative to the products' time in FP8: casts and amax."""
 _MODEL_LENGTH = 131_072
 """Length at which the attention rates were measured."""
 
 
 @dataclass(frozen=True)
 class TimeParts:
-    """Seconds of a step; all windows of a replica, and what comes once."""
+    """Seconds of a step; all windows of a replica, and work done once."""
 
     attention: float
     products: float
@@ -38,7 +38,7 @@ class TimeParts:
     data_parallel: float
     optimizer: float
     bubble: float
-    """Pipeline stages that wait."""
+    """Idle pipeline stages."""
     overhead: float = STEP_OVERHEAD_S
 
     @property
@@ -124,7 +124,7 @@ def _tensor_parallel(run: RunShape, gpu: Gpu, share: Efficiency) -> float:
 
 
 def _context_parallel(run: RunShape, gpu: Gpu, share: Efficiency) -> float:
-    """One window: `a2a` stands alone; of the ring, merges and what attention does not hide."""
+    """One window: `a2a` is exposed; for the ring, merges and what attention does not hide."""
     layout, model = run.layout, run.model
     if layout.context == 1:
         return 0.0
@@ -138,10 +138,10 @@ def _context_parallel(run: RunShape, gpu: Gpu, share: Efficiency) -> float:
 
 
 def _ring(run: RunShape, gpu: Gpu, share: Efficiency) -> float:
-    """A ring of n ranks: each attends to n pieces, one after the other, while the next one travels.
+    """A ring of n ranks: each attends to n blocks, one after the other, while the next is transferred.
 
-    Backward, keys and values travel with their gradients. Each piece's output is merged into the sum of
-    those before it, so that all ranks together merge as many tokens as n windows have.
+    In the backward pass, keys and values are sent with their gradients. Each block's output is merged into
+    the sum of those before it, so that all ranks together merge as many tokens as n windows have.
     """
     layout, model = run.layout, run.model
     steps = layout.ring_ranks - 1
@@ -158,7 +158,7 @@ def _ring(run: RunShape, gpu: Gpu, share: Efficiency) -> float:
 
 
 def _data_parallel(run: RunShape, gpu: Gpu, share: Efficiency) -> float:
-    """Gradients scattered in FP32 and weights gathered in BF16, once a step."""
+    """Gradients scattered in FP32 and weights gathered in BF16, once per step."""
     ranks = run.data_parallel * run.layout.context
     if ranks == 1:
         return 0.0
@@ -167,7 +167,7 @@ def _data_parallel(run: RunShape, gpu: Gpu, share: Efficiency) -> float:
 
 
 def _bandwidth(span: int, gpu: Gpu, share: Efficiency, nvlink_share: float) -> float:
-    """Of a group whose ranks lie within so many neighbours."""
+    """Bandwidth of a group whose ranks are within this many neighbors."""
     if span <= GPUS_PER_NODE:
         return nvlink_share * gpu.nvlink_bandwidth
     return min(nvlink_share * gpu.nvlink_bandwidth, share.network * gpu.network_bandwidth)

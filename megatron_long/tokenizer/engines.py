@@ -1,8 +1,8 @@
-"""Fast engines behind the tokenizer protocol: the same ids as the reference, an order faster.
+"""Fast engines for the tokenizer protocol: the same ids as the reference, ten times as fast.
 
 The reference is the package that the tokenizer file belongs to (SentencePiece, or Hugging Face
 tokenizers). A fast engine is used only after it gave the reference's ids on strings that break
-tokenizers, and again on a sample of the corpus; where it differs, the next one is tried, and at last
+tokenizers, and again on a sample of the corpus; if it differs, the next one is tried, and finally
 the reference itself. Engines get a `tokenizer.json` without special tokens, so that a literal
 `<|end_of_text|>` inside a document stays text.
 """
@@ -70,10 +70,10 @@ HARD_STRINGS = (
 
 
 class Engine(Protocol):
-    """What makes ids out of text."""
+    """Converts text to ids."""
 
     def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
-        """Give the ids of all texts one after another, and how many each text has."""
+        """Return the ids of all texts one after another, and how many each text has."""
 
 
 class TuetokenEngine:
@@ -100,7 +100,7 @@ ENGINES: dict[str, Callable[[str], Engine]] = {
 
 
 class FastTokenizer:
-    """A tokenizer whose ids come from a fast engine, and all the rest from the reference."""
+    """A tokenizer that takes ids from a fast engine, and everything else from the reference."""
 
     def __init__(
         self, reference: ReferenceTokenizer, engine: Engine, name: str, notes: Sequence[str] = ()
@@ -129,7 +129,7 @@ class FastTokenizer:
 
 
 def open_engine(reference: ReferenceTokenizer, engine: str) -> Tokenizer:
-    """Give the tokenizer with the engine asked for, checked on HARD_STRINGS.
+    """Return the tokenizer with the engine asked for, checked on HARD_STRINGS.
 
     Args:
         engine: `auto` for the fastest one that agrees with the reference, the name of a package in
@@ -140,7 +140,7 @@ def open_engine(reference: ReferenceTokenizer, engine: str) -> Tokenizer:
         return reference
     if engine != AUTO and engine not in ENGINES:
         choices = ", ".join((AUTO, *ENGINES, REFERENCE))
-        raise ConfigError(f"tokenizer engine {engine!r} is not known; choose one of {choices}")
+        raise ConfigError(f"tokenizer engine {engine!r} is unknown; choose one of {choices}")
     notes = list(reference.engine_notes)
     for name in ENGINES if engine == AUTO else [engine]:
         try:
@@ -183,13 +183,13 @@ def check_sample(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
 
 
 def release_engine(tokenizer: Tokenizer) -> None:
-    """Free what an engine has kept of the texts it saw; it stays usable."""
+    """Free an engine's cache; the engine stays usable."""
     if isinstance(tokenizer, FastTokenizer) and isinstance(tokenizer.engine, GigatokenEngine):
         tokenizer.engine.release()
 
 
 def find_difference(fast: Tokenizer, reference: Tokenizer, texts: Sequence[str]) -> str:
-    """Say on which text two tokenizers differ, or give an empty string."""
+    """Describe on which text two tokenizers differ; an empty string if on none."""
     pairs = zip(texts, fast.encode_batch(texts), reference.encode_batch(texts), strict=True)
     for text, got, expected in pairs:
         if not np.array_equal(got, expected):
@@ -205,7 +205,7 @@ def find_difference(fast: Tokenizer, reference: Tokenizer, texts: Sequence[str])
 
 
 def unreadable(name: str, error: Exception) -> str:
-    """Say why an engine could not take a vocabulary, in words for the one who chose the tokenizer.
+    """Explain why an engine cannot use a vocabulary, in terms of the tokenizer file.
 
     An engine may answer with the source line of its own code; the log keeps that for its authors.
 
@@ -221,7 +221,7 @@ def unreadable(name: str, error: Exception) -> str:
 
 
 def plain_json(reference: ReferenceTokenizer) -> str:
-    """Give a vocabulary as `tokenizer.json` whose special tokens are no longer found in text."""
+    """Return a vocabulary as `tokenizer.json` whose special tokens are no longer found in text."""
     tokenizer = json.loads(reference.to_json())
     tokenizer["added_tokens"] = [
         token for token in tokenizer.get("added_tokens") or [] if not token["special"]

@@ -1,9 +1,9 @@
-"""gigatoken as an engine: its cache of words kept small, and what is in it worth keeping.
+"""gigatoken as an engine, with a small cache of words that are worth keeping.
 
-The cache never forgets a word (gigatoken 0.10.0), so the engine is made anew when the process has grown.
+The cache never evicts a word (gigatoken 0.10.0), so the engine is recreated when the process has grown.
 For vocabularies like Llama-2's a "word" is all between two spaces, "end\\nBegin" or "x[127]=3.5": most
-of these are seen once and cost ten times a word that is known. A character that no merge of the vocabulary
-contains is always a token of its own; told of these (newlines, digits), gigatoken divides words at them,
+of these occur once and cost ten times as much as a cached word. A character that no merge of the vocabulary
+contains is always a token of its own; given these (newlines, digits), gigatoken splits words at them,
 gives the same ids and needs half the cache.
 """
 
@@ -17,9 +17,9 @@ from megatron_long.freed_memory import give_memory_back, resident_bytes
 from megatron_long.tokenizer.tokenizer_types import TokensAndLengths
 
 CACHE_CHECK_BYTES = 4 << 20
-"""Text after which an engine's memory is looked at."""
+"""Amount of text after which an engine's memory is checked."""
 CACHE_GROWTH_BYTES = 96 << 20
-"""Growth of the process since the engine was made that makes it anew."""
+"""Growth of the process after which the engine is recreated."""
 SEPARATE_CANDIDATES = "\n\t\r0123456789"
 LLAMA_NORMALIZER = {
     "type": "Sequence",
@@ -31,7 +31,7 @@ LLAMA_NORMALIZER = {
 
 
 class GigatokenEngine:
-    """gigatoken, on the calling thread; made anew when its cache of words has grown too large."""
+    """gigatoken, on the calling thread; recreated when its cache of words has grown too large."""
 
     def __init__(self, tokenizer_json: str) -> None:
         self._json, self._has_no_prefix = separate_characters(tokenizer_json)
@@ -51,7 +51,7 @@ class GigatokenEngine:
         return tokens.view(np.int32), lengths
 
     def release(self) -> None:
-        """Free the memory; the next call makes the engine anew."""
+        """Free the memory; the next call recreates the engine."""
         self._engine = None
         give_memory_back()
 
@@ -77,7 +77,7 @@ class GigatokenEngine:
 
 
 def separate_characters(tokenizer_json: str) -> tuple[str, bool]:
-    """Make characters that never merge into tokens that divide words, if the vocabulary is like Llama-2's.
+    """Turn characters that never merge into tokens that split words, if the vocabulary is like Llama-2's.
 
     Returns: The vocabulary; and whether it no longer puts a space before a text, which the caller must do.
     """

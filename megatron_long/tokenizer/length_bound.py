@@ -1,7 +1,7 @@
 """How many tokens a text can have at most, from its size in bytes alone.
 
-A document that even at this bound is short need not be tokenized to know that it is. The bounds hold
-for tokenizers whose every token stands for at least one byte of the text as normalized:
+A document that is short even at this bound need not be tokenized to be known as short. The bounds hold
+for tokenizers in which every token stands for at least one byte of the normalized text:
 
 - SentencePiece BPE or unigram. A token covers one or more characters of the normalized text, or, with
   byte fallback, one byte of it. Without a normalization map the normalized text is the text, with
@@ -27,7 +27,7 @@ SPACE = "▁"
 
 
 def extra_tokens_bound(tokenizer: Path) -> int | None:
-    """Give n such that a text of b bytes has at most b + n tokens, or None if no bound is known.
+    """Return n such that a text of b bytes has at most b + n tokens, or None if no bound is known.
 
     Special tokens that the dataset adds (BOS, EOD) are not counted.
     """
@@ -76,7 +76,7 @@ def _bound_of_json(content: dict[str, Any]) -> int | None:
 
 
 def _is_byte_level(splitter: dict[str, Any] | None) -> bool:
-    """Tell whether every token is made of bytes and at most one space is added in all."""
+    """Return whether every token consists of bytes and at most one space is added in total."""
     if splitter is None:
         return False
     if splitter.get("type") == "ByteLevel":

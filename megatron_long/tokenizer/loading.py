@@ -1,7 +1,7 @@
 """Text to token ids with the model's own tokenizer: SentencePiece, tiktoken or a Hugging Face tokenizer.json.
 
-They give no special tokens of their own, and a literal `<s>` inside a text stays text; the caller adds
-BOS and EOD. `vocabulary_sha256` lets tools check that a dataset and a model speak the same vocabulary.
+They add no special tokens, and a literal `<s>` inside a text stays text; the caller adds
+BOS and EOD. `vocabulary_sha256` lets tools check that a dataset and a model use the same vocabulary.
 """
 
 import json
@@ -75,7 +75,7 @@ class SentencePieceTokenizer:
         return split_flat(*self.encode_flat(texts))
 
     def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
-        # One thread: parallelism is over processes, and more threads would fight for the cores.
+        # One thread: parallelism is over processes, and more threads would compete for the cores.
         return join_ids(self._processor.encode(list(texts), out_type=int, num_threads=1))
 
     def encode_prompt(self, text: str) -> Tokens:
@@ -91,7 +91,7 @@ class SentencePieceTokenizer:
 
     def special_texts(self) -> list[str]:
         pieces = map(self._processor.id_to_piece, range(self.vocab_size))
-        # The API does not tell user-defined pieces from others; all that look so are tried.
+        # The API does not mark user-defined pieces; all that look like one are tried.
         return [piece for piece in pieces if piece[:1] in "<[" and piece[-1:] in ">]"][:2000]
 
 
@@ -116,7 +116,7 @@ class HFTokenizer:
         config = read_config(path.parent)
         self.bos_id = self._find_bos(config)
         self.eod_id = self._find_eod(config, path)
-        # After the look at the post-processor: "<s>" inside a document must stay text.
+        # After reading the post-processor: "<s>" inside a document must stay text.
         self._tokenizer.encode_special_tokens = True
         pieces = {index: piece for piece, index in self._tokenizer.get_vocab().items()}
         self.vocab_size = max(pieces) + 1
@@ -164,7 +164,7 @@ class HFTokenizer:
             if index is not None:
                 return index
         raise DataError(
-            f"--tokenizer {path} does not tell its end-of-document token "
+            f"--tokenizer {path} does not define its end-of-document token "
             f"(looked for {asked or ', '.join(KNOWN_EOD)}): {ADD_EOS_REMEDY}"
         )
 
@@ -172,7 +172,7 @@ class HFTokenizer:
 def load_tokenizer(path: Path, engine: str = "auto") -> Tokenizer:
     """Load a tokenizer from a SentencePiece or tiktoken `*.model`, a `tokenizer.json`, or their folder.
 
-    In a folder with both, `tokenizer.model` is taken: it is the reference the other was made from.
+    In a folder with both, `tokenizer.model` is used: the other was made from it.
 
     Args:
         engine: What makes the ids: `auto` (the fastest package that gives the same ids), a name in

@@ -1,4 +1,4 @@
-"""Special tokens of a prompt: where a chat template is used, what the model's own tokenizer makes of them."""
+"""Special tokens of a prompt: with a chat template, encoded as by the model's own tokenizer."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from megatron_long.tokenizer.tokenizer_types import Tokenizer, Tokens
 
 
 def encode_prompt(tokenizer: Tokenizer, file: Path, text: str) -> Tokens:
-    """Give the ids of a prompt; see `Tokenizer.encode_prompt`.
+    """Return the ids of a prompt; see `Tokenizer.encode_prompt`.
 
     Raises: ConfigError: special tokens are asked for, and nothing can encode them.
     """
@@ -28,7 +28,7 @@ def encode_prompt(tokenizer: Tokenizer, file: Path, text: str) -> Tokens:
 
 
 def encode_as_model(file: Path, text: str) -> list[int] | None:
-    """Give the ids of a prompt as `transformers` makes them from the tokenizer's folder.
+    """Return the ids of a prompt as `transformers` makes them from the tokenizer's folder.
 
     A SentencePiece or tiktoken model does not know the tokens that a chat model has added to it; they are
     in `tokenizer.json`, `added_tokens.json` or `added_tokens_decoder` of the configuration next to it.
@@ -53,7 +53,9 @@ def encode_as_model(file: Path, text: str) -> list[int] | None:
                 file.parent, trust_remote_code=False, local_files_only=True
             )
             return [int(index) for index in own(text, add_special_tokens=False).input_ids]
-        except Exception as error:  # a configuration of any content raises nearly anything
+        except (
+            Exception
+        ) as error:  # a configuration of arbitrary content can raise nearly any exception
             if not json_file.is_file():
                 raise ConfigError(
                     f"--tokenizer {file.parent} has a chat template, and transformers cannot open it to "

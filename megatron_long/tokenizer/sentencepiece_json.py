@@ -12,7 +12,7 @@ from typing import Any
 
 
 class NotConvertible(Exception):
-    """The model does something that a `tokenizer.json` cannot say exactly."""
+    """The model has a feature that a `tokenizer.json` cannot represent exactly."""
 
 
 @functools.lru_cache(maxsize=1)  # takes a third of a second, and a process opens it more than once
@@ -23,7 +23,7 @@ def sentencepiece_to_json(model_proto: bytes) -> str:
 
     Args:
         model_proto: Bytes of the `.model` file.
-    Raises: NotConvertible: the model needs what the file cannot say.
+    Raises: NotConvertible: the file cannot represent the model.
     Source: SpmConverter of transformers 5.23 (conversion of Llama's slow tokenizer).
     """
     from sentencepiece import sentencepiece_model_pb2
@@ -64,8 +64,8 @@ def sentencepiece_to_json(model_proto: bytes) -> str:
 def find_merges(scores: Mapping[str, float]) -> list[list[str]]:
     """List the pairs of pieces that join to a piece, the best piece first.
 
-    SentencePiece takes the leftmost of equal pairs. Where one piece has several pairs, or runs of
-    spaces share one score as in Llama's vocabulary, the longer left half first comes to the same.
+    SentencePiece takes the leftmost of equal pairs. If one piece has several pairs, or runs of
+    spaces share one score as in Llama's vocabulary, the longer left half first is equivalent.
 
     Args:
         scores: The pieces that merging may use and make, with their scores.

@@ -34,7 +34,7 @@ NUM_SPECIAL = 256
 
 
 def is_tiktoken(content: bytes) -> bool:
-    """Tell a file of ranks (a line: a token in base64, a space, its rank) from a SentencePiece model.
+    """Return whether a file holds ranks (each line: a token in base64, a space, its rank).
 
     >>> is_tiktoken(b"IQ== 0\\nIg== 1\\n"), is_tiktoken(bytes([10, 14, 10, 5]) + b"<unk>")
     (True, False)
@@ -138,9 +138,9 @@ class TiktokenTokenizer:
 
 
 def find_merges(ranks: dict[bytes, int]) -> list[list[str]]:
-    """Give all pairs of tokens that make a token, in the order of its rank.
+    """Return all pairs of tokens that make a token, in the order of its rank.
 
-    tiktoken merges the two neighbours whose union has the lowest rank, whatever they are.
+    tiktoken merges the two neighbors whose union has the lowest rank.
 
     >>> find_merges({b"a": 0, b"b": 1, b"ab": 2, b"aba": 3})
     [['a', 'b'], ['ab', 'a']]
@@ -159,17 +159,17 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         pairs = (line.split() for line in path.read_bytes().splitlines() if line)
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError as error:
-        raise DataError(f"--tokenizer {path} is damaged ({error}); fetch it again") from None
+        raise DataError(f"--tokenizer {path} is damaged ({error}); download it again") from None
     if list(ranks.values()) != list(range(LLAMA3_RANKS)):
         raise DataError(
             f"--tokenizer {path} is a tiktoken file of {len(ranks):,} ranks; of these only Llama 3's "
-            f"({LLAMA3_RANKS:,}) is known: give the tokenizer.json of the same model"
+            f"({LLAMA3_RANKS:,}) is supported: give the tokenizer.json of the same model"
         )
     return ranks
 
 
 def _special_names() -> list[str]:
-    """Give Llama-3's special tokens; their ids follow the ranks."""
+    """Return Llama-3's special tokens; their ids follow the ranks."""
     named = {0: BOS, 1: EOD, 6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: "<|eot_id|>"}
     reserved = itertools.count()
     return [
@@ -179,7 +179,7 @@ def _special_names() -> list[str]:
 
 
 def _letters() -> list[str]:
-    """Give the letters that byte-level vocabularies write the 256 bytes with (GPT-2's)."""
+    """Return the characters with which byte-level vocabularies write the 256 bytes (GPT-2's)."""
     shown = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = itertools.count(256)
     return [chr(byte if byte in shown else next(others)) for byte in range(256)]

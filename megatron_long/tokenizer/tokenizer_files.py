@@ -1,4 +1,4 @@
-"""The files of a tokenizer's folder: which one is the tokenizer, and what those next to it say."""
+"""The files of a tokenizer's folder: which one is the tokenizer, and the settings next to it."""
 
 import json
 import shutil
@@ -42,13 +42,13 @@ def copy_tokenizer(path: Path, folder: Path) -> None:
     file = tokenizer_file(path)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, folder / (HF_FILE if file.suffix == ".json" else SENTENCEPIECE_FILE))
-    # Of a folder both forms travel: transformers reads in the JSON what a SentencePiece model does not say.
+    # Copy both forms: transformers reads settings from the JSON that a SentencePiece model lacks.
     both = (SENTENCEPIECE_FILE, HF_FILE) if path.is_dir() else ()
     copy_files(file.parent, folder, (*CONFIG_FILES, *both))
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str] = MODEL_FILES) -> list[str]:
-    """Copy those files of a folder that are there; the target is made if there are some.
+    """Copy those files of a folder that exist; the target is created if there are any.
 
     Returns: Their names.
     """
@@ -65,7 +65,7 @@ def has_chat_template(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Give the settings in a tokenizer's folder, of all files that hold some."""
+    """Return the settings in a tokenizer's folder, of all files that hold some."""
     merged: dict[str, Any] = {}
     for name in reversed(CONFIG_FILES):
         if name != CHAT_TEMPLATE_FILE and (folder / name).is_file():
@@ -77,5 +77,5 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def token_text(token: Any) -> str | None:
-    """Give the text of a token as configurations write it: a string, or an object with `content`."""
+    """Return the text of a token as configurations write it: a string, or an object with `content`."""
     return token.get("content") if isinstance(token, dict) else token

@@ -1,4 +1,4 @@
-"""What a tokenizer is to the data path and the evaluations, and the arrays that it gives."""
+"""The tokenizer interface of preprocessing and evaluation, and the arrays that it returns."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -16,54 +16,54 @@ AUTO, REFERENCE = "auto", "reference"
 
 
 class Tokenizer(Protocol):
-    """What the data path and the evaluations need of a tokenizer."""
+    """The tokenizer interface of preprocessing and evaluation."""
 
     kind: str
     vocab_size: int
     bos_id: int | None
-    """Id put before every document, or None when the model's tokenizer puts none."""
+    """Id put before every document, or None if the model's tokenizer adds none."""
     eod_id: int
     vocabulary_sha256: str
     engine_name: str
     """The package that makes the ids; every engine gives the same ids."""
     engine_version: str
     engine_notes: tuple[str, ...]
-    """Why faster engines were passed over, one sentence each."""
+    """Why faster engines are not used, one sentence each."""
 
     def encode(self, text: str) -> Tokens:
-        """Give the ids of `text`, without special tokens."""
+        """Return the ids of `text`, without special tokens."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        """Give the ids of each text, without special tokens."""
+        """Return the ids of each text, without special tokens."""
 
     def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
-        """Give the ids of all texts one after another, and how many each text has."""
+        """Return the ids of all texts one after another, and how many each text has."""
 
     def encode_prompt(self, text: str) -> Tokens:
-        """Give the ids of a prompt: special tokens are what `transformers` makes of them.
+        """Return the ids of a prompt: special tokens are what `transformers` makes of them.
 
-        Where the folder has no chat template, they are text as everywhere else.
+        If the folder has no chat template, they are text as everywhere else.
         """
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Give the text of `ids`."""
+        """Return the text of `ids`."""
 
 
 class ReferenceTokenizer(Tokenizer, Protocol):
-    """A tokenizer whose ids are right by definition, and what a fast engine needs to copy it."""
+    """A tokenizer that defines the correct ids, and what a fast engine needs to reproduce them."""
 
     def to_json(self) -> str:
-        """Give the vocabulary as the text of a `tokenizer.json`.
+        """Return the vocabulary as the text of a `tokenizer.json`.
 
-        Raises: NotConvertible: it cannot be said so.
+        Raises: NotConvertible: it cannot be represented.
         """
 
     def special_texts(self) -> list[str]:
-        """Give the special tokens and user-defined pieces as they are written in text."""
+        """Return the special tokens and user-defined pieces as they are written in text."""
 
 
 def join_ids(batch: Sequence[Sequence[int]]) -> TokensAndLengths:
-    """Lay lists of ids one after another.
+    """Concatenate lists of ids.
 
     >>> tokens, lengths = join_ids([[5, 6], [], [7]])
     >>> tokens.tolist(), lengths.tolist()
@@ -75,7 +75,7 @@ def join_ids(batch: Sequence[Sequence[int]]) -> TokensAndLengths:
 
 
 def split_flat(tokens: Tokens, lengths: Lengths) -> list[Tokens]:
-    """Cut ids laid one after another into one array a text, each a view.
+    """Split concatenated ids into one array per text, each a view.
 
     >>> [part.tolist() for part in split_flat(np.array([5, 6, 7], np.int32), np.array([2, 0, 1]))]
     [[5, 6], [], [7]]

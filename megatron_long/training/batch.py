@@ -1,4 +1,4 @@
-"""From a data iterator to the loss of one micro-batch, on every rank of a layout.
+"""The loss of one micro-batch from a data iterator, on every rank of a layout.
 
 Legend: b micro-batch, s sequence of the whole window; rank-local sizes carry `/cp`.
 """
@@ -27,28 +27,28 @@ FIELDS = {
     "loss_mask": torch.float32,
     "position_ids": torch.int64,
 }
-"""What the model needs of a sample, as stock `GPTDataset` and `PackedDataset` name it."""
+"""Fields of a sample that the model needs, as named by stock `GPTDataset` and `PackedDataset`."""
 STARTS_FIELD = "document_starts"
-"""Whether a document begins at a token, which `PackedDataset` tells where documents are masked."""
+"""Whether a document begins at a token; from `PackedDataset` if documents are masked."""
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a rank must know to take part in a micro-batch."""
+    """Settings of a rank for a micro-batch."""
 
     micro_batch_size: int
     eval_micro_batch_size: int
     seq_length: int
     output_processor: Callable[..., Tensor] | None = None
-    """Takes the place of Megatron's output layer and loss, see `training.loss`."""
+    """Replaces Megatron's output layer and loss, see `training.loss`."""
     document_masking: AttentionFormat | None = None
     """Attention that is given masks between documents; None for none, see `model.document_masks`."""
     sequence_parallel_size: int = 1
-    """Tensor-parallel ranks that a sequence is cut over, besides the context-parallel ones."""
+    """Tensor-parallel ranks that a sequence is split over, in addition to the context-parallel ones."""
     on_micro_batch: Callable[[], None] | None = None
     """Called before each micro-batch, in training and evaluation."""
     on_loss: Callable[[Tensor], None] | None = None
-    """Told (loss sum, tokens) [2] of this rank's shard of each training micro-batch."""
+    """Receives (loss sum, tokens) [2] of this rank's shard of each training micro-batch."""
 
 
 def step_settings(
@@ -58,10 +58,10 @@ def step_settings(
     on_micro_batch: Callable[[], None],
     on_loss: Callable[[Tensor], None],
 ) -> StepSettings:
-    """What the flags say of a micro-batch.
+    """Settings of a micro-batch from the flags.
 
     Args:
-        vocab_size: Gives the real tokens of the model.
+        vocab_size: Returns the number of real tokens of the model.
     """
     masking = attention_format(args) if arguments.document_masking else None
     return StepSettings(
@@ -77,7 +77,7 @@ def step_settings(
 
 
 def attention_format(args: Namespace) -> AttentionFormat:
-    """How masks between documents are given to the attention in use, see `model.document_masks`."""
+    """How document masks are passed to the attention in use, see `model.document_masks`."""
     return "thd" if args.transformer_impl == "transformer_engine" else "sbhd"
 
 
@@ -88,9 +88,9 @@ class Batch:
     tensors: dict[str, Any]
     """Each of `FIELDS` as [b, s/cp], or [1, t/cp] with padded documents."""
     packed_seq_params: Any = None
-    """Megatron's `PackedSeqParams` where documents are masked, on every stage."""
+    """Megatron's `PackedSeqParams` if documents are masked, on every stage."""
     num_padding: int | None = None
-    """Padding among this rank's tokens; None where nothing is padded."""
+    """Number of padding tokens on this rank; None if nothing is padded."""
 
 
 def get_batch(
@@ -102,11 +102,11 @@ def get_batch(
     """This rank's part of the next micro-batch.
 
     Tensor-parallel rank 0 reads and broadcasts to its group; each context-parallel rank keeps its two
-    chunks of the window, or of each document. Pipeline stages between the first and the last need no
-    more than the documents.
+    chunks of the window, or of each document. Pipeline stages between the first and the last need only
+    the document bounds.
 
     Args:
-        size: (b, s) of the micro-batch before it is cut.
+        size: (b, s) of the micro-batch before it is split.
     """
     is_edge = _is_edge_stage(vp_stage)
     masking = settings.document_masking
@@ -167,11 +167,11 @@ def loss_function(
     losses: Tensor,
     on_loss: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum the token losses of a micro-batch, as Megatron's token-weighted reduction wants them.
+    """Sum the token losses of a micro-batch, as Megatron's token-weighted reduction expects.
 
     Args:
         loss_mask: Weight of each token [b, s/cp], float32.
-        num_padding: Of these tokens, for the log; None leaves it out.
+        num_padding: Padding among these tokens, for the log; None omits it.
         losses: Token losses [b, s/cp], nats, or their masked sum (a scalar).
     Returns: Loss sum, number of tokens, and both together for the log, each of this rank's shard.
     """

@@ -15,13 +15,13 @@ from megatron_long.errors import ConfigError
 from megatron_long.flags.arguments import LongContextArguments
 
 NumSamples = tuple[int, int | None, int]
-"""Samples that Megatron asks of the training, validation and test sets; None is one whole pass."""
+"""Samples that Megatron requests from the training, validation and test sets; None is one whole pass."""
 
 
 class RoundRobinDataset(torch.utils.data.Dataset):
     """Windows of several datasets in turn, each read again from its start when it ends."""
 
-    split = Split.valid  # Megatron's loader takes the evaluation batch size for it
+    split = Split.valid  # Megatron's loader uses the evaluation batch size for it
 
     def __init__(self, datasets: list[PackedDataset], num_samples: int | None) -> None:
         self.datasets = datasets

@@ -1,4 +1,4 @@
-"""The training loss: Megatron's hidden states to the masked loss sum, the full logits never built."""
+"""The training loss: the masked loss sum from Megatron's hidden states, without the full logits."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def chunked_loss(
         vocab_size: Real tokens; padding rows of the output layer get no probability.
         hidden_states: [s/cp, b, h], or [s/cp/tp, b, h] under sequence parallelism.
         output_layer: Megatron's ColumnParallelLinear.
-        output_weight: The embedding's weight where it is shared, else None.
+        output_weight: The embedding's weight if it is shared, else None.
         labels: [b, s/cp]. loss_mask: [b, s/cp].
     Returns: Masked sum of this rank's token losses, a scalar, float32, nats.
     """
@@ -47,7 +47,7 @@ def chunked_loss(
 
 
 def prepare_weight(output_layer: Any) -> None:
-    """Wait for the weight as calling the layer would.
+    """Synchronize the weight as a call of the layer would.
 
     `--overlap-param-gather` gathers parameters in a hook before a module's forward; a module that is never
     called would leave its gather open, and Megatron fails on that in the next step.

@@ -1,6 +1,6 @@
-"""Where a run starts: the checkpoint that it takes, and what must hold before it may write next to it.
+"""Where a run starts: its checkpoint, and the checks before it may write next to it.
 
-Promises and the tests that prove them: docs/reliability.md.
+Guarantees and their tests: docs/reliability.md.
 """
 
 import os
@@ -53,18 +53,18 @@ class Start:
     choice: Choice | None
     """The checkpoint to load; None for random weights."""
     resumes: bool
-    """Whether it goes on at the checkpoint's step, with its optimizer and its place in the data."""
+    """Whether it resumes at the checkpoint's step, with its optimizer and its position in the data."""
     data: dict[str, Any]
     """See `describe_data`."""
     dataset_files: dict[str, list[int]] | None
     """See `file_times`."""
     guard_state: dict[str, Any]
     weights: str | None = None
-    """What the keys of the weights to take begin with; None where optimizer state is loaded with them."""
+    """Key prefix of the weights to use; None if optimizer state is loaded with them."""
 
     @property
     def iteration(self) -> int:
-        """Steps that are done already."""
+        """Completed steps."""
         return (self.choice.iteration or 0) if self.choice and self.resumes else 0
 
 
@@ -73,7 +73,7 @@ def find_start(arguments: LongContextArguments, args: Namespace) -> Start:
 
     Every process of the job calls it: each reads a share of the files.
 
-    Raises: DataError: no checkpoint is whole, or the dataset is not what its manifest says.
+    Raises: DataError: no checkpoint is complete, or the dataset does not match its manifest.
         ConfigError: the run was trained on other data, or `--save` holds another run.
     """
     choice = _choose(args)
@@ -97,22 +97,22 @@ def find_start(arguments: LongContextArguments, args: Namespace) -> Start:
 
 
 def check_save_again(start: Start, args: Namespace) -> None:
-    """Refuse a folder that another job made, saved to and left between `find_start` and `hold_save`.
+    """Refuse a folder that another job created and saved to between `find_start` and `hold_save`.
 
     Every process of the job calls it, once the folder is held: one that was missing before could not be.
 
-    Raises: ConfigError: it holds checkpoints that this start knows nothing of.
+    Raises: ConfigError: it holds checkpoints that this start did not find.
     """
     if not (start.resumes and _same_folder(args.load, args.save)):
         rendezvous.from_first(lambda: _refuse_used_save(args))
 
 
 def _refuse_used_save(args: Namespace) -> list[str]:
-    """Refuse to write among another run's checkpoints: later steps would stay, equal ones be overwritten."""
+    """Refuse to write among another run's checkpoints, which would be mixed or overwritten."""
     saved = saved_iterations(Path(args.save))
     if not saved:
         return []
-    start = "this start is no resume of it"
+    start = "this start does not resume it"
     if args.finetune:
         start = "--finetune starts another run at step 0"
     elif args.load:
@@ -129,7 +129,7 @@ def _same_folder(one: str | None, other: str) -> bool:
 
 
 def check_temporary_folder() -> None:
-    """Refuse a TMPDIR in which a save could not open its sockets.
+    """Refuse a TMPDIR whose path is too long for the sockets of a save.
 
     Raises: ConfigError: its path is too long for Linux's 107 bytes of a socket's path.
     """
@@ -143,11 +143,11 @@ def check_temporary_folder() -> None:
 
 
 def hold_save(save: str | None) -> None:
-    """Let no other job write in `--save`; where the folder is not there yet, there is nothing to hold.
+    """Keep other jobs from writing to `--save`; a missing folder cannot be locked.
 
     Every process of the job calls it.
 
-    Raises: ConfigError: another job works there, or no process could save (`check_temporary_folder`).
+    Raises: ConfigError: another job uses it, or no process could save (`check_temporary_folder`).
     """
     if save:
         check_temporary_folder()
@@ -180,7 +180,7 @@ def _choose(args: Namespace) -> Choice | None:
         for report in choice.reports:
             print(f"warning: {report}", file=sys.stderr)
         if choice.reports:
-            print(f"warning: {choice.folder} is taken, all its files checked", file=sys.stderr)
+            print(f"warning: {choice.folder} is used; all its files were checked", file=sys.stderr)
         if not choice.checked:
             print(
                 f"note: {choice.folder} has no hashes.json, so it was not checked", file=sys.stderr
@@ -191,23 +191,23 @@ def _choose(args: Namespace) -> Choice | None:
 
 
 def _start_folder(args: Namespace) -> str:
-    """Where the run starts from, and a note on what is passed over; "" for random weights."""
+    """Where the run starts from, and notes on skipped checkpoints; "" for random weights."""
     if has_checkpoint(args.load):
         return args.load
     for path in find_remains(Path(args.load)) if args.load else ():
-        print(f"note: {no_metadata(path)}; it is passed over", file=sys.stderr)
+        print(f"note: {no_metadata(path)}; it is skipped", file=sys.stderr)
     return args.pretrained_checkpoint or ""
 
 
 def _put_in_order(folder: Path, choice: Choice) -> None:
-    """Leave the folder of this run as if the checkpoint taken had been the newest all along."""
+    """Make the chosen checkpoint the newest in the folder of this run."""
     set_aside(folder, choice)
     with atomic_path(folder / TRACKER_NAME) as temporary:
         temporary.write_text(str(choice.iteration or RELEASE), encoding="utf-8")
 
 
 def find_weights_to_start_from(folder: Path) -> str | None:
-    """Which weights a start takes that loads no optimizer state; None for formats of other programs."""
+    """Which weights a start without optimizer state uses; None for formats of other programs."""
     from megatron_long.checkpoint.megatron_folder import holds_rounded_weights, main_prefix
     from megatron_long.checkpoint.torch_dist import read_common_state
 
@@ -215,7 +215,7 @@ def find_weights_to_start_from(folder: Path) -> str | None:
         try:
             state = read_common_state(folder)
         except DataError:
-            return ["", "unknown"]  # of another program, or damaged: loading it will tell
+            return ["", "unknown"]  # of another program, or damaged: loading it will show
         rounded = holds_rounded_weights(state)
         prefix = main_prefix(folder) if rounded else ""
         if prefix is None:
@@ -234,7 +234,7 @@ def check_optimizer(start: Start, args: Namespace) -> None:
     """Refuse a checkpoint whose optimizer state Megatron could not load; each process of the job calls it.
 
     Args:
-        args: Flags as Megatron has validated them.
+        args: Flags after Megatron's validation.
     Raises: ConfigError, DataError: see `check_same_optimizer`.
     """
 
@@ -270,9 +270,9 @@ def record_sidecars(folder: Path, start: Start) -> None:
 
 
 def check_writable(save: Path) -> None:
-    """Find out early; what lies there stays as it is until Megatron has loaded and accepted everything.
+    """Check early; existing files stay unchanged until Megatron has loaded and accepted everything.
 
-    Raises: ConfigError: nothing can be written there.
+    Raises: ConfigError: the folder is not writable.
     """
     try:
         save.mkdir(parents=True, exist_ok=True)
@@ -315,12 +315,12 @@ def _try_to_append(path: Path) -> None:
 
 
 def unwritable(save: Path, reason: str) -> ConfigError:
-    """The error of a `--save` that takes no files."""
+    """The error of a `--save` that is not writable."""
     return ConfigError(f"--save {save} cannot be written to ({reason}); nothing has been trained")
 
 
 def tell_start(args: Namespace, start: Start, start_log: StartLog) -> None:
-    """Say what is about to be trained, and where the rest of what Megatron says goes; for one rank."""
+    """Print what is about to be trained, and where Megatron's other output is; for one rank."""
     path = start_log_path(args.save, args.loss_log)
     if path is not None:
         start_log.write_to(path)
@@ -328,5 +328,5 @@ def tell_start(args: Namespace, start: Start, start_log: StartLog) -> None:
     for line in describe_start(args, checkpoint, start.resumes, is_main_copy=bool(start.weights)):
         start_log.say(line)
     if not start_log.verbose:
-        where = f"is in {path}" if path else "is left out"
-        start_log.say(f"what Megatron says before the first step {where}; --verbose prints it")
+        where = f"is in {path}" if path else "is omitted"
+        start_log.say(f"Megatron's output before the first step {where}; --verbose prints it")

@@ -170,9 +170,9 @@ def test_without_hashes_a_damaged_training_json_is_named(content, copy, tiny_dat
 def test_nothing_whole_left(copy, tiny_dataset):
     for name in (NEWEST, "iter_0000002"):
         flip(copy / name / "__0_0.distcp", random.Random(2))
-    with pytest.raises(DataError, match=r"holds no checkpoint that is whole: .*0000004.*0000002"):
+    with pytest.raises(DataError, match=r"holds no complete checkpoint: .*0000004.*0000002"):
         load(copy, tiny_dataset)
-    with pytest.raises(DataError, match="holds no checkpoint that is whole"):
+    with pytest.raises(DataError, match="holds no complete checkpoint"):
         load(copy, tiny_dataset, "--ckpt-step", 2)
 
 
@@ -434,7 +434,7 @@ def test_export_of_a_damaged_checkpoint_is_refused(damaged, tmp_path):
         megatron_to_hf(damaged, tmp_path / "hf")
     message = str(refused.value)
     assert f"{NEWEST}/__0_0.distcp is damaged: its hash has changed" in message
-    assert "take another one of this run (iter_0000002)" in message
+    assert "use another one of this run (iter_0000002)" in message
     assert not (tmp_path / "hf").exists()
     megatron_to_hf(damaged, tmp_path / "earlier", iteration=2)
     options = Options(check_hashes=False, dry_run=True)

@@ -60,7 +60,7 @@ def test_any_part_is_read(tmp_path, monkeypatch, access, offset, size):
     found = read_bytes(tmp_path / "file", offset, size)
     assert found.numpy().tobytes() == CONTENT[offset : offset + size]
     assert found.untyped_storage().nbytes() == size
-    with pytest.raises(OSError, match="ends 1 bytes too soon"):
+    with pytest.raises(OSError, match="is 1 bytes too short"):
         read_bytes(tmp_path / "file", offset, len(CONTENT) - offset + 1)
 
 

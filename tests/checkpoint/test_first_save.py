@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from megatron_long.checkpoint.choosing import check_whole, saved_iterations
+from megatron_long.errors import ConfigError
+from tests.fake_checkpoints import write_fake_checkpoint
 from tests.job_fixtures import FLAGS
 from tests.launched import REPOSITORY, tracked
 
@@ -47,10 +49,7 @@ def test_the_next_start_works(fault, more, status, flags, jobs, tmp_path, monkey
 def test_a_job_that_saved_while_this_one_waited_for_the_folder(tmp_path, monkeypatch, tiny_dataset):
     """Both were started at once, in a folder that was not there: it could not be held at the first look."""
     from megatron_long import pretrain
-    from megatron_long.errors import ConfigError
     from megatron_long.job.start_log import StartLog
-    from tests.fake_checkpoints import write_fake_checkpoint
-    from tests.job_fixtures import FLAGS
 
     out = tmp_path / "out"
     looked, hold = [], pretrain.hold_save

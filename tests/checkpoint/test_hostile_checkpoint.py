@@ -99,7 +99,7 @@ def plant(folder: Path, where: str, content: bytes) -> None:
 def refusal(where: str) -> str:
     if where == ".metadata":
         return f"{NEWEST}/.metadata cannot be read (UnpicklingError: it names posix.system, which is not"
-    return "cannot be read as tensors and plain values alone"
+    return "cannot be read as tensors and plain values only"
 
 
 @pytest.mark.slow

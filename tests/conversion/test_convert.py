@@ -190,7 +190,7 @@ def test_a_missing_shard_is_named(make_llama, tmp_path):
     folder = shutil.copytree(make_llama(max_shard_size="300KB"), tmp_path / "damaged")
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.unlink()
-    expect_refusal(folder, DataError, f"names {shard.name}, which is not there; download that file")
+    expect_refusal(folder, DataError, f"names {shard.name}, which is missing; download that file")
 
 
 def test_damaged_index(make_llama, tmp_path):
@@ -219,7 +219,7 @@ def test_unknown_architecture_lists_the_known(llama_copy):
 def test_truncated_safetensors(llama_copy):
     path = llama_copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    expect_refusal(llama_copy, DataError, "model.safetensors is not a whole safetensors file")
+    expect_refusal(llama_copy, DataError, "model.safetensors is not a complete safetensors file")
 
 
 def test_wrong_shape_names_tensor_seen_and_expected(llama_copy, edit_weights):
@@ -302,7 +302,7 @@ def test_which_iteration(checkpoint_copy, caplog):
     assert find_iteration(checkpoint_copy).name == "iter_0000010"
     assert "no record in" in caplog.text
     assert (
-        "10 is taken, the highest of those there; to take another one, give --iteration"
+        "10 is used, the highest of those there; to use another one, give --iteration"
         in caplog.text
     )
     with pytest.raises(ConfigError, match=r"--input .*nowhere does not exist"):
@@ -332,7 +332,7 @@ def damage_bytes(folder: Path) -> None:
 )
 def test_damaged_checkpoint(checkpoint_copy, damage, message):
     damage(checkpoint_copy)
-    with pytest.raises(DataError, match=r"damaged|missing|bytes and had|cannot be read"):
+    with pytest.raises(DataError, match=r"damaged|missing|bytes instead of|cannot be read"):
         megatron_to_hf(checkpoint_copy, checkpoint_copy.parent / "hf")
     unchecked = Options(check_hashes=False)  # as for checkpoints of other programs
     with pytest.raises(DataError, match=message):

@@ -255,14 +255,14 @@ def test_bad_files_are_named(make_llama, read_weights, tmp_path):
     path = write_gguf(folder, tmp_path / "model.gguf", read_weights(folder))
     short = tmp_path / "short.gguf"
     short.write_bytes(path.read_bytes()[:20_000])
-    with pytest.raises(DataError, match=r"short.gguf is not a whole GGUF file"):
+    with pytest.raises(DataError, match=r"short.gguf is not a complete GGUF file"):
         gguf_to_hf(short, tmp_path / "hf")
     other = write_gguf(folder, tmp_path / "other.gguf", {}, architecture="gemma")
     with pytest.raises(ConfigError, match="unknown architecture gemma; known: llama, qwen2"):
         gguf_to_hf(other, tmp_path / "hf")
     with pytest.raises(ConfigError, match="does not exist"):
         gguf_to_hf(tmp_path / "nowhere.gguf", tmp_path / "hf")
-    with pytest.raises(ConfigError, match=r"is no GGUF file"):
+    with pytest.raises(ConfigError, match=r"is not a GGUF file"):
         gguf_to_hf(folder, tmp_path / "hf")
 
     def add(writer: Any) -> None:
@@ -271,7 +271,7 @@ def test_bad_files_are_named(make_llama, read_weights, tmp_path):
         writer.add_token_list(["a"] * 1000)
 
     strange = write_gguf(folder, tmp_path / "strange.gguf", read_weights(folder), tokenizer=add)
-    with pytest.raises(ConfigError, match="by the rule 'unheard-of', which is not known"):
+    with pytest.raises(ConfigError, match="unknown pre-tokenization rule 'unheard-of'"):
         gguf_to_hf(strange, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 

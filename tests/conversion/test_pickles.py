@@ -61,7 +61,7 @@ def test_sharded(pickled, read_weights, make_llama, tmp_path):
 def test_code_is_not_run(pickled, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model.norm.weight": Harmful()}, pickled / "pytorch_model.bin")
-    with pytest.raises(DataError, match="cannot be read as weights alone"):
+    with pytest.raises(DataError, match="cannot be read as weights only"):
         hf_to_megatron(pickled, tmp_path / "ckpt", options=ALLOWED)
     assert not (tmp_path / "harmed").exists()
 
@@ -69,7 +69,7 @@ def test_code_is_not_run(pickled, tmp_path, monkeypatch):
 def test_a_cut_pickle_is_named(pickled, tmp_path):
     path = pickled / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:-3000])
-    with pytest.raises(DataError, match=r"pytorch_model\.bin cannot be read as weights alone"):
+    with pytest.raises(DataError, match=r"pytorch_model\.bin cannot be read as weights only"):
         hf_to_megatron(pickled, tmp_path / "ckpt", options=ALLOWED)
 
 

@@ -40,7 +40,7 @@ def fill(folder, chunk: Chunk) -> None:
         (
             "mtp.layers.0.weight",
             64,
-            "build a model with mtp.layers.0.weight, which .* has nothing for",
+            "build a model with mtp.layers.0.weight, which .* does not contain",
         ),
         (NORM, 63, r"build decoder.final_layernorm.weight as \[63\], and .* holds \[64\]"),
     ],

@@ -47,6 +47,8 @@ def test_the_main_copy_where_fp8_rounded(fp8, wanted, prefix, words, tmp_path):
 
 def test_no_main_copy(tmp_path):
     write(tmp_path, fp8=True, main=False)
-    with pytest.raises(ConfigError, match=r"rounded to FP8.* --weights model takes what is there"):
+    with pytest.raises(
+        ConfigError, match=r"rounded to FP8.* --weights model uses those that are there"
+    ):
         choose_weights(tmp_path, "auto")
     assert choose_weights(tmp_path / "no-torch-dist", "auto") == ("", "")

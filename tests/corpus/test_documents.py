@@ -94,7 +94,7 @@ def test_meta_kept_as_json_text_is_read():
         (b'{"text": "a\x00b", "source": "s"}', r"is not JSON"),
         (b'{"text": "\\ud800", "source": "s"}', r"is not JSON"),
         (b"\x00" * 20, r"is not JSON"),
-        (b'["text"]', r"has no text string at 'text' \(it is no object\)"),
+        (b'["text"]', r"has no text string at 'text' \(it is not an object\)"),
         (b'{"meta": {"redpajama_set_name": "x"}}', r"has no text .* keys are meta"),
         (b'{"text": null, "meta": {}}', r"has no text .*--text-key"),
         (b'{"text": "x", "meta": {}}', r"has no source .*--source-key"),

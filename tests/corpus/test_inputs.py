@@ -15,7 +15,7 @@ def test_missing_wrong_empty_and_repeated_inputs(tmp_path, write_jsonl):
     with pytest.raises(DataError, match=r"nowhere does not exist"):
         find_inputs([tmp_path / "nowhere"])
     (tmp_path / "a.txt").write_text("x", encoding="utf-8")
-    with pytest.raises(DataError, match=r"a\.txt has a suffix that is not read; use \.jsonl"):
+    with pytest.raises(DataError, match=r"a\.txt has an unsupported suffix; use \.jsonl"):
         find_inputs([tmp_path / "a.txt"])
     with pytest.raises(DataError, match="holds no corpus file"):
         find_inputs([tmp_path])

@@ -91,7 +91,7 @@ def test_empty_dataset(tmp_path):
         (idx_path, lambda content: content[:9] + b"\2" + content[10:], "has version 2"),
         (idx_path, lambda content: content[:17] + b"\6" + content[18:], "token type 6"),
         (idx_path, lambda content: content[:-1], "is cut off"),
-        (bin_path, lambda content: content[:-2], "18 bytes where .* tells of 20"),
+        (bin_path, lambda content: content[:-2], "18 bytes, but .* describes 20"),
         (bin_path, lambda content: None, "does not exist"),
     ],
 )

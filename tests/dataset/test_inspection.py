@@ -164,10 +164,10 @@ def test_damaged_bytes_are_found_by_hash(damaged):
 def test_another_tokenizer_is_found(damaged, json_vocabulary):
     manifest = read_manifest(damaged)
     (damaged / "tokenizer" / "tokenizer.model").write_bytes(json_vocabulary)
-    with pytest.raises(DataError, match=r"tokenizer\.model has .* its manifest tells of"):
+    with pytest.raises(DataError, match=r"tokenizer\.model has .* its manifest says"):
         list(verify_dataset(damaged))
     write_manifest(damaged, dataclasses.replace(manifest, tokenizer_files={}))  # earlier versions
-    with pytest.raises(DataError, match="is another vocabulary than the manifest's"):
+    with pytest.raises(DataError, match="is not the vocabulary of the manifest"):
         list(verify_dataset(damaged))
 
 
@@ -263,7 +263,7 @@ def test_figure_draws_shares_of_all_tokens(dataset):
 def test_tool_shows_documents_windows_and_report(dataset, tmp_path):
     shown = run_tool("inspect_dataset", dataset, "--verify", "--report", tmp_path / "report")
     assert shown.returncode == 0, shown.stderr
-    assert "every index fits its tokens" in shown.stdout
+    assert "every index matches its tokens" in shown.stdout
     assert (tmp_path / "report" / "index.html").is_file()
     again = run_tool("inspect_dataset", dataset, "--report", tmp_path / "report")
     assert again.returncode == 2

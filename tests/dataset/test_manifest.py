@@ -42,7 +42,7 @@ def test_reading_gives_what_was_written(dataset):
 
 
 def test_absent_and_damaged_manifests(dataset, tmp_path):
-    with pytest.raises(DataError, match=r"is no dataset: it has no manifest\.json"):
+    with pytest.raises(DataError, match=r"is not a dataset: it has no manifest\.json"):
         read_manifest(tmp_path)
     for content in ("", "{", "[]", "{}", '{"format_version": 1, "fingerprint": ""}'):
         (dataset / "manifest.json").write_text(content, "utf-8")
@@ -56,7 +56,7 @@ def test_absent_and_damaged_manifests(dataset, tmp_path):
 
 def test_edited_manifest_and_other_version(dataset):
     change(dataset, lambda content: content["train"].update(num_tokens=1))
-    with pytest.raises(DataError, match="was changed after it was made"):
+    with pytest.raises(DataError, match="was changed after it was written"):
         read_manifest(dataset)
     change(dataset, lambda content: content.update(format_version=9))
     with pytest.raises(DataError, match="format version 9; this program reads 1"):

@@ -142,7 +142,7 @@ def test_finished_steps_are_skipped(record, tmp_path):
 def test_missing_variable_is_named(tmp_path):
     result = run(tmp_path, MODEL="model", CORPUS="corpus", BOOK="book.txt", WORK="")
     assert result.returncode != 0
-    assert "WORK: set it to the folder for everything that is made" in result.stderr
+    assert "WORK: set it to the folder for all output" in result.stderr
 
 
 def test_it_stays_short():

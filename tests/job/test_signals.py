@@ -102,6 +102,6 @@ def test_a_second_ctrl_c_ends_a_rank_in_a_step_that_never_ends(jobs, tmp_path):
     wait_until(presses_until_it_ends)
     job = jobs.wait()
     assert job.statuses == [130], job.text[-2000:]
-    assert job.text.count("interrupted: saves after this step and leaves") == 1
-    assert "interrupted twice: left at once" in job.text
+    assert job.text.count("interrupted: saving after this step, then exiting") == 1
+    assert "interrupted twice: exiting at once" in job.text
     assert "Traceback" not in job.text

@@ -30,7 +30,7 @@ def test_a_rank_that_hangs_ends_the_job(native, jobs, tmp_path):
     assert "train_step" in stacks[0]  # waits in a collective
     assert "in loss_function" not in stacks[0]
     assert re.search(
-        r"rank \d has (given no sign of life|heard nothing).*--hang-timeout 4 s", job.text
+        r"rank \d has (sent no heartbeat|received no heartbeat).*--hang-timeout 4 s", job.text
     )
     assert "iteration        2/       6" in job.text
     assert took < 90
@@ -142,7 +142,7 @@ def test_signs_of_life(timeout_s, beats, then, status):
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == status
     assert ("most recent call first" in result.stderr) is (then == "hang")
-    assert ("rank 3 has given no sign of life" in result.stderr) is (then == "hang")
+    assert ("rank 3 has sent no heartbeat" in result.stderr) is (then == "hang")
 
 
 FIRST_STEP = """
@@ -165,4 +165,4 @@ def test_every_micro_batch_of_the_first_step_may_take_longer():
     command = [sys.executable, "-c", FIRST_STEP]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert (result.returncode, result.stdout) == (1, "first step done\n")
-    assert "rank 3 has given no sign of life" in result.stderr
+    assert "rank 3 has sent no heartbeat" in result.stderr

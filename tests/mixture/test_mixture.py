@@ -32,10 +32,10 @@ def upsample(**shares):
         ({"source_shares": "slim"}, "--source-shares slim: use natural, slimpajama"),
         ({"missing_sources": "skip"}, "missing_sources is 'skip'"),
         ({"long_token_share": 1.0}, r"--long-token-share 1\.0 is not between 0 and 1"),
-        ({"long_token_share": 0.7, "strategy": "cut"}, "no use with --strategy cut"),
-        ({"strategy": "global", "source_shares": "slimpajama"}, "--source-shares has no use"),
+        ({"long_token_share": 0.7, "strategy": "cut"}, "no effect with --strategy cut"),
+        ({"strategy": "global", "source_shares": "slimpajama"}, "--source-shares has no effect"),
         ({"strategy": "upsample-sources"}, "needs shares"),
-        ({"upsampled_shares": {"Book": 0.5}}, "no other strategy takes them"),
+        ({"upsampled_shares": {"Book": 0.5}}, "no other strategy accepts them"),
         (
             {"strategy": "upsample-sources", "upsampled_shares": {"Book": 0.7, "C4": 0.6}},
             r"Book=0\.7 C4=0\.6: .* together they are at most 1",

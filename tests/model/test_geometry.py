@@ -202,5 +202,5 @@ def test_a_folder_of_checkpoints_is_named(tmp_path: Path) -> None:
 
 def test_a_file_of_weights_is_no_config(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"is not JSON: .*; give the folder that it lies in"):
+    with pytest.raises(ConfigError, match=r"is not JSON: .*; give the folder that contains it"):
         geometry_from_hf(tmp_path / "model.safetensors")

@@ -211,7 +211,7 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
         ),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": YARN},
-            "two RoPE methods; keep the one that is meant and remove the other",
+            "two RoPE methods; keep the one that is intended and remove the other",
         ),
         (
             {"rope_theta": 1e6, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
@@ -220,7 +220,7 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
         (
             {"original_max_position_embeddings": 2048, "rope_scaling": YARN},
             "original_max_position_embeddings is 2048 and rope_scaling.original_max_position_embeddings is "
-            "1024; transformers 5 takes the former and 4 the latter: keep the right one",
+            "1024; transformers 5 uses the former and 4 the latter: keep the right one",
         ),
         (
             {"rope_scaling": {**YARN, "rope_type": "linear"}},

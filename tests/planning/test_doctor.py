@@ -87,7 +87,10 @@ def test_disk_is_compared_with_checkpoints(free, recipe, state, monkeypatch, tmp
     assert found.value == f"{free / 1e9:.0f} GB at {tmp_path}" if free > 9e9 else True
     if recipe != "llama2_7b_80k":
         assert "8.0B parameters with optimizer: 112 GB a checkpoint" in found.remedy
-        assert "4 of them lie there at once with the launch script's --keep-last 3" in found.remedy
+        assert (
+            "4 of them exist at the same time with the launch script's --keep-last 3"
+            in found.remedy
+        )
 
 
 def test_the_launch_script_keeps_as_many_as_the_doctor_counts():

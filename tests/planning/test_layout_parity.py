@@ -81,7 +81,7 @@ def test_one_wrong_token_and_a_wrong_norm_are_seen():
 def test_other_tokens_are_refused():
     other = made()
     shorter = {name: values[1:] for name, values in other.tokens.items()}
-    with pytest.raises(ConfigError, match="trained on other tokens \\(383 and 384"):
+    with pytest.raises(ConfigError, match="trained on different tokens \\(383 and 384"):
         compare(replace(other, tokens=shorter), made())
 
 

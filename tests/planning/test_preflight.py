@@ -1,4 +1,4 @@
-"""What a run takes against what a machine has: told before training, with figures and what would fit."""
+"""The resources that a run needs against those of a machine: told before training, with figures and a fit."""
 
 import os
 import subprocess

@@ -93,7 +93,7 @@ def test_errors_are_one_paragraph_and_status_2(changes, message, words, tmp_path
 def test_inspect_refuses_what_is_no_dataset(tmp_path):
     result = run_tool("inspect_dataset", "--dataset", tmp_path)
     assert result.returncode == 2
-    assert "is no dataset" in result.stderr
+    assert "is not a dataset" in result.stderr
 
 
 def manifest_of(words):

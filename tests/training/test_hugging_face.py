@@ -139,5 +139,5 @@ def test_damaged_weights_are_seen_before_training(hf_model, tiny_dataset, tmp_pa
     damaged = Path(shutil.copytree(hf_model, tmp_path / "damaged"))
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(DataError, match="is not a whole safetensors file"):
+    with pytest.raises(DataError, match="is not a complete safetensors file"):
         parse("--hf-checkpoint", damaged, "--dataset", tiny_dataset)

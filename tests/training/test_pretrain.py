@@ -125,7 +125,7 @@ def test_model_comes_from_the_checkpoint_folder(tiny_dataset, tmp_path):
         (["--hf-config", "/nowhere"], 1, "/nowhere"),
         (["--data-path", "x"], 1, "--dataset and --data-path"),
         (["--reset-attention-mask"], 1, "--reset-attention-mask"),
-        (["--yaml-cfg", "x.yaml"], 1, "--yaml-cfg would take the place of all other flags"),
+        (["--yaml-cfg", "x.yaml"], 1, "--yaml-cfg would replace all other flags"),
         (["--inprocess-restart"], 1, "--inprocess-restart is not supported"),
     ],
 )

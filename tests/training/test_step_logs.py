@@ -37,7 +37,7 @@ def test_lines_of_the_loss_log_follow_later(tmp_path, monkeypatch, caplog):
     messages = [record.message for record in caplog.records]
     assert len(messages) == 2
     assert "No space left on device" in messages[0]
-    assert "is written again, whole" in messages[1]
+    assert "is written again, complete" in messages[1]
 
 
 def test_only_one_rank_writes_the_loss_log(tmp_path):

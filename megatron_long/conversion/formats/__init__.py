@@ -1,1 +1,1 @@
-"""The files that models come in: safetensors, pickles, GGUF."""
+"""File formats of models: safetensors, pickles, GGUF."""

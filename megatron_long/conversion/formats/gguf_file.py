@@ -1,7 +1,7 @@
 """GGUF files (llama.cpp) as a source of weights: the model's configuration, and tensors dequantized.
 
-Two things are undone: llama.cpp turns the rows of q and k of a Llama into its interleaved RoPE order, and
-names the tensors its own way. What a file cannot give back is said by `losses`.
+Two things are undone: llama.cpp permutes the rows of q and k of a Llama to its interleaved RoPE order, and
+uses its own tensor names. `losses` lists what a file has lost.
 
 Source: gguf 0.19; `convert_hf_to_gguf.py` of llama.cpp, `LlamaModel.permute` and its RoPE factors.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".gguf"
 _ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2"}
-"""GGUF's name of an architecture, and the family that its files stand for; Mistral is called llama."""
+"""GGUF's name of an architecture, and the family that its files contain; Mistral is called llama."""
 
 _PERMUTED = ("llama",)
 """Architectures whose q and k llama.cpp reorders."""
@@ -49,7 +49,7 @@ def open_gguf(path: Path) -> Any:
     """Map a GGUF file and read its header.
 
     Raises: ConfigError: the gguf package is missing, or the file is.
-        DataError: the file is damaged or cut short.
+        DataError: the file is damaged or truncated.
     """
     try:
         import gguf
@@ -61,19 +61,21 @@ def open_gguf(path: Path) -> Any:
         raise ConfigError(f"{path} does not exist; give a GGUF file")
     try:
         return gguf.GGUFReader(path)
-    except Exception as error:  # short or foreign bytes raise nearly anything in its parser
+    except (
+        Exception
+    ) as error:  # truncated or foreign bytes raise nearly any exception in its parser
         raise DataError(
-            f"{path} is not a whole GGUF file ({type(error).__name__}: {error}); download it again"
+            f"{path} is not a complete GGUF file ({type(error).__name__}: {error}); download it again"
         ) from error
 
 
 def metadata(reader: Any) -> dict[str, Any]:
-    """Give the key-value pairs of a file's header."""
+    """Return the key-value pairs of a file's header."""
     return {key: field.contents() for key, field in reader.fields.items()}
 
 
 def read_gguf_config(path: Path) -> dict[str, Any]:
-    """Give the Hugging Face configuration that a GGUF file's header describes.
+    """Return the Hugging Face configuration that a GGUF file's header describes.
 
     Raises: ConfigError: another architecture, or a RoPE that the header does not explain.
         DataError: the file is damaged, or a value is missing.
@@ -165,14 +167,14 @@ def _llama3_scaling(path: Path, divisors: Any, config: dict[str, Any]) -> dict[s
 
 
 def rope_without_scaling(base: float, head_size: int) -> Any:
-    """Give the frequencies of plain RoPE [d/2]."""
+    """Return the frequencies of plain RoPE [d/2]."""
     from megatron_long.model.rope import PLAIN_ROPE
 
     return PLAIN_ROPE.inverse_frequencies(base, head_size).numpy()
 
 
 def _dequantize(tensor: Any, rows: Any = None) -> Any:
-    """Give a tensor, or rows of it, in float32."""
+    """Return a tensor, or rows of it, in float32."""
     import gguf
     import numpy as np
 
@@ -201,19 +203,19 @@ class GgufWeights(Weights):
         }
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Give the shape of a tensor; GGUF counts its axes from the last."""
+        """Return the shape of a tensor; GGUF counts its axes from the last."""
         return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
     def stored_dtype(self, name: str) -> str:
-        """Give the type that `read` gives: every stored type has its values in float32."""
+        """Return the type that `read` returns: float32, which holds the values of every stored type."""
         return "F32"
 
     def read(self, name: str) -> Tensor:
-        """Give a tensor, dequantized."""
+        """Return a tensor, dequantized."""
         return self.read_slice(name, slice(None), None)
 
     def read_slice(self, name: str, rows: slice, columns: slice | None) -> Tensor:
-        """Give a part of a tensor; only its rows are dequantized."""
+        """Return a part of a tensor; only its rows are dequantized."""
         import torch
 
         tensor = self._tensors[name]
@@ -226,14 +228,14 @@ class GgufWeights(Weights):
 
 
 def _unpermuted(num_rows: int, heads: int) -> Any:
-    """The row of the file that each Hugging Face row lies in: pairs (i, i + d/2) lie side by side."""
+    """The row of the file that holds each Hugging Face row: pairs (i, i + d/2) are adjacent."""
     import numpy as np
 
     return np.arange(num_rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
 def _hf_name(name: str) -> str:
-    """Give Hugging Face's name; what has none keeps its own, and is refused later as left over.
+    """Return Hugging Face's name; a tensor without one keeps its own, and is later refused as unexpected.
 
     >>> _hf_name("blk.3.attn_q.bias"), _hf_name("token_embd.weight")
     ('model.layers.3.self_attn.q_proj.bias', 'model.embed_tokens.weight')
@@ -245,7 +247,7 @@ def _hf_name(name: str) -> str:
 
 
 def losses(path: Path) -> list[str]:
-    """Say in sentences what a GGUF file does not give back of the model that it was made from."""
+    """Describe in sentences what a GGUF file has lost of the original model."""
     reader = open_gguf(path)
     exact = {"F32", "F16", "BF16"}
     kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors)
@@ -254,16 +256,16 @@ def losses(path: Path) -> list[str]:
     if rounded:
         counts = ", ".join(f"{count} tensors {kind}" for kind, count in rounded.items())
         said.append(
-            f"weights were rounded when the file was made ({counts}); the originals do not come back"
+            f"weights were rounded when the file was made ({counts}); the original values are lost"
         )
     said.append("generation settings and initializer_range are not in a GGUF file")
     return said + _lost_window(metadata(reader))
 
 
 def _lost_window(values: Mapping[str, Any]) -> list[str]:
-    """Say that a sliding window is not computed, of a file that has one or whose model may have had one.
+    """Report a sliding window that is not computed, if the file has one or its model may have had one.
 
-    llama.cpp calls Mistral's architecture `llama` too, so that only the names tell.
+    llama.cpp calls Mistral's architecture `llama` too, so only the names distinguish them.
     """
     window = values.get(f"{values['general.architecture']}.attention.sliding_window")
     if window:

@@ -1,7 +1,7 @@
 """A Hugging Face tokenizer from a GGUF file's header.
 
-The header holds the vocabulary, the merges or scores, and a name for the rule that cuts text into words;
-the rules are those that the models' own `tokenizer.json` files have, by that name.
+The header holds the vocabulary, the merges or scores, and the name of a pre-tokenization rule;
+the rules are those of the models' own `tokenizer.json` files.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _RULES: dict[str, dict[str, Any]] = {
     "smollm": {"cuts_digits": True},
     "gpt-2": {},
 }
-"""How byte-level BPE cuts text, by `tokenizer.ggml.pre`."""
+"""Pre-tokenization rules of byte-level BPE, by `tokenizer.ggml.pre`."""
 
 _CONTROL, _USER_DEFINED = 3, 4
-"""Values of `tokenizer.ggml.token_type` for tokens that no merge makes."""
+"""Values of `tokenizer.ggml.token_type` for tokens that no merge produces."""
 
 
 def write_tokenizer(path: Path, folder: Path) -> list[str]:
@@ -34,9 +34,9 @@ def write_tokenizer(path: Path, folder: Path) -> list[str]:
 
     Args:
         path: The GGUF file.
-        folder: Where to; made if missing.
+        folder: Where to write; created if missing.
     Returns: Names of the files; none if the file holds no tokenizer.
-    Raises: ConfigError: a kind of tokenizer, or a rule for words, that is not known.
+    Raises: ConfigError: unknown kind of tokenizer, or unknown pre-tokenization rule.
     """
     values = metadata(open_gguf(path))
     kind = values.get("tokenizer.ggml.model")
@@ -66,7 +66,7 @@ def _byte_level(path: Path, values: Mapping[str, Any]) -> Any:
     pre = str(values.get("tokenizer.ggml.pre"))
     if pre not in _RULES:
         raise ConfigError(
-            f"{path}: text is cut by the rule {pre!r}, which is not known; known: {', '.join(_RULES)}: "
+            f"{path}: unknown pre-tokenization rule {pre!r}; known: {', '.join(_RULES)}: "
             "give the model's Hugging Face folder"
         )
     rule = _RULES[pre]
@@ -104,7 +104,7 @@ def _byte_level(path: Path, values: Mapping[str, Any]) -> Any:
 
 
 def _sentencepiece(values: Mapping[str, Any]) -> bytes:
-    """Put a SentencePiece model together again; its types of pieces are GGUF's types of tokens."""
+    """Rebuild a SentencePiece model; its piece types are GGUF's token types."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()

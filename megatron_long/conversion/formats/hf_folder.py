@@ -26,7 +26,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 class HfWeights(Weights):
-    """The tensors of a folder; each is read when asked for."""
+    """The tensors of a folder; each is read on request."""
 
     def __init__(self, folder: Path) -> None:
         """Open every file and read its header.
@@ -52,7 +52,7 @@ class HfWeights(Weights):
             opened = self._stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise DataError(
-                f"{path} is not a whole safetensors file ({error}); download it again"
+                f"{path} is not a complete safetensors file ({error}); download it again"
             ) from error
         held = list(opened.keys())
         for name in names or held:
@@ -65,24 +65,24 @@ class HfWeights(Weights):
         self._tensors.update(find_tensors(path, names or held))
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         super().close()
         self._stack.close()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Give the shape of a tensor from its file's header."""
+        """Return the shape of a tensor from its file's header."""
         return self._tensors[name].shape
 
     def stored_dtype(self, name: str) -> str:
-        """Give safetensors' name of the type in which a tensor is stored, such as `BF16`."""
+        """Return safetensors' name of the type in which a tensor is stored, such as `BF16`."""
         return self._tensors[name].stored_dtype
 
     def read(self, name: str) -> Tensor:
-        """Give a whole tensor."""
+        """Return a whole tensor."""
         return self._tensors[name].tensor()
 
     def read_slice(self, name: str, rows: slice, columns: slice | None) -> Tensor:
-        """Give a part of a tensor; `columns` is None for a vector."""
+        """Return a part of a tensor; `columns` is None for a vector."""
         held = self._files[name].get_slice(name)
         return held[rows] if columns is None else held[rows, columns]
 
@@ -90,14 +90,14 @@ class HfWeights(Weights):
 def weight_files(
     folder: Path, single: str = SINGLE_FILE, index_name: str = INDEX_FILE
 ) -> dict[Path, list[str] | None]:
-    """Give the files of a folder's weights, each with the names that the index puts there.
+    """Return the files of a folder's weights, each with the names that the index puts there.
 
     Args:
         folder: The model's folder.
-        single: Name of the file of a model that lies in one.
-        index_name: Name of the index of a model that lies in several.
+        single: Name of the file of a model in one file.
+        index_name: Name of the index of a model in several files.
     Raises: ConfigError: neither is there.
-        DataError: the index is damaged, or names a file that is not there.
+        DataError: the index is damaged, or names a missing file.
     """
     index = folder / index_name
     if index.is_file():
@@ -122,7 +122,7 @@ def _indexed_files(index: Path) -> dict[Path, list[str] | None]:
     for file, name in entries:
         path = index.parent / file
         if not path.is_file():
-            raise DataError(f"{index} names {file}, which is not there; download that file")
+            raise DataError(f"{index} names {file}, which is missing; download that file")
         names = files.setdefault(path, [])
         assert names is not None
         names.append(name)
@@ -130,7 +130,7 @@ def _indexed_files(index: Path) -> dict[Path, list[str] | None]:
 
 
 def plan_shards(sizes_bytes: Sequence[int], max_shard_bytes: int) -> list[list[int]]:
-    """Put pieces, in their order, into as few shards as the limit allows.
+    """Distribute pieces, in their order, over as few shards as the limit allows.
 
     A piece above the limit gets a shard of its own.
 
@@ -172,7 +172,7 @@ def write_weights(
         folder: An existing folder.
         shards: What each file holds.
         tensors: All of it, by name, in that order; consumed as it is written.
-    Raises: DataError: the disk refuses.
+    Raises: DataError: writing fails.
     """
     weight_map: dict[str, str] = {}
     for number, planned in enumerate(shards, start=1):
@@ -227,14 +227,14 @@ def write_config(
 
     Args:
         path: The file.
-        original: The configuration that the model came with; what training does not change is kept.
+        original: The model's original configuration; what training does not change is kept.
         geometry: The trained model's.
         stored: The type of the tensors.
     """
     dtype_name = str(stored).removeprefix("torch.")
     kept = {key: value for key, value in original.items() if key != ORIGINAL_LENGTH}
     config = {
-        **kept,  # transformers 5 would take the original length out here over that of the trained RoPE
+        **kept,  # transformers 5 would prefer a top-level original length to that of the trained RoPE
         **geometry.to_hf_rope(),
         "dtype": dtype_name,
         "torch_dtype": dtype_name,

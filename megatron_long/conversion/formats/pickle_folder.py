@@ -29,7 +29,7 @@ class PickleWeights(Weights):
         """Open every file.
 
         Raises: ConfigError: there are no pickles in it.
-            DataError: a file is missing, damaged, or holds what is no tensor.
+            DataError: a file is missing, damaged, or holds values that are not tensors.
         """
         self.location = folder
         self._tensors = {}
@@ -41,10 +41,10 @@ class PickleWeights(Weights):
 
         try:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # a damaged or hostile pickle raises anything
+        except Exception as error:  # a damaged or hostile pickle can raise any exception
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
-                f"{path} cannot be read as weights alone ({first_line}); it is damaged, in torch's old "
+                f"{path} cannot be read as weights only ({first_line}); it is damaged, in torch's old "
                 "format, or holds more than tensors: use the model's safetensors files"
             ) from error
         if not isinstance(held, dict):
@@ -55,21 +55,21 @@ class PickleWeights(Weights):
             self._tensors[name] = held[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Give the shape of a tensor."""
+        """Return the shape of a tensor."""
         return tuple(self._tensors[name].shape)
 
     def stored_dtype(self, name: str) -> str:
-        """Give safetensors' name of a tensor's type, or torch's where there is none."""
+        """Return safetensors' name of a tensor's type, or torch's if it has none."""
         stored = str(self._tensors[name].dtype)
         return STORED_NAMES.get(stored.removeprefix("torch."), stored)
 
     def read(self, name: str) -> Tensor:
-        """Give a copy of a tensor."""
+        """Return a copy of a tensor."""
         import torch
 
         return self._tensors[name].clone(memory_format=torch.contiguous_format)
 
     def read_slice(self, name: str, rows: slice, columns: slice | None) -> Tensor:
-        """Give a part of a tensor; `columns` is None for a vector."""
+        """Return a part of a tensor; `columns` is None for a vector."""
         held = self._tensors[name]
         return (held[rows] if columns is None else held[rows, columns]).contiguous()

@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face folder (safetensors, or pickles on request) or a GGUF file."""
+"""Sources of a model: a Hugging Face folder (safetensors, or pickles on request) or a GGUF file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Give the Hugging Face configuration of a model folder, a `config.json` or a GGUF file.
+    """Return the Hugging Face configuration of a model folder, a `config.json` or a GGUF file.
 
     Raises: ConfigError, DataError: it is missing, broken, or not of a known family.
     """
@@ -30,7 +30,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_source_geometry(path: Path) -> LlamaGeometry:
-    """Give the shape of the model that `read_config` describes."""
+    """Return the shape of the model that `read_config` describes."""
     name = path / CONFIG_NAME if path.is_dir() else path
     return geometry_from_config(read_config(path), name=str(name))
 
@@ -86,5 +86,5 @@ def copy_generation_config(path: Path, target: Path) -> None:
 
 
 def losses(path: Path) -> list[str]:
-    """Say what the source does not give back of the original model."""
+    """Describe what the source has lost of the original model."""
     return gguf_file.losses(path) if is_gguf(path) else []

@@ -1,4 +1,4 @@
-"""What every source of weights offers, whatever file it lies in."""
+"""The interface of every source of weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 class Weights(ABC):
-    """Named tensors under Hugging Face's names and in its layout, each read when asked for."""
+    """Tensors with Hugging Face's names and layout, each read on request."""
 
     location: Path
     """File or folder, for messages."""
     _tensors: dict[str, Any]
-    """Each tensor, or where it lies, by name."""
+    """Each tensor, or where it is stored, by name."""
 
     @property
     def names(self) -> list[str]:
@@ -25,22 +25,22 @@ class Weights(ABC):
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """Give the shape of a tensor without reading it."""
+        """Return the shape of a tensor without reading it."""
 
     @abstractmethod
     def stored_dtype(self, name: str) -> str:
-        """Give safetensors' name of the type in which `read` gives a tensor, such as `BF16`."""
+        """Return safetensors' name of the type in which `read` gives a tensor, such as `BF16`."""
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """Give a whole tensor."""
+        """Return a whole tensor."""
 
     @abstractmethod
     def read_slice(self, name: str, rows: slice, columns: slice | None) -> Tensor:
-        """Give a part of a tensor; `columns` is None for a vector."""
+        """Return a part of a tensor; `columns` is None for a vector."""
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._tensors.clear()
 
     def __enter__(self) -> Self:

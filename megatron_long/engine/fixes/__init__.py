@@ -1,1 +1,1 @@
-"""One file for each fault of Megatron that is repaired here: what, in which version, and when it can go."""
+"""One file for each fix of Megatron: what is wrong, in which version, and when it can be removed."""

@@ -2,7 +2,7 @@
 
 Upstream: megatron-core 0.19.2, loading asserts on optimizer state that does not exist yet, copies in place
 into views of leaf parameters, restores a stale `step`, and misses `step` in fully reshardable checkpoints.
-Can go when `tests/training/test_exact_resume.py` passes without it on a machine without Transformer Engine.
+Remove when `tests/training/test_exact_resume.py` passes without it on a machine without Transformer Engine.
 """
 
 import importlib
@@ -16,11 +16,11 @@ CHANGED_SYMBOLS = {
         "DistributedOptimizer._set_main_param_and_optimizer_states",
     ),
 }
-"""What is replaced where Adam is torch's own, by module."""
+"""Symbols replaced if Adam is torch's own, by module."""
 
 
 def fix_torch_adamw_resume() -> None:
-    """Replace the three methods; does nothing where Transformer Engine or Apex is."""
+    """Replace the three methods; does nothing with Transformer Engine or Apex."""
     module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     if module.HAVE_APEX_OR_TE:
         return

@@ -1,8 +1,8 @@
-"""Each line of Megatron's log holds the steps since the line before.
+"""Each line of Megatron's log covers the steps since the previous line.
 
-Upstream: megatron-core 0.19.2, `training_log` logs the first step of a start and keeps it in the mean that it
-logs next: with `--log-interval 1` the second loss would be that of two steps.
-Can go when `training_log` resets its sums after the first line as after the others.
+Upstream: megatron-core 0.19.2, `training_log` logs the first step of a start and also counts it in the next
+mean; with `--log-interval 1` the second loss would be that of two steps.
+Remove when `training_log` resets its sums after the first line as after the others.
 """
 
 import functools
@@ -11,11 +11,11 @@ import inspect
 from typing import Any
 
 CHANGED_SYMBOLS = {"megatron.training.training": ("training_log",)}
-"""What is replaced, by module."""
+"""Symbols replaced, by module."""
 
 
 def log_each_step_once() -> None:
-    """Where the first step ends an interval, log it as the end of one."""
+    """If the first step ends an interval, log it as the end of one."""
     from megatron.training.global_vars import get_args
 
     training: Any = importlib.import_module("megatron.training.training")

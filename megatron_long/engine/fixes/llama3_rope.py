@@ -1,8 +1,8 @@
-"""RoPE of Llama 3.1 is scaled as the flags say.
+"""RoPE of Llama 3.1 is scaled according to the flags.
 
-Upstream: megatron-core 0.19.2, `RotaryEmbedding._apply_scaling` takes 8, 1, 4 and 8192 whatever they are, and
-there are flags for the first of them alone.
-Can go when it takes all four from the configuration, and flags give them.
+Upstream: megatron-core 0.19.2, `RotaryEmbedding._apply_scaling` uses 8, 1, 4 and 8192 regardless of the
+flags, and there is a flag only for the first.
+Remove when it takes all four from the configuration and has flags for them.
 """
 
 import importlib
@@ -15,12 +15,12 @@ CHANGED_SYMBOLS = {
         "RotaryEmbedding._apply_scaling",
     ),
 }
-"""What is replaced where RoPE is Llama 3.1's, by module."""
+"""Symbols replaced if RoPE is Llama 3.1's, by module."""
 
 
 @dataclass(kw_only=True)
 class Llama3RopeArguments:
-    """What Megatron has no flags for besides `--use-rope-scaling` and `--rope-scaling-factor`."""
+    """Parameters without a Megatron flag, in addition to `--use-rope-scaling` and `--rope-scaling-factor`."""
 
     rope_scaling_low_freq_factor: float = 1.0
     """low_freq_factor of --use-rope-scaling."""
@@ -33,7 +33,7 @@ class Llama3RopeArguments:
 
 
 def take_llama3_rope(rope: BaseRope) -> None:
-    """Let Megatron-Core scale RoPE so."""
+    """Make Megatron-Core scale RoPE with these values."""
     assert isinstance(rope, Llama3Rope)
     name = "megatron.core.models.common.embeddings.rotary_pos_embedding"
     embedding = importlib.import_module(name).RotaryEmbedding

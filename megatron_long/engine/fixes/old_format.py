@@ -1,8 +1,8 @@
 """Errors of checkpoints in Megatron's old format (`mp_rank_00/model_optim_rng.pt`), of other programs.
 
-Upstream: megatron-core 0.19.2, `_load_base_checkpoint` prints what is wrong with a file and leaves with
+Upstream: megatron-core 0.19.2, `_load_base_checkpoint` prints what is wrong with a file and exits with
 status 0.
-Can go when it raises, or when the old format is no longer read.
+Remove when it raises, or when the old format is no longer read.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ from megatron_long.errors import DataError
 from megatron_long.pickles import UnpicklingError
 
 CHANGED_SYMBOLS = {"megatron.training.checkpointing": ("_load_base_checkpoint",)}
-"""What is replaced while a checkpoint is loaded, by module."""
+"""Symbols replaced while a checkpoint is loaded, by module."""
 
 
 @contextlib.contextmanager
 def old_format_errors_raised() -> Iterator[None]:
-    """Raise what is wrong with a file of the old format."""
+    """Raise an error for a bad file of the old format."""
     from megatron.training import checkpointing
 
     stock = checkpointing._load_base_checkpoint

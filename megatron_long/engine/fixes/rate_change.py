@@ -4,9 +4,9 @@ Upstream: megatron-core 0.19.2 pairs the parameter groups of a checkpoint with t
 values of the schedule, among them `max_lr` and `min_lr`: with another `--lr` none is found (`KeyError` in the
 distributed optimizer, `ValueError: Could not find parameter group` in the others) before its own check of the
 schedule.
-Here the values of the schedule are made equal first; which of them count, and whether they may differ, is
-decided where Megatron decides it for a schedule: `OptimizerParamScheduler.load_state_dict`.
-Can go when groups are paired by what they hold.
+Here the values of the schedule are made equal first; which of them apply, and whether they may differ, is
+decided where Megatron does so for a schedule: `OptimizerParamScheduler.load_state_dict`.
+Remove when groups are paired by their content.
 """
 
 import functools
@@ -18,7 +18,7 @@ from typing import Any
 from megatron_long.errors import ConfigError
 
 SCHEDULE_KEYS = ("max_lr", "min_lr", "start_wd", "end_wd")
-"""Entries of a parameter group that say how its rate and decay move; others say what it holds."""
+"""Entries of a parameter group that define its schedule; the others define its content."""
 OPTIMIZERS = {
     "megatron.core.optimizer.distrib_optimizer": ("DistributedOptimizer",),
     "megatron.core.optimizer.optimizer": ("Float16OptimizerWithFloat16Params", "FP32Optimizer"),
@@ -28,7 +28,7 @@ CHANGED_SYMBOLS = {
     name: tuple(f"{kind}.load_state_dict" for kind in classes)
     for name, classes in OPTIMIZERS.items()
 }
-"""What is replaced, by module."""
+"""Symbols replaced, by module."""
 
 SCHEDULE_FLAGS = {
     "learning rate": "--lr",
@@ -41,17 +41,17 @@ SCHEDULE_FLAGS = {
     "total number of weight decay iterations": "windows in all (--train-iters * --global-batch-size)",
     "weight decay incr style": "--weight-decay-incr-style",
 }
-"""What the scheduler checks, in the words of the flags."""
+"""Values that the scheduler checks, and their flags."""
 MISMATCH = re.compile(
     r"OptimizerParamScheduler: class input value (.*) and checkpoint ?value (.*) for (.*) do not match"
 )
 
 SPENT = re.compile(r"no samples left to consume: (\d+), (\d+)")
-"""Megatron's words for a smaller batch, after which the steps that are left have been trained already."""
+"""Megatron's message after a smaller batch, if no steps are left."""
 
 
 def schedule_error(load: str, message: str) -> ConfigError | None:
-    """Give Megatron's refusal of another schedule in the words of the flags; None for another error.
+    """Return Megatron's refusal of another schedule in terms of flags; None for another error.
 
     >>> text = "OptimizerParamScheduler: class input value 8 and checkpointvalue 4 for learning rate"
     >>> str(schedule_error("out", text + " do not match"))[:71]
@@ -62,7 +62,7 @@ def schedule_error(load: str, message: str) -> ConfigError | None:
     if spent := SPENT.fullmatch(message):
         return ConfigError(
             f"--load {load} has read {spent[1]} windows already, and --train-iters * --global-batch-size "
-            f"asks for {spent[2]} in all: nothing would be left to train; raise --train-iters"
+            f"requests {spent[2]} in total: nothing would be left to train; raise --train-iters"
         )
     found = MISMATCH.fullmatch(message)
     if found is None:
@@ -70,16 +70,16 @@ def schedule_error(load: str, message: str) -> ConfigError | None:
     now, before, name = found.groups()
     return ConfigError(
         f"--load {load} was trained on another schedule: {SCHEDULE_FLAGS.get(name, name)} was {before}, and "
-        f"now it is {now}; give --override-opt-param-scheduler to go on with the new value, or "
+        f"now it is {now}; give --override-opt-param-scheduler to continue with the new value, or "
         "--use-checkpoint-opt-param-scheduler for the old one"
     )
 
 
 def let_rates_change(*, keep_saved: bool) -> None:
-    """Pair groups of any rate.
+    """Pair groups regardless of their learning rate.
 
     Args:
-        keep_saved: Whether the checkpoint's schedule is taken (`--use-checkpoint-opt-param-scheduler`), else
+        keep_saved: Whether to use the checkpoint's schedule (`--use-checkpoint-opt-param-scheduler`), else
             that of the flags.
     """
     for name, classes in OPTIMIZERS.items():
@@ -112,12 +112,12 @@ def saved_groups(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
 def align_groups(
     current: Iterable[dict[str, Any]], saved: Iterable[dict[str, Any]], *, keep_saved: bool
 ) -> None:
-    """Give paired groups the same values of `SCHEDULE_KEYS`, in place.
+    """Set the same values of `SCHEDULE_KEYS` in paired groups, in place.
 
-    Groups that are not told apart by anything else stay as they are.
+    Groups that differ in nothing else stay unchanged.
 
     Args:
-        keep_saved: Whether those of `saved` are taken.
+        keep_saved: Whether to use those of `saved`.
 
     >>> now = [{"wd_mult": 1.0, "max_lr": 1e-5}, {"wd_mult": 0.0, "max_lr": 1e-5}]
     >>> before = [{"wd_mult": 0.0, "max_lr": 2e-5}, {"wd_mult": 1.0, "max_lr": 2e-5}]

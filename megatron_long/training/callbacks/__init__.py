@@ -1,1 +1,1 @@
-"""What watches a run: each listens to the events of `engine.callback`; `pretrain.py` puts them in order."""
+"""Callbacks for the events of `engine.callback`; `pretrain.py` defines their order."""

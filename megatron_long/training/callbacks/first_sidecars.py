@@ -9,7 +9,7 @@ from megatron_long.training.start import Start, record_sidecars, unwritable
 
 
 class WriteSidecars(Callback):
-    """Writes and hashes them, on the first rank; all ranks fail where that fails.
+    """Writes and hashes them, on the first rank; all ranks fail if that fails.
 
     Args:
         save: `--save`; without it nothing is written.

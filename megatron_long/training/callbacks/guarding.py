@@ -1,4 +1,4 @@
-"""The step guard in the loop: it judges each step before the optimizer, and may end the run.
+"""The step guard in the loop: it checks each step before the optimizer, and may end the run.
 
 Shapes: d data-parallel ranks, m micro-batches of a step.
 """
@@ -30,13 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class GuardSteps(Callback):
-    """Lets faulty steps be left out; too many end the run with a checkpoint of before the last of them.
+    """Skips faulty steps; too many end the run with a checkpoint from before the last of them.
 
     Args:
         losses: Filled by the forward step.
         save: `--save`, in which `fault_0000012` is made; without it nothing is kept.
-        write_sidecars: Puts the files next to checkpoints into a folder: `--load` of it then meets the step
-            again.
+        write_sidecars: Puts the files next to checkpoints into a folder: `--load` of it repeats the step.
     """
 
     def __init__(
@@ -50,23 +49,23 @@ class GuardSteps(Callback):
         self.save, self.write_sidecars = save, write_sidecars
 
     def before_step(self, step: Step) -> None:
-        """Forget the losses of the step before."""
+        """Clear the losses of the previous step."""
         self.losses.clear()
 
     def after_backward(self, step: Step, gradients: Gradients) -> bool:
         """Whether the step is faulty."""
         losses = self.losses.reduce()
         if gradients.lowers_loss_scale and _finite(losses):
-            return False  # Megatron leaves the step out, and it is no fault
+            return False  # Megatron skips the step, and it is not a fault
         return self.guard.judge(step.iteration, losses, gradients.norm())
 
     def after_step(self, step: Step) -> End | None:
-        """End the run if the guard has said so."""
+        """End the run if the guard requires it."""
         if self.guard.stop_reason is None:
             return None
         folder = self.save / f"fault_{step.iteration:07d}" if self.save else None
         if self.guard.reports:
-            kept = f"; weights and optimizer of before it are saved in {folder}" if folder else ""
+            kept = f"; weights and optimizer from before it are saved in {folder}" if folder else ""
             logger.error("training ends at %s%s", self.guard.stop_reason, kept)
             if folder:
                 self.write_sidecars(folder)
@@ -74,13 +73,13 @@ class GuardSteps(Callback):
 
 
 class LossRecorder:
-    """Keeps the loss of each micro-batch of a step on the last pipeline stage, without waiting for it."""
+    """Stores the loss of each micro-batch of a step on the last pipeline stage, without synchronizing."""
 
     def __init__(self) -> None:
         self._reports: list[Tensor] = []
 
     def add(self, report: Tensor) -> None:
-        """Note (loss sum, tokens) [2] of this rank's shard of a micro-batch."""
+        """Record (loss sum, tokens) [2] of this rank's shard of a micro-batch."""
         self._reports.append(report)
 
     def clear(self) -> None:
@@ -90,7 +89,7 @@ class LossRecorder:
     def reduce(self) -> MicroLosses:
         """Add up the shards of all processes; a collective of the whole job.
 
-        Tensor-parallel ranks each count the whole loss: sums and counts are multiples alike.
+        Tensor-parallel ranks each count the whole loss: sums and counts have the same factor.
         """
         ranks, count = parallel_state.get_data_parallel_world_size(), get_num_microbatches()
         table = torch.zeros(ranks, count, 2, device=torch.cuda.current_device())
@@ -109,11 +108,11 @@ def _finite(losses: MicroLosses) -> bool:
 def make_guard(
     arguments: LongContextArguments, args: Namespace, start: Start, rank: int
 ) -> StepGuard:
-    """The judge of this run's steps, with the memory of the checkpoint it goes on from."""
+    """The guard of this run's steps, with the history from the checkpoint it resumes."""
 
     def windows(data_rank: int, index: int) -> Sequence[int]:
         if args.dataloader_type != "single":
-            return ()  # shuffled by Megatron's sampler, which keeps its order to itself
+            return ()  # shuffled by Megatron's sampler, which does not expose its order
         consumed, size = args.consumed_train_samples, args.micro_batch_size
         return batch_windows(consumed, size, args.data_parallel_size, data_rank, index)
 

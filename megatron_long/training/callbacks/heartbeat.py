@@ -1,17 +1,17 @@
-"""Signs of life for the watchdog, at the events; micro-batches give theirs by `StepSettings`."""
+"""Heartbeats for the watchdog, at the events; those of micro-batches come from `StepSettings`."""
 
 from megatron_long.engine.callback import Callback, End, Step
 from megatron_long.job.watchdog import LONG_PHASE, Watchdog
 
 
 class Heartbeat(Callback):
-    """Beats before and after what takes long, and stops the watchdog at the end."""
+    """Sends heartbeats before and after long phases, and stops the watchdog at the end."""
 
     def __init__(self, watchdog: Watchdog) -> None:
         self.watchdog = watchdog
 
     def after_step(self, step: Step) -> End | None:
-        """The first step, which compiles kernels, is over."""
+        """The first step, which compiles kernels, is done."""
         self.watchdog.end_step()
         return None
 
@@ -20,7 +20,7 @@ class Heartbeat(Callback):
         self.watchdog.beat(LONG_PHASE)
 
     def after_save(self, step: Step, is_saved: bool) -> None:
-        """So may what follows it: another try, or the end of the run."""
+        """So may what follows: a retry, or the end of the run."""
         self.watchdog.beat(LONG_PHASE)
 
     def before_settle(self) -> None:
@@ -32,5 +32,5 @@ class Heartbeat(Callback):
         self.watchdog.beat()
 
     def on_end(self) -> None:
-        """Nothing is to be watched any more."""
+        """Nothing is left to watch."""
         self.watchdog.stop()

@@ -27,25 +27,25 @@ class SaveClock:
     _since: float | None = None
 
     def is_due(self) -> bool:
-        """Whether the time is over on this process; asked after each step."""
+        """Whether the interval has passed on this process; called after each step."""
         if self._since is None:
             self.restart()
             return False
         return self.now() - self._since >= self.seconds
 
     def restart(self) -> None:
-        """Begin to count: something was saved, or has just failed to be and is tried again by itself."""
+        """Restart the count: a save was written, or has failed and is retried automatically."""
         self._since = self.now()
 
 
 class SaveByTime(Callback):
-    """Asks for a save in the step after which the time is over on any rank."""
+    """Requests a save in the step after which the interval has passed on any rank."""
 
     def __init__(self, clock: SaveClock, keeper: CheckpointKeeper, args: Namespace) -> None:
         self.clock, self.keeper, self.args = clock, keeper, args
 
     def wants_save(self, step: Step, leaves: bool) -> bool:
-        """Not while another is on its way, nor after the last step, which Megatron saves."""
+        """Not while another is being written, nor after the last step, which Megatron saves."""
         is_due = self.clock.is_due() and not self.keeper.in_flight
         if leaves or step.iteration >= self.args.train_iters or not self.args.save:
             return False

@@ -1,4 +1,4 @@
-"""What follows the figures of a step: the loss log, and the end of the start's silence."""
+"""Callbacks on the figures of a step: the loss log, and the end of suppressed startup output."""
 
 import json
 import logging
@@ -19,14 +19,14 @@ class EndStartLog(Callback):
         self.start_log = start_log
 
     def on_log(self, log: Log) -> None:
-        """The start is over."""
+        """The start is done."""
         self.start_log.end()
 
 
 class LossLog(Callback):
     """Appends the unrounded figures of each step to a JSON-lines file, from one rank.
 
-    Lines that cannot be written are kept, and follow as soon as there is room.
+    Lines that cannot be written are kept, and are written as soon as there is space.
     """
 
     def __init__(self, path: Path, writes: bool) -> None:
@@ -47,10 +47,10 @@ class LossLog(Callback):
         except OSError as error:
             if len(self.owed) == 1:
                 logger.error(
-                    "--loss-log %s could not be written (%s); training goes on, and its lines follow",
+                    "--loss-log %s could not be written (%s); training continues, and its lines follow",
                     *(self.path, words_of(error)),
                 )
         else:
             if len(self.owed) > 1:
-                logger.warning("--loss-log %s is written again, whole", self.path)
+                logger.warning("--loss-log %s is written again, complete", self.path)
             self.owed.clear()
