@@ -161,7 +161,7 @@ def test_a_signal_to_one_rank_before_the_first_step_ends_all(number, tmp_path):
         end_all(launcher)
     assert launcher.returncode == 0, told
     assert "Traceback" not in told
-    assert f"{number.name} came before the first step" in told
+    assert f"{number.name} received before the first step" in told
 
 
 def test_a_signal_before_the_first_step_is_not_lost_in_a_bare_except():
@@ -192,4 +192,4 @@ def test_a_signal_before_the_first_step_leaves_at_once(number):
     process.send_signal(number)
     assert process.wait(GRACE_S) == 0
     if number == signal.SIGUSR1:
-        assert "SIGUSR1 came before the first step" in process.stderr.read()
+        assert "SIGUSR1 received before the first step" in process.stderr.read()

@@ -62,5 +62,5 @@ def test_ranks_of_other_nodes_leave_too(state: str, tmp_path: Path):
         for launcher in launchers:
             end_all(launcher)
     assert [launcher.returncode for launcher in launchers] == [0, 0], told
-    assert "SIGTERM came before the first step" in told[0]
+    assert "SIGTERM received before the first step" in told[0]
     assert "Traceback" not in "".join(told)
