@@ -1,6 +1,7 @@
 """Shared by all command-line tools: user errors become one paragraph and exit status 2."""
 
 import argparse
+import errno
 import os
 import re
 import select
@@ -64,19 +65,32 @@ def run_tool(main: Callable[[], int | None], *, prints_result: bool = True) -> i
     try:
         return main() or 0
     except UserError as error:
-        paragraph = " ".join(f"error: {error}".split())
-        filled = textwrap.fill(paragraph, width=100, break_long_words=False, break_on_hyphens=False)
-        if _is_first_to_tell():
-            print(filled, file=sys.stderr)
-        return USER_ERROR_STATUS
+        return _tell(str(error))
+    except UnicodeEncodeError:
+        odd = [word for word in sys.argv if re.search("[\ud800-\udfff]", word)]
+        if not odd:
+            raise
+        return _tell(f"{odd[0]!a} has bytes that are not UTF-8; give another path")
     except BrokenPipeError:
         if not prints_result or not _nobody_reads_stdout():
             raise  # another pipe, such as that of a process that has died
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return _tell(f"{error.filename} is too long for a file's name; give a shorter path")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _tell(message: str) -> int:
+    paragraph = " ".join(f"error: {message}".split())
+    filled = textwrap.fill(paragraph, width=100, break_long_words=False, break_on_hyphens=False)
+    if _is_first_to_tell():
+        print(filled, file=sys.stderr)
+    return USER_ERROR_STATUS
 
 
 def _is_first_to_tell() -> bool:

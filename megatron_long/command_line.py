@@ -32,6 +32,7 @@ from megatron_long.flags.arguments import (
     check_rope,
     check_start_and_end,
     check_wandb,
+    check_words,
     choose_async_writer,
     choose_save_times,
 )
@@ -62,6 +63,7 @@ def parse(
     """
     from megatron_long.engine import megatron_adapter
 
+    check_words(user_argv)
     arguments, early = _parse_early(user_argv)
     check_paths(arguments)
     rendezvous.see_alike(partial(describe_view, (early.load, early.pretrained_checkpoint)))

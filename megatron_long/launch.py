@@ -123,9 +123,14 @@ def _hand_on(number: int, frame: FrameType | None) -> None:
     handed_on = 0
     for child in psutil.Process().children():
         try:
-            if "TORCHELASTIC_RUN_ID" in child.environ():  # a rank, not its monitor
+            environment = child.environ()  # empty while it starts another program, or ends
+            if not environment or "TORCHELASTIC_RUN_ID" in environment:  # a rank, no monitor of one
                 child.send_signal(signal.SIGKILL if is_second else told)
                 handed_on += 1
+        except psutil.ZombieProcess:
+            handed_on += (
+                1  # torchrun will see that it has ended; leaving now, other nodes wait for this one
+            )
         except psutil.Error:
             continue  # it has just ended
     if is_second:

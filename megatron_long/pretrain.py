@@ -33,6 +33,7 @@ from megatron_long.flags.arguments import LongContextArguments, check_export
 from megatron_long.flags.backend import detect_backend, join_or_start_job
 from megatron_long.job import rendezvous
 from megatron_long.job.hang_monitor import check_monitor_is_there
+from megatron_long.job.leaving import leave_together
 from megatron_long.job.side_output import keep_standard_streams
 from megatron_long.job.start_log import StartLog
 from megatron_long.job.watchdog import Watchdog
@@ -43,6 +44,7 @@ from megatron_long.training.callbacks.save_clock import SaveByTime, SaveClock
 from megatron_long.training.callbacks.step_logs import EndStartLog, LossLog
 from megatron_long.training.start import (
     Start,
+    check_loss_log,
     check_optimizer,
     check_save_again,
     check_writable,
@@ -94,7 +96,9 @@ def prepare(
     from megatron_long.engine import megatron_adapter
 
     megatron_adapter.check_version()
-    arguments, args = parse(user_argv, detect_backend(), join_or_start_job())
+    world_size = join_or_start_job()
+    leave_together(signals.leave_with_others)
+    arguments, args = parse(user_argv, detect_backend(), world_size)
     check_monitor_is_there(args)
     hold_save(args.save)
     return arguments, args, find_start(arguments, args)
@@ -114,7 +118,7 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
         if arguments.export_hf and not Path(arguments.export_hf).exists():
             _export(arguments, args)
         return 0
-    check_export(arguments.export_hf)
+    rendezvous.from_first(functools.partial(check_export, arguments.export_hf))
     check_before_training(args)
     live = plan_live_evaluation(args, arguments.dataset, tokenizer_dir(arguments, args))
     megatron_adapter.install_patches(output_layer_is_called=arguments.megatron_loss)
@@ -123,6 +127,7 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
         loading_hooks.load_from(start.choice, args)
     megatron_adapter.validate_flags(args)
     check_optimizer(start, args)
+    check_loss_log(arguments.loss_log, args.rank == args.world_size - 1)
     if args.save:
         check_writable(Path(args.save))
         hold_save(args.save)

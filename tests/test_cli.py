@@ -1,4 +1,4 @@
-"""A reader that has enough is no error; any other broken pipe is."""
+"""Errors of the user end a tool with one paragraph, others with a traceback."""
 
 import os
 import subprocess
@@ -51,6 +51,20 @@ def test_output_that_is_cut(buffering, prints_result, status):
 def test_another_broken_pipe_is_an_error(prints_result):
     with pytest.raises(BrokenPipeError):
         run_tool(write_to_nobody, prints_result=prints_result)
+
+
+@pytest.mark.parametrize("name", ["x" * 256, os.fsdecode(b"x\xff")], ids=["long", "not UTF-8"])
+def test_names_that_no_file_can_have(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tool", "--output", str(tmp_path / name)])
+    assert run_tool(lambda: (tmp_path / name).write_text(str(tmp_path / name), "utf-8")) == 2
+    told = capsys.readouterr().err
+    assert "give" in told
+    assert "udcff" in told or "is too long" in told
+
+
+def test_other_system_errors_stay_errors(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        run_tool(lambda: tmp_path.read_text() and None)
 
 
 FAILS_ON = """

@@ -26,6 +26,8 @@ FLOORS = (
 """From the lowest; rooms of one floor do not import each other. docs/design.md says what each is for."""
 MOST_FILES, MOST_LINES = 14, 400
 """Of a room, without those of its inner rooms; of a file."""
+MOST_COMMAND_LINES = 150
+"""Of a command: flags, a call of the package, printing."""
 
 
 def floor_of() -> dict[str, int]:
@@ -96,3 +98,8 @@ def test_rooms_and_files_are_small():
     full = [f for f in folders if len(list(f.glob("*.py"))) > MOST_FILES]
     long = [f"{p}" for p in modules().values() if len(p.read_text().splitlines()) > MOST_LINES]
     assert not full + long
+
+
+def test_commands_are_thin():
+    commands = (path for path in modules().values() if path.parent.name == "commands")
+    assert not [p for p in commands if len(p.read_text().splitlines()) > MOST_COMMAND_LINES]

@@ -32,7 +32,6 @@ ALSO = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
 )
-PACKAGES = ("model", "training", "conversion", "evaluation", "data")
 
 
 def main() -> None:
@@ -52,11 +51,10 @@ def import_all() -> None:
     host_backend.install()
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    names = [*ALSO, "megatron_long.pretrain"]
-    for package in PACKAGES:
-        folder = importlib.import_module(f"megatron_long.{package}").__path__
-        names += [f"megatron_long.{package}.{found.name}" for found in pkgutil.iter_modules(folder)]
-    for name in names:
+    import megatron_long
+
+    ours = pkgutil.walk_packages(megatron_long.__path__, "megatron_long.")
+    for name in (*ALSO, *(found.name for found in ours)):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     queue = filesystem_async.get_write_results_queue  # spawning one imports torch once more a rank

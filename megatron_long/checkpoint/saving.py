@@ -15,7 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_long.checkpoint.choosing import PARTIAL_SUFFIX, has_metadata, no_metadata, prune
+from megatron_long.checkpoint.choosing import (
+    PARTIAL_SUFFIX,
+    has_metadata,
+    no_metadata,
+    prune,
+    saved_iterations,
+)
 from megatron_long.checkpoint.hashes import (
     files_within,
     hash_files,
@@ -203,7 +209,9 @@ class CheckpointKeeper:
             settle()
         if self.pending is not None:
             if self.job.rank == 0:
-                logger.error("the last checkpoint could not be saved; an earlier one is the newest")
+                saved = saved_iterations(self.save_dir) if self.save_dir else []
+                newest = f"the newest is that of iteration {saved[0]}" if saved else "there is none"
+                logger.error("the last checkpoint could not be saved; %s", newest)
             raise SystemExit(SAVE_FAILED_STATUS)
 
     def _arrive(self, partial: Path, final: Path, facts: Mapping[str, Any]) -> None:

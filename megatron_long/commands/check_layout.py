@@ -16,20 +16,16 @@ from pathlib import Path
 from megatron_long.errors import ConfigError
 from megatron_long.planning.hardware import GPUS, find_gpu
 from megatron_long.planning.layout_parity import (
-    RUN_FLAGS,
-    STEPS,
     TOLERANCES,
     Comparison,
     Tolerance,
-    compare,
+    compare_layouts,
     precision_of,
-    run_steps,
-    smallest_layout,
-    without_flags,
+    replicas_of,
 )
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.epilog = "All flags of megatron_long.pretrain, ours and Megatron's, are taken."
     parser.add_argument("--world-size", type=int, required=True, help="processes of the job")
@@ -43,7 +39,11 @@ def main() -> int:
         "--gpu", help=f"kind of GPU, where this machine has none: {', '.join(GPUS)}"
     )
     parser.add_argument("--work-dir", type=Path, help="keep what --compare writes here")
-    arguments, argv = parser.parse_known_args()
+    return parser
+
+
+def main() -> int:
+    arguments, argv = build_parser().parse_known_args()
 
     from megatron_long.engine import host_backend
 
@@ -73,77 +73,14 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.work_dir or Path(temporary)
-        comparisons = compare_layouts(arguments, args, argv, folder)
+        comparisons = compare_layouts(
+            args, argv, arguments.world_size, arguments.reference_world_size, folder
+        )
     tolerance = TOLERANCES[precision_of(args)]
     print(as_table(comparisons, tolerance))
     is_same = all(comparison.is_within(tolerance) for comparison in comparisons)
     print("the layouts train alike" if is_same else "THE LAYOUTS DIFFER")
     return 0 if is_same else 1
-
-
-def compare_layouts(
-    arguments: argparse.Namespace, args: Namespace, argv: list[str], folder: Path
-) -> list[Comparison]:
-    """Two steps in each layout, from one checkpoint: the user's, or random weights made here.
-
-    Raises: ConfigError: this machine has fewer GPUs than processes, or a job fails.
-    """
-    check_devices(max(arguments.world_size, arguments.reference_world_size))
-    windows = args.global_batch_size or args.micro_batch_size * replicas_of(
-        args, arguments.world_size
-    )
-    common = [*without_flags(argv, RUN_FLAGS), "--global-batch-size", str(windows)]
-    common += ["--eval-iters", "0", "--save-interval", "1000000"]
-    small = smallest_layout(common)
-    start = start_of(args)
-    reference = arguments.reference_world_size
-    if start is None:
-        start = folder / "start"
-        made = ["--train-iters", "1", "--lr", "0", "--min-lr", "0", "--save", str(start)]
-        counts = windows // (args.micro_batch_size * reference)
-        run_steps(folder / "weights", reference, counts, [*small, *made])
-    steps = ["--train-iters", str(STEPS), "--load", str(start), "--finetune"]
-    seen, expected = (
-        run_steps(folder / name, size, windows // (args.micro_batch_size * parts), [*flags, *steps])
-        for name, size, parts, flags in (
-            (
-                "layout",
-                arguments.world_size,
-                replicas_of(args, arguments.world_size),
-                common,
-            ),
-            ("smallest", reference, reference, small),
-        )
-    )
-    return compare(seen, expected)
-
-
-def check_devices(processes: int) -> None:
-    """Refuse more processes than this machine has GPUs for; the host backend takes any number."""
-    import torch
-
-    count = torch.cuda.device_count()
-    if torch.cuda.is_available() and processes > count:
-        raise ConfigError(
-            f"--compare starts {processes} processes on this machine, which has {count} GPUs; give the "
-            "--world-size of one replica, with fewer layers if it does not fit"
-        )
-
-
-def replicas_of(args: Namespace, world_size: int) -> int:
-    """Data-parallel size."""
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    return world_size // (tp * pp * args.context_parallel_size)
-
-
-def start_of(args: Namespace) -> Path | None:
-    """The checkpoint that the run would start from."""
-    from megatron_long.checkpoint.choosing import has_checkpoint
-
-    for folder in (args.load, args.pretrained_checkpoint):
-        if has_checkpoint(folder):
-            return Path(folder)
-    return None
 
 
 def as_table(comparisons: list[Comparison], tolerance: Tolerance) -> str:

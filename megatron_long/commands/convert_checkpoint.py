@@ -23,7 +23,6 @@ from megatron_long.conversion.options import MAX_SHARD_BYTES, ConversionReport, 
 from megatron_long.conversion.stretch import Stretch
 from megatron_long.freed_memory import keep_tensor_memory
 from megatron_long.job.unwinding import unwound_by_signals
-from megatron_long.model.rope import PLAIN_ROPE
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -136,29 +135,10 @@ def convert(args: argparse.Namespace) -> ConversionReport:
         )
 
 
-def describe(report: ConversionReport, *, is_dry_run: bool) -> str:
-    """Say in one paragraph what was written, and what the input could not give."""
-    verb = "would write" if is_dry_run else "wrote"
-    verified = "; read back, every bit equal" if report.is_verified else ""
-    if report.logits_difference is not None:
-        difference = f"{report.logits_difference:.0e}"
-        verified += f"; logits of Megatron and transformers within {difference} of the largest"
-    geometry = report.geometry
-    method = "" if geometry.rope == PLAIN_ROPE else f"{geometry.rope.method}, "
-    said = (
-        f"{verb} {report.output}: {report.num_tensors} tensors, "
-        f"{report.num_parameters / 1e6:,.1f} M parameters, {report.size_bytes / 1e9:,.3f} GB of "
-        f"{report.dtype}, RoPE {method}base {geometry.rotary_base:,.0f}, "
-        f"up to {geometry.max_position_embeddings:,} tokens{verified}"
-    )
-    said += f"; from {report.weights}" if report.weights else ""
-    return "\n".join([said, *(f"lost: {sentence}" for sentence in report.losses)])
-
-
 def main() -> None:
     """Parse, convert, print."""
     keep_tensor_memory()
     args = make_parser().parse_args()
     with unwound_by_signals():
         report = convert(args)
-    print(describe(report, is_dry_run=args.dry_run))
+    print(report.describe(is_dry_run=args.dry_run))

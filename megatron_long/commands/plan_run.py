@@ -8,22 +8,17 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from megatron_long.cli import length_tokens
 from megatron_long.errors import ConfigError
-from megatron_long.flags.recipe import build_recipe
-from megatron_long.mixture.shares import parse_token_count
-from megatron_long.model.geometry import geometry_from_hf
-from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS, GPUS_PER_NODE, find_gpu
+from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS, GPUS_PER_NODE
 from megatron_long.planning.machine import gigabytes
 from megatron_long.planning.memory import checkpoint_bytes, host_memory_of_save
 from megatron_long.planning.run_shape import RunShape
-from megatron_long.planning.search import Plan, Task, find_plans
+from megatron_long.planning.search import PRECISIONS, Plan, find_plans, read_task
 
 SMALLEST_HIDDEN_SIZE = 2048
 """The rates were fitted on 4,096."""
-PRECISIONS = {"bf16": ("bf16",), "fp8": ("fp8",), "both": ("bf16", "fp8")}
 
 
 def main() -> int:
@@ -39,7 +34,7 @@ def main() -> int:
             file=sys.stderr,
         )
     if arguments.json:
-        print(json.dumps([as_record(plan) for plan in plans], indent=2))
+        print(json.dumps([plan.record() for plan in plans], indent=2))
     else:
         print(as_table(plans))
         print(storage(plans[0].run))
@@ -68,38 +63,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_task(arguments: argparse.Namespace) -> Task:
-    """What is asked for; a recipe gives the window and the budgets that no flag does.
-
-    Raises: ConfigError: no model is given, or two.
-    """
-    if bool(arguments.hf_config) == bool(arguments.recipe):
-        raise ConfigError("give the model by one of --hf-config and --recipe")
-    given: dict[str, Any] = {"seq_length": arguments.seq_length}
-    for name in ("batch_tokens", "train_tokens"):
-        text = getattr(arguments, name)
-        given[name] = parse_token_count(text, f"--{name.replace('_', '-')}") if text else None
-    if arguments.recipe:
-        recipe = build_recipe(arguments.recipe)
-        model = recipe.model
-        values = {
-            "seq_length": recipe.seq_length,
-            "batch_tokens": recipe.tokens_per_batch,
-            "train_tokens": recipe.train_tokens,
-        }
-    else:
-        model, values = geometry_from_hf(arguments.hf_config), {"seq_length": 131_072}
-    values |= {name: value for name, value in given.items() if value is not None}
-    return Task(
-        model=model,
-        num_gpus=arguments.gpus,
-        gpu=find_gpu(arguments.gpu),
-        precisions=PRECISIONS[arguments.precision],
-        attention=arguments.attention,
-        **values,
-    )
-
-
 def storage(run: RunShape) -> str:
     """What the checkpoints of a run take, whatever its layout."""
     size = checkpoint_bytes(run.parameters)
@@ -122,19 +85,3 @@ def as_table(plans: list[Plan]) -> str:
             f"{plan.memory.total_gib:7.0f}{plan.time.total_s:8.1f}{plan.tflops:13.0f}{plan.hours:7.1f}"
         )
     return "\n".join(lines)
-
-
-def as_record(plan: Plan) -> dict:
-    """All that is predicted of a plan, with the parts of its sums."""
-    return {
-        "flags": plan.to_argv(),
-        "hours": plan.hours,
-        "tokens_per_second_per_gpu": plan.tokens_per_second,
-        "tflops_per_gpu": plan.tflops,
-        "checkpoint_bytes": checkpoint_bytes(plan.run.parameters),
-        "step_seconds": {"total": plan.time.total_s, **vars(plan.time)},
-        "peak_gib": {
-            "total": plan.memory.total_gib,
-            **{name: size / 2**30 for name, size in vars(plan.memory).items()},
-        },
-    }

@@ -7,34 +7,26 @@ Killed and started again with the same command, it goes on where it was. docs/da
 read and what is written, docs/preprocess_at_scale.md how to run it on a cluster.
 """
 
-import argparse
-import dataclasses
+from argparse import ArgumentParser
 from pathlib import Path
 
 from megatron_long.cli import length_tokens, tool_parser
-from megatron_long.corpus.documents import (
-    DEFAULT_SOURCE_KEYS,
-    DEFAULT_TEXT_KEY,
-    SOURCE_FROM_FOLDER,
-    RecordKeys,
-    canonical_source,
-)
+from megatron_long.corpus.documents import DEFAULT_SOURCE_KEYS, DEFAULT_TEXT_KEY
 from megatron_long.corpus.inputs import is_url
 from megatron_long.dataset.tables import print_sources
-from megatron_long.errors import ConfigError
 from megatron_long.files import refuse_overwrite
-from megatron_long.mixture.mixture import STRATEGIES, Mixture
-from megatron_long.mixture.shares import NATURAL, SLIMPAJAMA, parse_token_count, read_shares
+from megatron_long.mixture.mixture import STRATEGIES
+from megatron_long.mixture.shares import NATURAL, SLIMPAJAMA
 from megatron_long.preprocess.dry_run import plan_dataset
-from megatron_long.preprocess.executors import EXECUTORS, ExecutorOptions
+from megatron_long.preprocess.executors import EXECUTORS
 from megatron_long.preprocess.preprocess import preprocess
-from megatron_long.preprocess.preprocess_config import PreprocessConfig
+from megatron_long.preprocess.preprocess_config import read_config
 from megatron_long.preprocess.progress_bar import ProgressBars
 
 
 def main() -> None:
     args = _parser().parse_args()
-    config = _config(args)
+    config = read_config(args)
     if args.dry_run:
         sources, fraction = plan_dataset(config)
         print_sources(sources)
@@ -62,84 +54,7 @@ def main() -> None:
     )
 
 
-def _config(args: argparse.Namespace) -> PreprocessConfig:
-    shares, missing = args.source_shares, "error"
-    if shares not in (NATURAL, SLIMPAJAMA):
-        shares, missing = read_shares(Path(shares))
-    strategy, *named = args.strategy
-    mixture = Mixture(
-        train_tokens=parse_token_count(args.train_tokens),
-        strategy=strategy,
-        short_keep_ratio=args.short_keep_ratio,
-        long_token_share=args.long_token_share,
-        long_threshold_tokens=args.long_threshold,
-        cut_length_tokens=args.cut_length,
-        upsampled_shares=_parse_shares(named),
-        source_shares=shares,
-        missing_sources=args.missing_sources or missing,
-        valid_tokens_per_source=parse_token_count(
-            args.valid_tokens_per_source, "--valid-tokens-per-source"
-        ),
-        allow_repeat=args.allow_repeat,
-    )
-    return PreprocessConfig(
-        inputs=args.input,
-        tokenizer=args.tokenizer,
-        mixture=mixture,
-        seed=args.seed,
-        keys=_keys(args),
-        workers=args.workers,
-        engine=args.engine,
-        on_bad_document=args.on_bad_document,
-        token_dtype=args.token_dtype,
-        execution=_execution(args),
-        work_dir=args.work_dir,
-        keep_work=args.keep_work,
-        force=args.force,
-    )
-
-
-def _keys(args: argparse.Namespace) -> RecordKeys:
-    if args.source_from_folder and args.source_key:
-        raise ConfigError("--source-from-folder and --source-key exclude each other; give one")
-    source = SOURCE_FROM_FOLDER if args.source_from_folder else args.source_key
-    keys = RecordKeys(text=args.text_key)
-    return dataclasses.replace(keys, source=source) if source else keys
-
-
-def _execution(args: argparse.Namespace) -> ExecutorOptions:
-    slurm_args = dict(word.partition("=")[::2] for word in args.slurm_args)
-    return ExecutorOptions(
-        executor=args.executor,
-        workers=args.workers,
-        tasks=args.tasks,
-        slurm_partition=args.slurm_partition,
-        slurm_time=args.slurm_time,
-        memory_gb=args.task_memory_gb,
-        slurm_args=slurm_args,
-    )
-
-
-def _parse_shares(words: list[str]) -> dict[str, float]:
-    shares: dict[str, float] = {}
-    for word in words:
-        name, _, share = word.rpartition("=")
-        if canonical_source(name) in shares:
-            raise ConfigError(
-                f"--strategy upsample-sources names {name} twice ({' '.join(words)}); give it one share"
-            )
-        try:
-            shares[canonical_source(name)] = float(share)
-        except ValueError:
-            name = ""
-        if not name:
-            raise ConfigError(
-                f"--strategy ... {word}: write NAME=SHARE after upsample-sources, such as ArXiv=0.2"
-            )
-    return shares
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     parser = tool_parser(__doc__)
     _add_corpus(parser.add_argument_group("corpus").add_argument)
     _add_mixture(parser.add_argument_group("mixture").add_argument)

@@ -6,6 +6,7 @@ the model. Output is written atomically.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
     from megatron_long.checkpoint.torch_dist_writer import LazyPiece
 
+_log = logging.getLogger(__name__)
+
 
 def hf_to_megatron(
     input_path: Path,
@@ -67,7 +70,9 @@ def hf_to_megatron(
     check_folders(input_path, output_dir, force=options.force)
     config = sources.read_config(input_path)
     geometry = (stretch or Stretch()).apply(sources.read_source_geometry(input_path))
-    geometry.to_argv()  # refuses a base that no Megatron flag can represent
+    geometry.to_argv()  # refuses a base that no Megatron flag can carry
+    for warning in sources.check_model_tokenizer(input_path):
+        _log.warning("%s; it is copied as it is", warning)
     with sources.open_weights(input_path, allow_pickle=options.allow_pickle) as weights:
         check_hf_tensors(weights, geometry)
         stored = choose_hf_dtype(weights, geometry, options.dtype)

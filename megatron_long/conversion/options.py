@@ -11,6 +11,7 @@ from megatron_long.conversion.checks import KEEP
 from megatron_long.conversion.pieces import size_of
 from megatron_long.model.geometry import LlamaGeometry
 from megatron_long.model.mapping import units_of
+from megatron_long.model.rope import PLAIN_ROPE
 
 if TYPE_CHECKING:
     from torch import dtype
@@ -62,6 +63,24 @@ class ConversionReport:
     """Which of the checkpoint's weights these are, if it has two kinds."""
     losses: tuple[str, ...] = ()
     """What the input has lost of the original model, in sentences."""
+
+    def describe(self, *, is_dry_run: bool) -> str:
+        """Say in one paragraph what was written, and what the input could not give."""
+        verb = "would write" if is_dry_run else "wrote"
+        verified = "; read back, every bit equal" if self.is_verified else ""
+        if self.logits_difference is not None:
+            difference = f"{self.logits_difference:.0e}"
+            verified += f"; logits of Megatron and transformers within {difference} of the largest"
+        geometry = self.geometry
+        method = "" if geometry.rope == PLAIN_ROPE else f"{geometry.rope.method}, "
+        said = (
+            f"{verb} {self.output}: {self.num_tensors} tensors, "
+            f"{self.num_parameters / 1e6:,.1f} M parameters, {self.size_bytes / 1e9:,.3f} GB of "
+            f"{self.dtype}, RoPE {method}base {geometry.rotary_base:,.0f}, "
+            f"up to {geometry.max_position_embeddings:,} tokens{verified}"
+        )
+        said += f"; from {self.weights}" if self.weights else ""
+        return "\n".join([said, *(f"lost: {sentence}" for sentence in self.losses)])
 
 
 def make_report(

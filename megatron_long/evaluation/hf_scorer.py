@@ -7,11 +7,13 @@ Legend: b batch, s sequence, h hidden, v vocabulary.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_long.errors import ConfigError
@@ -193,10 +195,28 @@ def open_hf_scorer(
             with torch.device(device):
                 model = transformers.AutoModelForCausalLM.from_config(config, **own_code, **how)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **own_code, **how)
-    except (OSError, ValueError, UnpicklingError) as error:
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, output_loading_info=True, **own_code, **how
+            )
+            _check_complete(folder, found["missing_keys"])
+    except (OSError, ValueError, UnpicklingError, SafetensorError) as error:
         raise ConfigError(
             f"--checkpoint {folder} is not a model that transformers can read ({error}); give a folder "
             "of tools/convert_checkpoint.py megatron-to-hf, or another with config.json and weights"
         ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ConfigError(
+            f"--checkpoint {folder} holds tensors of other shapes than its config.json makes them (see the "
+            "report of transformers above); download the model again"
+        ) from error
     return HFScorer(model.to(device).eval(), context_length=context_length)
+
+
+def _check_complete(folder: Path, missing: Iterable[str]) -> None:
+    if names := sorted(missing):
+        raise ConfigError(
+            f"--checkpoint {folder} lacks {len(names)} tensors ({', '.join(names[:3])}), which transformers "
+            "would fill with random numbers; download the model again"
+        )

@@ -10,37 +10,33 @@ figures and means go to TensorBoard and W&B where the run logs there.
 
 import json
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.batches import TokenScorer
 from megatron_long.evaluation.input_checks import check_output
-from megatron_long.evaluation.loss.held_out import HeldOutDocument, open_held_out, select_documents
-from megatron_long.evaluation.loss.loss_report import (
-    ALL_SOURCES,
-    LossReport,
-    LossSettings,
-    format_bucket,
-    write_loss_report,
+from megatron_long.evaluation.loss.loss_report import ALL_SOURCES, format_bucket
+from megatron_long.evaluation.loss.loss_run import (
+    LossPlan,
+    LossRequest,
+    held_out_documents,
+    plan_loss,
+    run_loss,
+    write_loss_files,
 )
-from megatron_long.evaluation.loss.position_loss import default_buckets, loss_by_position
-from megatron_long.evaluation.needle.cases import NeedleCase, build_cases
+from megatron_long.evaluation.models import MeasuredModel
 from megatron_long.evaluation.needle.haystack import read_haystack
-from megatron_long.evaluation.needle.needle_report import (
-    NeedleReport,
-    NeedleSettings,
-    spread_depths,
-    spread_lengths,
-    summarize,
-    write_needle_report,
+from megatron_long.evaluation.needle.needle_report import summarize
+from megatron_long.evaluation.needle.needle_run import (
+    NeedlePlan,
+    NeedleRequest,
+    plan_needles,
+    run_needles,
+    write_needle_files,
 )
-from megatron_long.evaluation.needle.needle_scores import score_cases
-from megatron_long.evaluation.needle.needle_tasks import SENTENCE, NeedleTask, describe_task
-from megatron_long.evaluation.report.plots import heatmap_figure, position_figure, save_figure
+from megatron_long.evaluation.report.plots import heatmap_figure, position_figure
 from megatron_long.files import atomic_path
 from megatron_long.job.side_output import survived
 
@@ -109,21 +105,16 @@ class Logs:
 
 
 @dataclass(frozen=True)
-class NeedlePlan:
-    """The heatmap of each evaluation."""
+class Scheduled[Plan: (NeedlePlan, LossPlan)]:
+    """What is measured every so many steps."""
 
     interval: int
-    cases: list[NeedleCase]
-    settings: NeedleSettings
+    plan: Plan
 
-
-@dataclass(frozen=True)
-class LossPlan:
-    """The loss measurement of each evaluation."""
-
-    interval: int
-    documents: list[HeldOutDocument]
-    settings: LossSettings
+    def at(self, iteration: int) -> Plan:
+        """Give the plan whose report names this step."""
+        settings = replace(self.plan.settings, iteration=str(iteration))
+        return replace(self.plan, settings=settings)
 
 
 @dataclass(frozen=True)
@@ -133,25 +124,25 @@ class LiveEvaluation:
     folder: Path
     args: Namespace
     """The run's flags, where Megatron also counts; some values are known only after its own checks."""
-    needle: NeedlePlan | None
-    loss: LossPlan | None
+    needle: Scheduled[NeedlePlan] | None
+    loss: Scheduled[LossPlan] | None
 
     def is_due(self, iteration: int) -> bool:
         """Whether something is measured after this step."""
-        return any(self._is_due(plan, iteration) for plan in (self.needle, self.loss))
+        return any(self._is_due(part, iteration) for part in (self.needle, self.loss))
 
-    def _is_due(self, plan: NeedlePlan | LossPlan | None, iteration: int) -> bool:
-        if plan is None:
+    def _is_due(self, part: Scheduled | None, iteration: int) -> bool:
+        if part is None:
             return False
-        return iteration % plan.interval == 0 or iteration == self.args.train_iters
+        return iteration % part.interval == 0 or iteration == self.args.train_iters
 
     def run(self, scorer: TokenScorer, iteration: int, logs: Logs) -> None:
         """Measure; every rank of the job calls this with the model in evaluation mode."""
         folder = self.folder / f"iter_{iteration:07d}"
         if self.needle is not None and self._is_due(self.needle, iteration):
-            self._run_needle(self.needle, scorer, folder, iteration, logs)
+            self._run_needle(self.needle.at(iteration), scorer, folder, iteration, logs)
         if self.loss is not None and self._is_due(self.loss, iteration):
-            self._run_loss(self.loss, scorer, folder, iteration, logs)
+            self._run_loss(self.loss.at(iteration), scorer, folder, iteration, logs)
         if scorer.is_writer:
             tokens = self.args.consumed_train_samples * self.args.seq_length
             progress = {"iteration": iteration, "tokens": tokens}
@@ -162,33 +153,27 @@ class LiveEvaluation:
     def _run_needle(
         self, plan: NeedlePlan, scorer: TokenScorer, folder: Path, iteration: int, logs: Logs
     ) -> None:
-        results = score_cases(scorer, plan.cases)
-        settings = _at_iteration(plan.settings, iteration)
-        figure: Callable[[], Figure] = lambda: heatmap_figure(  # noqa: E731
-            results, title=f"Needle in a haystack, step {iteration}"
-        )
+        report = run_needles(plan, scorer)
+        title = f"Needle in a haystack, step {iteration}"
         if scorer.is_writer:
             with survived(f"needle results in {folder}"):
-                write_needle_report(folder / "needle.json", NeedleReport(settings, results))
-                save_figure(figure(), folder / "needle.png")
+                write_needle_files(folder, report, title=title)
         if logs != Logs():
-            for name, value in summarize(results, None)["all"].items():
+            for name, value in summarize(report.results, None)["all"].items():
                 if name != "num_cells":
                     logs.scalar(f"needle/{name}", value, iteration)
-            logs.figure("needle/heatmap", figure(), iteration)
+            logs.figure("needle/heatmap", heatmap_figure(report.results, title=title), iteration)
 
     def _run_loss(
         self, plan: LossPlan, scorer: TokenScorer, folder: Path, iteration: int, logs: Logs
     ) -> None:
-        loss = loss_by_position(scorer, plan.documents, plan.settings.buckets)
-        settings = _at_iteration(plan.settings, iteration)
-        title = f"Loss by position in the document, step {iteration}"
+        report = run_loss(plan, scorer)
+        loss, title = report.loss, f"Loss by position in the document, step {iteration}"
         if scorer.is_writer:
             with survived(f"losses by position in {folder}"):
-                write_loss_report(folder / "loss.json", LossReport(settings, loss))
-                save_figure(position_figure(loss, title=title), folder / "loss.png")
+                write_loss_files(report, folder / "loss.json", folder / "loss.png", title=title)
         if logs != Logs():
-            for bucket in settings.buckets:
+            for bucket in plan.settings.buckets:
                 for source in (*loss.loss_sums, None):
                     if loss.num_tokens(*bucket, source):
                         name = f"position-loss/{source or ALL_SOURCES} {format_bucket(bucket)}"
@@ -238,7 +223,7 @@ def plan_live_evaluation(
 
 def _plan_needle(
     own: EvaluationArguments, args: Namespace, tokenizer_path: Path | None
-) -> NeedlePlan | None:
+) -> Scheduled[NeedlePlan] | None:
     from megatron_long.tokenizer.loading import load_tokenizer
 
     if own.needle_interval is None:
@@ -251,39 +236,31 @@ def _plan_needle(
             "--needle-interval needs the model's tokenizer, and none lies next to --load, "
             "--pretrained-checkpoint or --dataset; put its files into a folder tokenizer/ there"
         )
-    text = read_haystack(Path(own.needle_haystack))
+    request = NeedleRequest.of_training(args)
+    text = read_haystack(request.haystack)
     tokenizer = load_tokenizer(tokenizer_path, "reference")
     if (own.needle_min_length or 1) > args.seq_length:
         raise ConfigError(
             f"--needle-min-length {own.needle_min_length} is above --seq-length {args.seq_length}; give a "
             "smaller one"
         )
-    lengths = spread_lengths(own.needle_min_length, args.seq_length, own.needle_num_lengths)
-    depths = spread_depths(own.needle_num_depths)
-    task = NeedleTask()
-    settings = NeedleSettings(
-        model=str(args.save or own.evaluation_dir),
-        backend="megatron",
-        iteration="",
-        precision=None,
-        haystack_sha256=sha256(text.encode()).hexdigest(),
-        vocabulary_sha256=tokenizer.vocabulary_sha256,
-        prompt="paper",
-        tasks={SENTENCE: describe_task(task)},
-        context_lengths=lengths,
-        depths=depths,
-    )
     try:
-        cases = build_cases(text, tokenizer, task, lengths, depths)
+        plan = plan_needles(request, _trained_model(args), text, tokenizer)
     except ConfigError as error:
         raise ConfigError(
             f"no heatmap of --needle-haystack {own.needle_haystack} up to --seq-length "
             f"{args.seq_length}: {error}"
         ) from error
-    return NeedlePlan(own.needle_interval, cases, settings)
+    return Scheduled(own.needle_interval, plan)
 
 
-def _plan_loss(own: EvaluationArguments, args: Namespace, dataset: str | None) -> LossPlan | None:
+def _trained_model(args: Namespace) -> MeasuredModel:
+    return MeasuredModel(path=str(args.save or args.evaluation_dir))
+
+
+def _plan_loss(
+    own: EvaluationArguments, args: Namespace, dataset: str | None
+) -> Scheduled[LossPlan] | None:
     from megatron_long.dataset.manifest import read_manifest
 
     if own.position_loss_interval is None:
@@ -294,31 +271,12 @@ def _plan_loss(own: EvaluationArguments, args: Namespace, dataset: str | None) -
             "--position-loss-interval reads the held-out documents of --dataset, which is not given"
         )
     manifest = read_manifest(Path(dataset))
-    settings = LossSettings(
-        checkpoint=str(args.save or own.evaluation_dir),
-        iteration="",
-        dataset=dataset,
-        dataset_fingerprint=manifest.fingerprint,
-        context_length=args.seq_length,
-        buckets=default_buckets(args.seq_length),
-        min_document_tokens=2,
-        max_documents_per_source=own.position_loss_documents,
-        training_length=None,
-        megatron_argv=(),
-    )
-    documents = select_documents(
-        open_held_out(Path(dataset), manifest),
-        max_documents_per_source=own.position_loss_documents,
-    )
-    return LossPlan(own.position_loss_interval, documents, settings)
+    request = LossRequest.of_training(args, dataset)
+    documents = held_out_documents(request, manifest)
+    plan = plan_loss(request, _trained_model(args), documents, manifest.fingerprint)
+    return Scheduled(own.position_loss_interval, plan)
 
 
 def _check_interval(flag: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{flag} {value} is not a number of steps; give 1 or more")
-
-
-def _at_iteration[Settings: (NeedleSettings, LossSettings)](
-    settings: Settings, iteration: int
-) -> Settings:
-    return replace(settings, iteration=str(iteration))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +40,24 @@ LAYOUT_FLAGS = (
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeasuredModel:
+    """What a report says of its model."""
+
+    path: str
+    """Folder of the checkpoint or HF model, or the config of a freshly initialised one."""
+    iteration: str = ""
+    """Training iteration, "release", "hf" or "random"; empty until a step of training is measured."""
+    backend: str = MEGATRON
+    precision: str | None = None
+    megatron_argv: tuple[str, ...] = ()
+    """Flags for Megatron."""
+    weights: str = "model"
+    """Which of the checkpoint's weights: `main` is the optimizer's copy, before FP8 rounded it."""
+    weights_sha256: str | None = None
+    """Fingerprint of the weights, where an evaluation may be resumed."""
+
+
 @dataclass(frozen=True)
 class ModelChoice:
     """A model that is known to be there, not yet loaded."""
@@ -55,11 +73,29 @@ class ModelChoice:
     """All flags of the tool itself."""
     weights: str = WEIGHTS[0]
     """Which of the checkpoint's weights, one of `WEIGHTS`."""
+    megatron_argv: tuple[str, ...] = ()
+    """Flags for Megatron, which the tool does not know itself."""
+    precision: str | None = None
+    """`bf16` or `fp32`; None is bf16 on GPUs, fp32 without."""
 
     def geometry(self) -> LlamaGeometry | None:
         """Its shape, where a config says it."""
         path = self.hf_config or self.folder.hf_config
         return None if path is None else geometry_from_hf(path)
+
+    def measured(self) -> MeasuredModel:
+        """Give what a report says of it, but for the fingerprint.
+
+        Raises: ConfigError: see `measured_weights`.
+        """
+        return MeasuredModel(
+            path=str(self.folder.path),
+            iteration=self.folder.iteration,
+            backend=self.backend,
+            precision=self.precision,
+            megatron_argv=self.megatron_argv,
+            weights=self.measured_weights(),
+        )
 
     def measured_weights(self) -> str:
         """Give which weights are measured: `main` for the optimizer's copy, else `model`.
@@ -81,29 +117,28 @@ class ModelChoice:
         return whole if measured == "model" else sha256(f"{whole} {measured}".encode()).hexdigest()
 
 
-def add_model_flags(parser: argparse.ArgumentParser, *, backends: bool = True) -> None:
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose a model, its tokenizer and its precision."""
     add = parser.add_argument
     add("--checkpoint", type=Path, help="Megatron checkpoint folder; HF folder with --backend hf")
-    if backends:
-        add(
-            "--backend",
-            choices=(MEGATRON, HF),
-            default=MEGATRON,
-            help="hf: score with transformers, and generate (default: %(default)s)",
-        )
-        add(
-            SKIP_HASH_CHECK,
-            action="store_true",
-            help="do not compare the checkpoint's files with its hashes.json first",
-        )
-        add(
-            "--weights",
-            choices=WEIGHTS,
-            default=WEIGHTS[0],
-            help="the model's, the optimizer's main copy, or the latter where FP8 rounded the former, as "
-            "the export takes them (default: %(default)s)",
-        )
+    add(
+        "--backend",
+        choices=(MEGATRON, HF),
+        default=MEGATRON,
+        help="hf: score with transformers, and generate (default: %(default)s)",
+    )
+    add(
+        SKIP_HASH_CHECK,
+        action="store_true",
+        help="do not compare the checkpoint's files with its hashes.json first",
+    )
+    add(
+        "--weights",
+        choices=WEIGHTS,
+        default=WEIGHTS[0],
+        help="the model's, the optimizer's main copy, or the latter where FP8 rounded the former, as "
+        "the export takes them (default: %(default)s)",
+    )
     add(
         "--random-weights",
         action="store_true",
@@ -125,7 +160,6 @@ def choose_model(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Mode
 
     Raises: ConfigError: no such model, or flags that do not go together.
     """
-    backend = getattr(args, "backend", MEGATRON)
     if args.random_weights != (args.hf_config is not None):
         raise ConfigError(
             "--random-weights and --hf-config go together: the first says that nothing is loaded, the "
@@ -136,10 +170,16 @@ def choose_model(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Mode
             "give either --checkpoint FOLDER or --random-weights --hf-config CONFIG, "
             f"{'not both' if args.checkpoint else 'one of them'}"
         )
-    if backend == HF and megatron_argv:
+    if args.backend == HF and megatron_argv:
         raise ConfigError(
             f"--backend hf does not know {megatron_argv[0]}; Megatron's flags need Megatron"
         )
+    choice = _find_model(args, megatron_argv)
+    return replace(choice, megatron_argv=tuple(megatron_argv), precision=args.precision)
+
+
+def _find_model(args: argparse.Namespace, megatron_argv: Sequence[str]) -> ModelChoice:
+    backend = args.backend
     tool_flags = tuple(f"--{name.replace('_', '-')}" for name in vars(args))
     if args.random_weights:
         _refuse_weights(args, "--random-weights reads none")
@@ -154,20 +194,17 @@ def choose_model(args: argparse.Namespace, megatron_argv: Sequence[str]) -> Mode
 
 
 def _refuse_weights(args: argparse.Namespace, reason: str) -> None:
-    wanted = getattr(args, "weights", WEIGHTS[0])
-    if wanted != WEIGHTS[0]:
+    if args.weights != WEIGHTS[0]:
         raise ConfigError(
-            f"--weights {wanted} is for Megatron checkpoints: {reason}; drop the flag"
+            f"--weights {args.weights} is for Megatron checkpoints: {reason}; drop the flag"
         )
 
 
-def warn_beyond_rope(
-    choice: ModelChoice, context_length: int, megatron_argv: Sequence[str] = ()
-) -> None:
+def warn_beyond_rope(choice: ModelChoice, context_length: int) -> None:
     """Say that the model was not made for the length; it is measured all the same."""
     limit = choice.folder.max_positions
     if limit and context_length > limit and is_first_process():
-        base = read_flag(megatron_argv, "--rotary-base")
+        base = read_flag(choice.megatron_argv, "--rotary-base")
         _log.warning(
             "--context-length %d is beyond the %d tokens that %s was made for (max_position_embeddings)"
             "%s; going on: scores beyond that length show what the model does untrained",
@@ -194,23 +231,17 @@ def split_layout(megatron_argv: Sequence[str]) -> tuple[tuple[str, ...], tuple[s
     return tuple(others), tuple(layout)
 
 
-def open_model(
-    choice: ModelChoice,
-    *,
-    context_length: int,
-    megatron_argv: Sequence[str],
-    precision: str | None,
-) -> TokenScorer:
+def open_model(choice: ModelChoice, *, context_length: int) -> TokenScorer:
     """Load the model; under torchrun every rank calls this."""
     if choice.backend == HF:
-        return open_generator(choice, context_length=context_length, precision=precision)
+        return open_generator(choice, context_length=context_length)
     from megatron_long.evaluation import scoring
 
     return scoring.open_scorer(
         None if choice.random_weights else choice.folder.path,
         context_length=context_length,
-        megatron_argv=megatron_argv,
-        precision=precision,
+        megatron_argv=list(choice.megatron_argv),
+        precision=choice.precision,
         hf_config=choice.hf_config,
         check_hashes=choice.check_hashes,
         tool_flags=choice.tool_flags,
@@ -219,32 +250,26 @@ def open_model(
     )
 
 
-def check_megatron_flags(
-    choice: ModelChoice,
-    *,
-    context_length: int,
-    megatron_argv: Sequence[str],
-    precision: str | None,
-) -> None:
+def check_megatron_flags(choice: ModelChoice, *, context_length: int) -> None:
     """Refuse the flags for Megatron that `open_model` would refuse, without loading anything.
 
     Raises: ConfigError: Megatron does not know a flag, or not this value.
     """
-    if not megatron_argv:
+    if not choice.megatron_argv:
         return  # and Megatron need not be imported
     from megatron_long.evaluation import scoring
 
     scoring.check_flags(
         None if choice.random_weights else choice.folder.path,
         context_length=context_length,
-        megatron_argv=megatron_argv,
-        precision=precision,
+        megatron_argv=list(choice.megatron_argv),
+        precision=choice.precision,
         hf_config=choice.hf_config,
         tool_flags=choice.tool_flags,
     )
 
 
-def open_generator(choice: ModelChoice, *, context_length: int, precision: str | None) -> HFScorer:
+def open_generator(choice: ModelChoice, *, context_length: int) -> HFScorer:
     """Load a Hugging Face model, which scores and generates."""
     from megatron_long.evaluation.hf_scorer import open_hf_scorer
 
@@ -253,6 +278,6 @@ def open_generator(choice: ModelChoice, *, context_length: int, precision: str |
     return open_hf_scorer(
         path,
         context_length=context_length,
-        precision=precision,
+        precision=choice.precision,
         random_weights=choice.random_weights,
     )

@@ -1,7 +1,10 @@
 """The project's own flags, and the rules that they must keep, checked before anything is built."""
 
+import errno
 import importlib.util
+import os
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,14 @@ SAVE_MINUTES = 30.0
 NEVER = 1 << 40
 """A `--save-interval`, which Megatron insists on, that no run reaches."""
 """Set by nvidia-resiliency-ext's launcher for each rank."""
+
+
+PATH_FLAGS = (
+    *("--save", "--load", "--pretrained-checkpoint", "--tensorboard-dir", "--wandb-save-dir"),
+    *("--dataset", "--hf-config", "--hf-checkpoint", "--export-hf", "--loss-log"),
+    *("--tokenizer-model", "--data-cache-path", "--needle-haystack"),
+)
+"""Each followed by one path."""
 
 
 @dataclass(kw_only=True)
@@ -187,6 +198,38 @@ def choose_async_writer(args: Namespace) -> None:
             args.async_strategy = "mcore"
 
 
+def check_words(argv: Sequence[str]) -> None:
+    """Refuse words of the command line that cannot be written down, and paths that no file can have.
+
+    Raises: ConfigError: names the flag and the word.
+    """
+    for word in argv:
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{word!a} on the command line has bytes that are not UTF-8, and each checkpoint keeps "
+                "the command line as UTF-8 text; give another path, or a symbolic link to this one"
+            ) from None
+    flags = [word.split("=", 1) for word in argv]
+    for (flag, *given), following in zip(flags, [*argv[1:], ""], strict=True):
+        if flag in PATH_FLAGS:
+            _check_length(flag, Path(given[0] if given else following))
+
+
+def _check_length(flag: str, path: Path) -> None:
+    # Files are first written as .NAME.12345678.tmp next to their place.
+    written = path.with_name(f".{path.name}.12345678.tmp") if flag == "--export-hf" else path
+    try:
+        os.lstat(written)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(
+                f"{flag} {path} is too long: file systems take names of about 255 bytes, of which "
+                "--export-hf needs 14 for itself, and paths of 4,095; give a shorter one"
+            ) from None
+
+
 def check_paths(arguments: LongContextArguments) -> None:
     """Refuse folders of our flags that do not exist.
 
@@ -220,17 +263,25 @@ def check_start_and_end(arguments: LongContextArguments, args: Namespace) -> Non
         raise ConfigError("--export-hf writes the checkpoint saved last; give --save too")
 
 
-def check_export(folder: str | None) -> None:
-    """Refuse to train for an export that has no place.
+def check_export(folder: str | None) -> list[str]:
+    """Refuse to train for an export that has no place; for the process that writes it.
 
-    Raises: ConfigError: something lies there.
+    Returns: Nothing, for `rendezvous.from_first`.
+    Raises: ConfigError: something lies there, or nothing can be made there.
     """
-    path = Path(folder) if folder else None
+    path = Path(folder).absolute() if folder else None
+    above = next((parent for parent in path.parents if parent.exists()), path) if path else None
+    if above and not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ConfigError(
+            f"--export-hf {path} cannot be made: {above} is a file, or may not be written to; give "
+            "another path"
+        )
     if path and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(
             f"--export-hf {path} exists already; results are never overwritten silently: give another "
             "path, or remove it"
         )
+    return []
 
 
 def check_files(arguments: LongContextArguments, args: Namespace) -> None:

@@ -5,6 +5,7 @@ Outside of them torch or numpy end in a traceback after the start, or the flag s
 """
 
 import math
+import sys
 from argparse import Namespace
 
 from megatron_long.errors import ConfigError
@@ -24,6 +25,7 @@ AT_LEAST_0 = (
     "end_weight_decay",
     "clip_grad",
     "init_method_std",
+    "embedding_init_method_std",
     "num_workers",
     "eval_iters",
     "exit_duration_in_mins",
@@ -52,6 +54,26 @@ def check_numbers(args: Namespace) -> None:
             value = getattr(args, name)
             if value is not None and not holds(value):
                 raise ConfigError(f"{_flag(name)} {value} is out of range; it must be {rule}")
+    _check_samples(args)
+    starts = (args.load, args.pretrained_checkpoint, getattr(args, "hf_checkpoint", None))
+    for name in ("init_method_std", "embedding_init_method_std"):
+        if getattr(args, name) == 0 and not any(starts):
+            raise ConfigError(
+                f"{_flag(name)} 0 gives random weights that are all 0, whose gradients are 0 at every step; "
+                "give one above 0, or start from a checkpoint"
+            )
+
+
+def _check_samples(args: Namespace) -> None:
+    """Refuse more samples than Python's `len` of a dataset can give."""
+    batch = args.global_batch_size or args.micro_batch_size or 1
+    for name, each in (("train_iters", batch), ("train_samples", 1)):
+        value = getattr(args, name)
+        if value is not None and value * each > sys.maxsize:
+            raise ConfigError(
+                f"{_flag(name)} {value} asks for more than {sys.maxsize:,} windows in all; give at most "
+                f"{sys.maxsize // each}"
+            )
 
 
 def _flag(name: str) -> str:

@@ -24,6 +24,7 @@ from multiprocessing import resource_tracker, util
 from types import FrameType
 from typing import Literal
 
+from megatron_long.job.leaving import tell_others
 from megatron_long.job.rendezvous import is_first_process
 
 LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -174,16 +175,28 @@ def end_with_parent() -> None:
 
 
 def leave(number: int, when: str) -> None:
-    """End with status 0, and report that the signal came when there was nothing to save."""
-    _write_line(f"{signal.Signals(number).name} received {when}: nothing to save")
+    """End with status 0, and say that the signal came when there was nothing to save."""
+    _say_nothing_to_save(number, when)
     sys.exit(0)
+
+
+def leave_with_others() -> None:
+    """End with status 0, from any thread, because another rank has left before the first step."""
+    _say("another rank left before the first step: nothing to save")
+    end_at_once(0)
+
+
+def _say_nothing_to_save(number: int, when: str) -> None:
+    _write_line(f"{signal.Signals(number).name} received {when}: nothing to save")
 
 
 def _leave_setup(number: int, frame: FrameType | None) -> None:
     for other in LEAVE_SIGNALS:  # a signal from the launcher must not interrupt the exit
         signal.signal(other, signal.SIG_IGN)
     _tell_launcher()
-    leave(number, "before the first step")
+    _say_nothing_to_save(number, "before the first step")
+    tell_others()
+    sys.exit(0)
 
 
 def _tell_launcher() -> None:

@@ -46,10 +46,10 @@ class TooLittle(DataError):
     """Sources cannot fill their budgets.
 
     Args:
-        short: Tokens available and requested, for each such source.
-        most: Training tokens that the corpus can fill.
-        passes: Number of passes over the sources that would suffice; 0 if none does.
-        fraction: Share of the corpus that the counts cover.
+            short: Tokens available and asked, of each such source.
+        most: Training tokens that the corpus can fill; 0 where a source has nothing left.
+        others: What else would help.
+        fraction: Share of the corpus that all counts are of.
     """
 
     def __init__(
@@ -57,21 +57,21 @@ class TooLittle(DataError):
         train_tokens: int,
         short: Mapping[str, tuple[int, int]],
         most: int,
-        passes: int,
+        others: Sequence[str],
         fraction: float = 1.0,
     ) -> None:
-        self.counts = train_tokens, short, most, passes
+        self.counts = train_tokens, short, most, others
         listed = "; ".join(
             f"{name}: {round(usable / fraction):,} tokens available, {round(asked / fraction):,} asked"
             for name, (usable, asked) in short.items()
         )
         estimate = f"by an estimate from {fraction:.2%} of it, " if fraction < 1 else ""
-        repeat = f" or --allow-repeat {passes}" if passes else ""
+        at_most = [f"at most --train-tokens {int(most / fraction)}"] if most else []
+        *first, last = [*at_most, *others]
         super().__init__(
             f"--train-tokens {round(train_tokens / fraction)} is more than the corpus can fill after "
-            f"holding out validation documents and dropping short ones ({estimate}{listed}); use at most "
-            f"--train-tokens {int(most / fraction)}, other --source-shares, a higher "
-            f"--short-keep-ratio{repeat}"
+            f"holding out validation documents and dropping short ones ({estimate}{listed}); use "
+            f"{', '.join(first)}{' or ' if first else ''}{last}"
         )
 
 
@@ -260,10 +260,17 @@ def _check_supply(
         return
     weights = {"all sources": 1.0} if mixture.rules.is_pooled else shares
     most = min(int(usable[name] / share) for name, share in weights.items() if share > 0)
-    passes = 0
+    others = []
+    if not mixture.rules.is_pooled and any(available.values()):
+        empty = [name for name in short if not available[name]]
+        nothing = f" with 0 for {', '.join(empty)}" if empty else ""
+        others.append(f"other --source-shares{nothing}")
+    if mixture.keep_short is not None and mixture.keep_short < 1:
+        others.append("a higher --short-keep-ratio")
     if all(available[name] for name in short):
         passes = max(math.ceil(budgets[name] / available[name]) for name in short)
-    raise TooLittle(mixture.train_tokens, short, most, passes)
+        others.append(f"--allow-repeat {passes}")
+    raise TooLittle(mixture.train_tokens, short, most, others)
 
 
 def _choose_and_order(

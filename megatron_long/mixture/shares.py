@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,32 @@ def parse_token_count(text: str, flag: str = "--train-tokens") -> int:
             "(thousand, million, billion), such as 200K, 64M or 5B"
         )
     return int(count)
+
+
+def parse_shares(words: Sequence[str]) -> dict[str, float]:
+    """Read the NAME=SHARE words after `--strategy upsample-sources`.
+
+    >>> parse_shares(["ArXiv=0.2", "Book=0.1"])
+    {'ArXiv': 0.2, 'Book': 0.1}
+
+    Raises: ConfigError: a word is none, or names a source again.
+    """
+    shares: dict[str, float] = {}
+    for word in words:
+        name, _, share = word.rpartition("=")
+        if canonical_source(name) in shares:
+            raise ConfigError(
+                f"--strategy upsample-sources names {name} twice ({' '.join(words)}); give it one share"
+            )
+        try:
+            shares[canonical_source(name)] = float(share)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ConfigError(
+                f"--strategy ... {word}: write NAME=SHARE after upsample-sources, such as ArXiv=0.2"
+            )
+    return shares
 
 
 KEYS = {"shares", "missing_sources"}

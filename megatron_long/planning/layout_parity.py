@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_long.checkpoint.choosing import has_checkpoint
 from megatron_long.errors import ConfigError
 
 STEPS = 2
@@ -165,6 +166,67 @@ class Comparison:
 def precision_of(args: Namespace) -> str:
     """Key of `TOLERANCES` for a run's flags."""
     return "fp8" if args.fp8 else "bf16" if args.bf16 or args.fp16 else "fp32"
+
+
+def compare_layouts(
+    args: Namespace, argv: Sequence[str], world_size: int, reference_world_size: int, folder: Path
+) -> list[Comparison]:
+    """Train two steps in each layout, from one checkpoint: the user's, or random weights made here.
+
+    Args:
+        args, argv: The user's run, parsed and as flags.
+        world_size: Processes of its layout.
+        reference_world_size: Processes of the smallest layout, all of them replicas.
+        folder: Where the runs write.
+    Raises: ConfigError: this machine has fewer GPUs than processes, or a job fails.
+    """
+    _check_devices(max(world_size, reference_world_size))
+    replicas = replicas_of(args, world_size)
+    windows = args.global_batch_size or args.micro_batch_size * replicas
+    common = [*without_flags(argv, RUN_FLAGS), "--global-batch-size", str(windows)]
+    common += ["--eval-iters", "0", "--save-interval", "1000000"]
+    small = smallest_layout(common)
+    start = _start_of(args)
+    if start is None:
+        start = folder / "start"
+        made = ["--train-iters", "1", "--lr", "0", "--min-lr", "0", "--save", str(start)]
+        counts = windows // (args.micro_batch_size * reference_world_size)
+        run_steps(folder / "weights", reference_world_size, counts, [*small, *made])
+    steps = ["--train-iters", str(STEPS), "--load", str(start), "--finetune"]
+    seen, expected = (
+        run_steps(folder / name, size, windows // (args.micro_batch_size * parts), [*flags, *steps])
+        for name, size, parts, flags in (
+            ("layout", world_size, replicas, common),
+            ("smallest", reference_world_size, reference_world_size, small),
+        )
+    )
+    return compare(seen, expected)
+
+
+def _check_devices(processes: int) -> None:
+    """Refuse more processes than this machine has GPUs for; the host backend takes any number."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if torch.cuda.is_available() and processes > count:
+        raise ConfigError(
+            f"--compare starts {processes} processes on this machine, which has {count} GPUs; give the "
+            "--world-size of one replica, with fewer layers if it does not fit"
+        )
+
+
+def replicas_of(args: Namespace, world_size: int) -> int:
+    """Give the data-parallel size."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    return world_size // (tp * pp * args.context_parallel_size)
+
+
+def _start_of(args: Namespace) -> Path | None:
+    """The checkpoint that the run would start from."""
+    for folder in (args.load, args.pretrained_checkpoint):
+        if has_checkpoint(folder):
+            return Path(folder)
+    return None
 
 
 def compare(seen: Steps, expected: Steps) -> list[Comparison]:

@@ -2,19 +2,25 @@
 
 import itertools
 import math
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_long.errors import ConfigError
-from megatron_long.flags.recipe import ParallelLayout
-from megatron_long.model.geometry import LlamaGeometry
-from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS_PER_NODE, Gpu
-from megatron_long.planning.memory import MemoryParts, predict_memory
+from megatron_long.flags.recipe import ParallelLayout, build_recipe
+from megatron_long.mixture.shares import parse_token_count
+from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
+from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS_PER_NODE, Gpu, find_gpu
+from megatron_long.planning.memory import MemoryParts, checkpoint_bytes, predict_memory
 from megatron_long.planning.run_shape import RECOMPUTE_FLAGS, RunShape
 from megatron_long.planning.step_time import TimeParts, predict_time
 
 RESERVE_GIB = 4.0
 """GPU memory reserved for CUDA's context, NCCL's buffers and fragmentation."""
+
+PRECISIONS = {"bf16": ("bf16",), "fp8": ("fp8",), "both": ("bf16", "fp8")}
+"""Values of --precision: those of the plans to compare."""
 
 NEAR_TIE = 0.02
 """Plans whose hours differ by this fraction count as equally fast: predictions are no more accurate."""
@@ -92,6 +98,53 @@ class Plan:
     def to_argv(self) -> list[str]:
         """Flags of megatron_long.pretrain, to append to `--recipe`."""
         return [*self.run.to_argv(), "--train-iters", str(self.train_iters)]
+
+    def record(self) -> dict[str, Any]:
+        """Give all that is predicted, with the parts of its sums, as JSON takes it."""
+        return {
+            "flags": self.to_argv(),
+            "hours": self.hours,
+            "tokens_per_second_per_gpu": self.tokens_per_second,
+            "tflops_per_gpu": self.tflops,
+            "checkpoint_bytes": checkpoint_bytes(self.run.parameters),
+            "step_seconds": {"total": self.time.total_s, **vars(self.time)},
+            "peak_gib": {
+                "total": self.memory.total_gib,
+                **{name: size / 2**30 for name, size in vars(self.memory).items()},
+            },
+        }
+
+
+def read_task(flags: Namespace) -> Task:
+    """Give what the flags of `plan_run.py` ask for; a recipe gives what no flag does.
+
+    Raises: ConfigError: no model is given, or two; see `Task`.
+    """
+    if bool(flags.hf_config) == bool(flags.recipe):
+        raise ConfigError("give the model by one of --hf-config and --recipe")
+    given: dict[str, Any] = {"seq_length": flags.seq_length}
+    for name in ("batch_tokens", "train_tokens"):
+        text = getattr(flags, name)
+        given[name] = parse_token_count(text, f"--{name.replace('_', '-')}") if text else None
+    if flags.recipe:
+        recipe = build_recipe(flags.recipe)
+        model = recipe.model
+        values = {
+            "seq_length": recipe.seq_length,
+            "batch_tokens": recipe.tokens_per_batch,
+            "train_tokens": recipe.train_tokens,
+        }
+    else:
+        model, values = geometry_from_hf(flags.hf_config), {"seq_length": 131_072}
+    values |= {name: value for name, value in given.items() if value is not None}
+    return Task(
+        model=model,
+        num_gpus=flags.gpus,
+        gpu=find_gpu(flags.gpu),
+        precisions=PRECISIONS[flags.precision],
+        attention=flags.attention,
+        **values,
+    )
 
 
 def find_plans(task: Task) -> list[Plan]:

@@ -1,6 +1,7 @@
 """What a run of preprocessing was asked: its options, and what follows from them for every file."""
 
 import dataclasses
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,12 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from megatron_long.corpus.documents import RecordKeys
+from megatron_long.corpus.documents import SOURCE_FROM_FOLDER, RecordKeys
 from megatron_long.corpus.inputs import is_url
 from megatron_long.dataset.indexed import token_dtype
 from megatron_long.errors import ConfigError
 from megatron_long.mixture.admission import Admission
 from megatron_long.mixture.mixture import Mixture, named_sources
+from megatron_long.mixture.shares import (
+    NATURAL,
+    SLIMPAJAMA,
+    parse_shares,
+    parse_token_count,
+    read_shares,
+)
 from megatron_long.preprocess.executors import ExecutorOptions
 from megatron_long.preprocess.tokenize_file import TokenizeOptions
 from megatron_long.preprocess.workdir import hash_tokenizer
@@ -75,6 +83,67 @@ class PreprocessConfig:
             "on_bad_document": self.on_bad_document,
             "token_dtype": self.token_dtype,
         }
+
+
+def read_config(flags: Namespace) -> PreprocessConfig:
+    """Give what the flags of `preprocess_mix.py` ask for.
+
+    Raises: ConfigError: a flag has no such value, or flags exclude each other.
+    """
+    shares, missing = flags.source_shares, "error"
+    if shares not in (NATURAL, SLIMPAJAMA):
+        shares, missing = read_shares(Path(shares))
+    strategy, *named = flags.strategy
+    mixture = Mixture(
+        train_tokens=parse_token_count(flags.train_tokens),
+        strategy=strategy,
+        short_keep_ratio=flags.short_keep_ratio,
+        long_token_share=flags.long_token_share,
+        long_threshold_tokens=flags.long_threshold,
+        cut_length_tokens=flags.cut_length,
+        upsampled_shares=parse_shares(named),
+        source_shares=shares,
+        missing_sources=flags.missing_sources or missing,
+        valid_tokens_per_source=parse_token_count(
+            flags.valid_tokens_per_source, "--valid-tokens-per-source"
+        ),
+        allow_repeat=flags.allow_repeat,
+    )
+    return PreprocessConfig(
+        inputs=flags.input,
+        tokenizer=flags.tokenizer,
+        mixture=mixture,
+        seed=flags.seed,
+        keys=_read_keys(flags),
+        workers=flags.workers,
+        engine=flags.engine,
+        on_bad_document=flags.on_bad_document,
+        token_dtype=flags.token_dtype,
+        execution=_read_execution(flags),
+        work_dir=flags.work_dir,
+        keep_work=flags.keep_work,
+        force=flags.force,
+    )
+
+
+def _read_keys(flags: Namespace) -> RecordKeys:
+    if flags.source_from_folder and flags.source_key:
+        raise ConfigError("--source-from-folder and --source-key exclude each other; give one")
+    source = SOURCE_FROM_FOLDER if flags.source_from_folder else flags.source_key
+    keys = RecordKeys(text=flags.text_key)
+    return dataclasses.replace(keys, source=source) if source else keys
+
+
+def _read_execution(flags: Namespace) -> ExecutorOptions:
+    return ExecutorOptions(
+        executor=flags.executor,
+        workers=flags.workers,
+        tasks=flags.tasks,
+        slurm_partition=flags.slurm_partition,
+        slurm_time=flags.slurm_time,
+        memory_gb=flags.task_memory_gb,
+        slurm_args=dict(word.partition("=")[::2] for word in flags.slurm_args),
+    )
 
 
 def tokenize_options(

@@ -4,6 +4,7 @@ They add no special tokens, and a literal `<s>` inside a text stays text; the ca
 BOS and EOD. `vocabulary_sha256` lets tools check that a dataset and a model use the same vocabulary.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,11 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_long.errors import DataError
+from megatron_long.errors import DataError, UserError
 from megatron_long.tokenizer.engines import open_engine
 from megatron_long.tokenizer.prompt_tokens import encode_prompt
 from megatron_long.tokenizer.tiktoken_model import TiktokenTokenizer, is_tiktoken
-from megatron_long.tokenizer.tokenizer_files import HF_FILE, read_config, token_text, tokenizer_file
+from megatron_long.tokenizer.tokenizer_files import (
+    HF_FILE,
+    SENTENCEPIECE_FILE,
+    read_config,
+    token_text,
+    tokenizer_file,
+)
 from megatron_long.tokenizer.tokenizer_types import (
     REFERENCE,
     ReferenceTokenizer,
@@ -187,3 +194,45 @@ def open_reference(file: Path) -> ReferenceTokenizer:
     if is_tiktoken(file.read_bytes()):
         return TiktokenTokenizer(file)
     return SentencePieceTokenizer(file)
+
+
+def check_tokenizer(folder: Path) -> list[str]:
+    """Look at the tokenizer of a model folder before it is copied.
+
+    Returns: Warnings, each of a file that holds a tokenizer of a kind that cannot be loaded here.
+    Raises: DataError: a file is empty, or cannot be parsed.
+    """
+    warnings = []
+    for name in (SENTENCEPIECE_FILE, HF_FILE):
+        file = folder / name
+        if not file.is_file():
+            continue
+        _check_content(file)
+        read_config(folder)
+        try:
+            open_reference(file)
+        except UserError as error:
+            warnings.append(f"{file} cannot be loaded here: {error}")
+    return warnings
+
+
+def _check_content(file: Path) -> None:
+    import sentencepiece
+
+    content, remedy = file.read_bytes(), "download it again, or remove it from the folder"
+    if not content:
+        raise DataError(f"{file} is empty; {remedy}")
+    if file.suffix == ".json":
+        try:
+            is_tokenizer = isinstance(json.loads(content), dict)
+        except (ValueError, RecursionError):
+            is_tokenizer = False
+    else:
+        try:
+            sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(content)
+            is_tokenizer = True
+        except RuntimeError:
+            is_tokenizer = is_tiktoken(content)
+    if not is_tokenizer:
+        what = "JSON object" if file.suffix == ".json" else "SentencePiece model or tiktoken file"
+        raise DataError(f"{file} is no {what} (it begins with {content[:40]!r}); {remedy}")

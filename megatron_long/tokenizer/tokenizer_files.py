@@ -71,8 +71,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         if name != CHAT_TEMPLATE_FILE and (folder / name).is_file():
             try:
                 merged.update(json.loads((folder / name).read_text("utf-8")))
-            except ValueError as error:
-                raise DataError(f"{folder / name} is not JSON: {error}") from None
+            except (ValueError, TypeError, RecursionError) as error:
+                raise DataError(f"{folder / name} is no JSON object: {error}") from None
     return merged
 
 

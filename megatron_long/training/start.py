@@ -282,6 +282,38 @@ def check_writable(save: Path) -> None:
         raise unwritable(save, str(error)) from error
 
 
+def check_loss_log(path: str | None, writes: bool) -> None:
+    """Find out early that `--loss-log` takes no lines; each process of the job calls it.
+
+    Args:
+        writes: Whether this process is the one that will write it.
+    Raises: ConfigError: on every process; it is a folder or a pipe, or nothing can be written there.
+    """
+    findings: list[str] = []
+    if path and writes:
+        try:
+            _try_to_append(Path(path))
+        except OSError as error:
+            findings = [f"--loss-log {path} cannot be written to ({error}); give another file"]
+    findings = rendezvous.agree(findings)
+    if findings:
+        raise ConfigError(findings[0])
+
+
+def _try_to_append(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        with tempfile.TemporaryFile(dir=path.parent):
+            return
+    file = os.open(
+        path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK
+    )  # a pipe would wait for its reader
+    try:
+        os.lseek(file, 0, os.SEEK_END)
+    finally:
+        os.close(file)
+
+
 def unwritable(save: Path, reason: str) -> ConfigError:
     """The error of a `--save` that is not writable."""
     return ConfigError(f"--save {save} cannot be written to ({reason}); nothing has been trained")

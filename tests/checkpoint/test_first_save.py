@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from megatron_long.checkpoint.choosing import check_whole, saved_iterations
+from megatron_long.errors import ConfigError
+from tests.fake_checkpoints import write_fake_checkpoint
 from tests.job_fixtures import FLAGS
 from tests.launched import REPOSITORY, tracked
 
@@ -30,7 +32,7 @@ def test_the_next_start_works(fault, more, status, flags, jobs, tmp_path, monkey
     out = tmp_path / "out"
     same = (*flags, "--save-interval", 2, "--exit-interval", 4, *more)
     told = jobs.run(1, *same, faults=[fault], status=status).text
-    assert ("could not be saved" in told) is (fault is FULL)
+    assert ("checkpoint could not be saved; there is none" in told) is (fault is FULL)
     assert bool(list(out.glob(".iter_*.partial"))) is (fault is KILL)
     assert saved_iterations(out) == []
     words = ["check_layout.py", "--world-size", 1, *FLAGS, "--dataset", jobs.dataset, *same]
@@ -46,12 +48,8 @@ def test_the_next_start_works(fault, more, status, flags, jobs, tmp_path, monkey
 
 def test_a_job_that_saved_while_this_one_waited_for_the_folder(tmp_path, monkeypatch, tiny_dataset):
     """Both were started at once, in a folder that was not there: it could not be held at the first look."""
-    from megatron_long.training.start_log import StartLog
-    from tests.training.conftest import FLAGS
-
     from megatron_long import pretrain
-    from megatron_long.errors import ConfigError
-    from tests.fake_checkpoints import write_fake_checkpoint
+    from megatron_long.job.start_log import StartLog
 
     out = tmp_path / "out"
     looked, hold = [], pretrain.hold_save

@@ -53,6 +53,39 @@ def test_round_trip_is_bit_equal(make_llama, read_weights, tmp_path, tied, dtype
         assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.model", b"", "tokenizer.model is empty; download it again"),
+        ("tokenizer.json", b"", "tokenizer.json is empty"),
+        (
+            "tokenizer.model",
+            b"version https://git-lfs",
+            r"no SentencePiece model .* b'version https",
+        ),
+        ("tokenizer.json", b"<html>", "tokenizer.json is no JSON object .* b'<html>'"),
+        ("tokenizer.json", b"[" * 100_000, "tokenizer.json is no JSON object"),
+        ("tokenizer_config.json", b"[1]", "tokenizer_config.json is no JSON object"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused(name, content, words, make_llama, tmp_path):
+    source = shutil.copytree(make_llama(), tmp_path / "hf")
+    (source / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        hf_to_megatron(source, tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_a_tokenizer_of_another_kind_is_copied_with_a_warning(make_llama, tmp_path, caplog):
+    source = shutil.copytree(make_llama(), tmp_path / "hf")
+    content = '{"version": "1.0", "model": {"type": "OfTomorrow"}}'
+    (source / "tokenizer.json").write_text(content)
+    hf_to_megatron(source, tmp_path / "megatron")
+    assert (tmp_path / "megatron/tokenizer/tokenizer.json").read_text() == content
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert f"{source / 'tokenizer.json'} cannot be loaded here" in warning
+
+
 def test_hashes_taken_while_writing_are_those_of_the_files(converted, checkpoint_copy):
     release = checkpoint_copy / "release"
     hashed = read_hashes(release)["files"]

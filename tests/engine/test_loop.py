@@ -1,7 +1,9 @@
 """Events of the loop: their order on every rank, and callbacks that answer, end the run or raise."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +72,44 @@ def test_one_that_raises_keeps_no_other_from_the_end():
     with pytest.raises(ValueError, match="broken"):
         Callbacks([Told("first", told), broken, Told("last", told)]).on_end()
     assert told == ["first", "broken", "last"]
+
+
+class Scaled:
+    """An FP16 optimizer, whose loss scale has this far to go down; its gradients overflow."""
+
+    def __init__(self, scale: float, lowest: float | None) -> None:
+        self.grad_scaler = SimpleNamespace(scale=scale, min_scale=lowest)
+
+    def prepare_grads(self) -> bool:
+        return True
+
+    def get_grad_norm(self) -> float:
+        return 2.0
+
+
+@pytest.mark.parametrize(("lowest", "lowers"), [(1.0, True), (8.0, False), (None, False)])
+def test_a_callback_knows_of_an_overflow_and_cannot_undo_it(lowest, lowers, monkeypatch):
+    import megatron.training.training as training
+
+    from megatron_long.engine.loop import Loop
+
+    seen: list[Gradients] = []
+
+    class Seeing(Callback):
+        def after_backward(self, step: Step, gradients: Gradients) -> bool:
+            seen.append(gradients)
+            assert gradients.norm() == 2.0
+            return False
+
+    def train_step(model, optimizer):
+        return {}, int(optimizer.prepare_grads()), False, False, 0
+
+    monkeypatch.setattr(training, "train_step", train_step)
+    loop = Loop(Callbacks([Seeing()]), None, Namespace(curr_iteration=0))  # type: ignore[arg-type]
+    optimizer = Scaled(8.0, lowest)
+    assert loop.train_step([], optimizer) == ({}, 1, False, False, 0)
+    assert loop.train_step([], optimizer) == ({}, 1, False, False, 0)
+    assert [(found.overflow, found.lowers_loss_scale) for found in seen] == [(True, lowers)] * 2
 
 
 def step_lines(step: int) -> list[str]:

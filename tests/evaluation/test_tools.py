@@ -450,7 +450,7 @@ LOSS_ERRORS = {
     "buckets": (["--buckets", "0-99"], "--buckets 0-99 does not lie within --context-length 64"),
     "long documents": (["--min-document-tokens", "99999"], "no held-out document is that long"),
     "compare": (["--compare", "nowhere.json"], "--compare nowhere.json is not a file"),
-    "no such iteration": (["--ckpt-step", "7"], "has no whole iter_0000007"),
+    "no such iteration": (["--ckpt-step", "7"], "iter_0000007 is missing); there: 10"),
     "missing tokenizer": (["--tokenizer", "nowhere"], "--tokenizer nowhere does not exist"),
     "output is a folder": (["--output", ".", "--force"], "--output . cannot be written"),
 }

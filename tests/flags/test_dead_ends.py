@@ -1,6 +1,7 @@
 """Beginners' first commands that fail: each message names the way out."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron_long import command_line
 from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.input_checks import find_checkpoint
+from megatron_long.flags.arguments import PATH_FLAGS
 from megatron_long.flags.backend import HOST
 from megatron_long.flags.flag_help import UNITS
 from tests.fake_checkpoints import find_iteration
@@ -90,6 +92,20 @@ def test_what_is_nothing_of_all_this_names_who_makes_checkpoints(tmp_path):
         assert "holds no Megatron checkpoint: latest_checkpointed_iteration.txt is missing" in told
         assert "(--save) or tools/convert_checkpoint.py" in told
         assert "does not exist" in refused(lambda action=action: action(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("joint", [" ", "="], ids=["two words", "one word"])
+def test_paths_that_no_file_can_have_are_refused(joint, tmp_path):
+    for flag in PATH_FLAGS:
+        told = train(*DATA, *f"{flag}{joint}{tmp_path}/{'x' * 256}".split())
+        assert told.startswith(f"{flag} {tmp_path}/xxx")
+        assert "is too long" in told
+        assert "is too long" in train(*DATA, *f"{flag}{joint}{tmp_path}{'/x' * 2048}".split())
+    assert "14 for itself" in train(*DATA, "--export-hf", tmp_path / ("x" * 250))
+    told = train(*DATA, "--save", os.fsdecode(bytes(tmp_path) + b"/x\xff"))
+    assert told.startswith(
+        f"'{tmp_path}/x\\udcff' on the command line has bytes that are not UTF-8"
+    )
 
 
 LENGTH_FLAGS = {

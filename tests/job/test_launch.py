@@ -3,7 +3,9 @@
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from megatron_long import launch
@@ -36,3 +38,47 @@ def test_a_rank_that_was_killed(status, result, words, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: rank 5 on ")
     assert words in said
+
+
+class Child:
+    """A child of the launcher as psutil shows it."""
+
+    def __init__(self, environment: dict[str, str] | psutil.Error) -> None:
+        self.environment = environment
+        self.signals: list[int] = []
+
+    def environ(self) -> dict[str, str]:
+        if isinstance(self.environment, psutil.Error):
+            raise self.environment
+        return self.environment
+
+    def send_signal(self, number: int) -> None:
+        self.signals.append(number)
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_told"),
+    [({"TORCHELASTIC_RUN_ID": "none"}, True), ({}, True), (psutil.ZombieProcess(1), False)],
+    ids=["rank", "rank that starts another program", "rank that has just ended"],
+)
+def test_the_launcher_stays_while_a_rank_leaves(environment, is_told, monkeypatch):
+    """Torchrun then meets the other nodes, which would wait for this one for five minutes."""
+    child = Child(environment)
+    monkeypatch.setattr(
+        launch, "psutil", SimpleNamespace(**vars(psutil) | {"Process": lambda: parent})
+    )
+    parent = SimpleNamespace(children=lambda: [child])
+    launch._hand_on(signal.SIGTERM, None)
+    assert child.signals == ([signal.SIGTERM] if is_told else [])
+
+
+@pytest.mark.parametrize("environment", [{"PATH": "/bin"}, psutil.NoSuchProcess(1)])
+def test_the_launcher_leaves_where_no_rank_runs(environment, monkeypatch, capfd):
+    parent = SimpleNamespace(children=lambda: [Child(environment)])
+    monkeypatch.setattr(
+        launch, "psutil", SimpleNamespace(**vars(psutil) | {"Process": lambda: parent})
+    )
+    with pytest.raises(SystemExit) as left:
+        launch._hand_on(signal.SIGTERM, None)
+    assert left.value.code == 0
+    assert "while no rank was running" in capfd.readouterr().err

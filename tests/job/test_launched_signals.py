@@ -115,7 +115,7 @@ def test_nothing_of_a_killed_rank_is_left(flags, jobs, tmp_path):
 
 WAITING_RANK = """
 import os, pathlib, sys, time
-from megatron_long.training import signals
+from megatron_long.job import signals
 signals.leave_before_training()
 path = pathlib.Path(sys.argv[1], os.environ["RANK"])
 path.with_suffix(".new").write_text(str(os.getpid()))

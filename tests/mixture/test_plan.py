@@ -222,6 +222,35 @@ def test_repetition_takes_whole_passes(plan_of):
     assert info.documents_dropped == 0
 
 
+def test_remedies_of_a_source_with_nothing_left_work(plan_of):
+    corpus = make_corpus()
+    is_c4 = corpus["source"] == 1
+    corpus["length_tokens"][is_c4] = np.minimum(corpus["length_tokens"][is_c4], 900)
+    mixture = dataclasses.replace(BASE, train_tokens=20_000, short_keep_ratio=0.0)
+    with pytest.raises(DataError) as failure:
+        plan_of(corpus, mixture)
+    told = str(failure.value).split("; use ")[1]
+    assert told == "other --source-shares with 0 for C4 or a higher --short-keep-ratio"
+    without = {"Book": 1.0, "C4": 0.0}
+    for works in ({"source_shares": without}, {"short_keep_ratio": 0.1}):
+        assert plan_of(corpus, dataclasses.replace(mixture, **works)).order.size
+    with pytest.raises(DataError) as failure:
+        plan_of(corpus[is_c4], mixture)
+    assert str(failure.value).endswith("; use a higher --short-keep-ratio")
+
+
+def test_remedies_are_those_of_the_strategy(plan_of):
+    mixture = dataclasses.replace(BASE, train_tokens=50_000_000, strategy="original")
+    with pytest.raises(
+        DataError, match=r"--train-tokens \d+, other --source-shares or --allow-rep"
+    ):
+        plan_of(make_corpus(), mixture)
+    with pytest.raises(
+        DataError, match=r"--train-tokens \d+, a higher --short-keep-ratio or --all"
+    ):
+        plan_of(make_corpus(), dataclasses.replace(mixture, strategy="global"))
+
+
 def test_shortage_names_source_numbers_and_remedies(plan_of):
     mixture = dataclasses.replace(BASE, source_shares={"Book": 0.01, "C4": 0.99})
     with pytest.raises(DataError) as failure:

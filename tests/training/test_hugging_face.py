@@ -128,6 +128,9 @@ def test_an_export_is_not_written_over(tmp_path):
     with pytest.raises(ConfigError, match=r"--export-hf .* exists already"):
         check_export(str(tmp_path))
     check_export(str(tmp_path / "new"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot be made: .*file is a file, or may not be"):
+        check_export(str(tmp_path / "file" / "new" / "model"))
 
 
 def test_damaged_weights_are_seen_before_training(hf_model, tiny_dataset, tmp_path):

@@ -71,6 +71,13 @@ def copy_model_tokenizer(path: Path, folder: Path) -> list[str]:
     return copy_files(path, folder)
 
 
+def check_model_tokenizer(path: Path) -> list[str]:
+    """Look at the tokenizer files of a model folder: see `check_tokenizer`."""
+    from megatron_long.tokenizer.loading import check_tokenizer
+
+    return [] if is_gguf(path) else check_tokenizer(path)
+
+
 def copy_generation_config(path: Path, target: Path) -> None:
     """Copy a model folder's generation settings, if it has some."""
     source = path / hf_folder.GENERATION_CONFIG

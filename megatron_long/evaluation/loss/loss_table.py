@@ -22,6 +22,7 @@ from megatron_long.evaluation.loss.loss_report import (
     format_bucket,
 )
 from megatron_long.evaluation.loss.position_loss import Bucket
+from megatron_long.evaluation.report.plots import save_figure
 from megatron_long.files import atomic_path
 
 if TYPE_CHECKING:
@@ -179,3 +180,34 @@ def _colour(table: LossTable, bucket: int, report: int, source: int) -> str:
     if report == 0 or not table.is_significant(bucket, report, source):
         return NEITHER
     return BETTER if table.difference(bucket, report, source) < 0 else WORSE
+
+
+def table_paths(output: Path) -> tuple[Path, Path]:
+    """Where the CSV and the PNG of the table go, next to the report."""
+    return output.with_name(f"{output.stem}-table.csv"), output.with_name(
+        f"{output.stem}-table.png"
+    )
+
+
+def write_loss_table(output: Path, table: LossTable) -> list[Path]:
+    """Write the table as CSV and as PNG next to the report; gives where."""
+    csv_path, png_path = table_paths(output)
+    write_loss_csv(csv_path, table)
+    save_figure(table_figure(table), png_path)
+    return [csv_path, png_path]
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Name files by the fewest last parts of their paths that tell them apart.
+
+    >>> distinct_names([Path("a/loss.json"), Path("b/loss.json")])
+    ['a/loss', 'b/loss']
+    >>> distinct_names([Path("a/before.json"), Path("b/loss.json")])
+    ['before', 'loss']
+    """
+    whole = [path.resolve().with_suffix("").parts for path in paths]
+    for number in range(1, max(map(len, whole), default=0)):
+        names = ["/".join(parts[-number:]) for parts in whole]
+        if len(set(names)) == len(set(whole)):
+            return names
+    return [str(path) for path in paths]

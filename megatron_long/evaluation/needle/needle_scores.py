@@ -71,6 +71,11 @@ class Deadline:
         self.seconds = seconds
         self.is_over = False
 
+    @classmethod
+    def of_minutes(cls, minutes: float | None, start: float) -> Deadline:
+        """Give that of `--stop-after-minutes`."""
+        return cls(None if minutes is None else 60 * minutes, start)
+
     def may_go_on(self, scorer: TokenScorer) -> bool:
         """Whether another round fits, if it takes as long as the last one (rounds get shorter).
 
