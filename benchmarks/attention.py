@@ -1,7 +1,7 @@
-"""Causal attention kernels side by side, at the shape that one GPU sees under context parallelism `a2a`.
+"""Comparison of causal attention kernels, at the shape of one GPU under context parallelism `a2a`.
 
-At 131,072 tokens attention is most of a training step, so which kernel runs decides the speed. Each
-installed implementation gets the same tensors in one process; a missing one is named and left out.
+At 131,072 tokens attention dominates a training step, so the kernel determines the speed. Each
+installed implementation gets the same tensors in one process; missing ones are listed and skipped.
 Rates count 4 * s^2 * n * d / 2 operations forward (causal) and 2.5 times that backward.
 
     python benchmarks/attention.py --seq-length 131072 --heads 8 --kv-heads 2
@@ -150,7 +150,7 @@ def measure(attend: Attention, tensors: list[Any], repeats: int) -> dict[str, fl
 
 
 def versions() -> dict[str, str]:
-    """What was measured with what."""
+    """The software and hardware of a measurement."""
     import torch
 
     found = {"torch": torch.__version__, "cudnn": str(torch.backends.cudnn.version())}

@@ -5,7 +5,7 @@
 Makes a Hugging Face folder of Llama-3-8B's shape with random BF16 weights (`--layers 32` is 16 GB; the disk
 must hold three times that), then times, each from a cold page cache and to an fsynced end, a plain copy
 (`cp`), the conversion to Megatron, a second copy, and the conversion back. Memory is what the process
-itself holds (anonymous pages), sampled; pages of mapped files are the system's to drop. The work folder is
+itself holds (anonymous pages), sampled; the system can drop pages of mapped files. The work folder is
 removed at the end.
 """
 
@@ -80,7 +80,7 @@ def make_model(folder: Path, geometry: LlamaGeometry, max_shard_bytes: int) -> i
 
 
 def forget(folder: Path) -> None:
-    """Drop a folder's pages from the cache, so that the next reader goes to the disk."""
+    """Drop a folder's pages from the cache, so that the next reader reads from the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -90,7 +90,7 @@ def forget(folder: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Wait until the disk has a folder's files."""
+    """Sync a folder's files to disk."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -122,7 +122,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def convert(command: str, source: Path, target: Path) -> float:
-    """Run the tool; give the peak of its anonymous memory in GB."""
+    """Run the tool; return the peak of its anonymous memory in GB."""
     words = [sys.executable, "tools/convert_checkpoint.py", command]
     words += ["--input", str(source), "--output", str(target)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -148,7 +148,7 @@ def _anonymous_kb(pid: int) -> int:
 
 
 def run(work_dir: Path, layers: int, max_shard_bytes: int) -> dict[str, Any]:
-    """Make the model, take all measurements."""
+    """Create the model and run all measurements."""
     source, copied = work_dir / "hf", work_dir / "copy"
     checkpoint, back = work_dir / "megatron", work_dir / "back"
     size_bytes = make_model(source, replace(LLAMA3_8B, num_layers=layers), max_shard_bytes)

@@ -4,8 +4,8 @@
     python benchmarks/document_masking.py --dataset data/mix --nproc-per-node 2 --steps 8 \\
         --recipe llama3_8b_128k --num-layers 8 --tensor-model-parallel-size 1 --context-parallel-size 2
 
-Flags that it does not know go to megatron_long.pretrain. Prints the median seconds of the steps after
-the warm-up, the padding, and the share of the attention's work that lies within documents.
+Other flags go to megatron_long.pretrain. Prints the median seconds of the steps after
+the warm-up, the padding, and the share of the attention's work that is within documents.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--dataset", type=Path, required=True, help="of tools/preprocess_mix.py")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="GPUs (1)")
     parser.add_argument("--steps", type=int, default=8, help="steps of each job (8)")
-    parser.add_argument("--warm-up", type=int, default=3, help="of these, left out (3)")
+    parser.add_argument("--warm-up", type=int, default=3, help="of these, skipped (3)")
     parser.add_argument("--seq-length", type=int, default=131_072, help="tokens (131072)")
     arguments, flags = parser.parse_known_args()
     windows = describe(arguments.dataset / "train", arguments.seq_length, arguments.steps)
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def describe(prefix: Path, seq_length: int, num_windows: int) -> dict[str, float]:
-    """Documents of the first windows, and how much of causal attention lies within them."""
+    """Documents of the first windows, and the share of causal attention within them."""
     reader = IndexedDatasetReader(prefix)
     num_windows = min(num_windows, reader.num_tokens // seq_length)
     lengths = [
@@ -73,7 +73,7 @@ def describe(prefix: Path, seq_length: int, num_windows: int) -> dict[str, float
 
 
 def train(arguments: argparse.Namespace, flags: list[str]) -> Measured:
-    """One job; its whole output is shown where it fails."""
+    """Run one job; its whole output is printed if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "loss.jsonl"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -1,13 +1,13 @@
-"""The whole path at full size, phase by phase: an 8B model from a Hugging Face folder and back, measured.
+"""The whole pipeline at full size, phase by phase: an 8B model from and to a Hugging Face folder, measured.
 
     python benchmarks/full_size.py --work W --phases data                      # where the packages are; carry W/data
     python benchmarks/full_size.py --work W --dataset DATA --fast-dir /dev/shm/walk --until-s 580   # GPUs
     python benchmarks/full_size.py --work W --report
 
-A phase that is done is skipped, so that the same command, given again, does the rest; `--list` shows what is
-done and how long the others are expected to take, and of what (`walk.budget`). Phases joined by + run at once.
+Finished phases are skipped, so the same command, run again, does the rest; `--list` shows what is
+done, the expected duration of the others, and its parts (`walk.budget`). Phases joined by + run concurrently.
 Each leaves a record in W/records.jsonl and its output in W/logs/PHASE.log. Nothing is downloaded on the GPU
-machine: weights are random, of a trained model's deviations. `--size tiny` walks the same path on the host.
+machine: weights are random, with a trained model's standard deviations. `--size tiny` runs on the host.
 """  # noqa: E501
 
 import argparse
@@ -36,7 +36,7 @@ from megatron_long.errors import ConfigError, UserError
 from megatron_long.files import append_whole
 
 SECONDS_TO_LEAVE = 15
-"""Children are stopped so long before --until-s."""
+"""Children are stopped this long before --until-s."""
 NUM_COPIED_LINES = 150
 """Of each log, for --copy-to."""
 _RECORDING = threading.Lock()
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def run_group(group: Sequence[str], work: Work, args: argparse.Namespace, failed: set[str]) -> None:
-    """Run phases at once; those that are not done after it are added to `failed`."""
+    """Run phases concurrently; those that are not done afterwards are added to `failed`."""
     begun = []
     for name in group:
         if is_done(work, name) and name not in args.again:
@@ -79,7 +79,7 @@ def run_group(group: Sequence[str], work: Work, args: argparse.Namespace, failed
             continue
         reason = why_not(name, work, args.until_s, failed, drops=args.drop_checkpoint)
         if reason:
-            print(f"{name}: not begun: {reason}", flush=True)
+            print(f"{name}: not started: {reason}", flush=True)
             failed.add(name)
         else:
             begun.append(name)
@@ -112,9 +112,9 @@ def leave_copies(work: Work, folder: Path) -> None:
 
 
 def run_phase(name: str, work: Work, beside: Sequence[str]) -> bool:
-    """Run one phase and record it; gives whether it is done."""
+    """Run and record one phase; returns whether it is done."""
     context = Context(work, name)
-    print(f"{name}: begun at {time.monotonic() - STARTED:.0f} s", flush=True)
+    print(f"{name}: started at {time.monotonic() - STARTED:.0f} s", flush=True)
     began, peaks, status, facts = time.monotonic(), Peaks().start(), "done", {}
     try:
         facts = PHASES[name].do(context)
@@ -146,7 +146,7 @@ def run_phase(name: str, work: Work, beside: Sequence[str]) -> bool:
 
 
 def make_work(args: argparse.Namespace) -> tuple[Settings, Work]:
-    """Settings and places of the flags; those of the commands before, where none are given."""
+    """Settings and paths from the flags; those of earlier commands by default."""
     folder = args.work.resolve()
     kept = folder / "settings.json"
     if (args.report or args.list) and kept.is_file():
@@ -186,7 +186,7 @@ PLACES = ("dataset", "fast_dir", "corpus")
 
 
 def read_group(text: str) -> tuple[str, ...]:
-    """Phases of one word of --phases.
+    """Phases of one value of --phases.
 
     >>> read_group("loss+needle")
     ('loss', 'needle')
@@ -194,7 +194,7 @@ def read_group(text: str) -> tuple[str, ...]:
     names = tuple(text.split("+"))
     for name in names:
         if name not in PHASES:
-            raise ConfigError(f"--phases {name} is unknown; choose of {', '.join(PHASES)}")
+            raise ConfigError(f"--phases {name} is unknown; choose from {', '.join(PHASES)}")
     return names
 
 
@@ -207,16 +207,24 @@ def build_parser() -> argparse.ArgumentParser:
     add("--phases", nargs="+", type=read_group, metavar="PHASE[+PHASE]", help=f"default: {order}")
     add("--again", nargs="+", choices=PHASES, default=[], metavar="PHASE", help="though done")
     add(
-        "--until-s", type=float, help="seconds of this command: no phase is begun that takes longer"
+        "--until-s",
+        type=float,
+        help="seconds of this command: no phase that takes longer is started",
     )
-    add("--keep-going", action="store_true", help="after a failure, what does not depend on it")
+    add(
+        "--keep-going",
+        action="store_true",
+        help="after a failure, run phases that do not depend on it",
+    )
     add("--drop-checkpoint", action="store_true", help="async may remove what others still need")
     add(
-        "--copy-to", type=Path, help="folder for records, tables and ends of logs, after each phase"
+        "--copy-to",
+        type=Path,
+        help="folder for records, tables and ends of logs, written after each phase",
     )
     add("--list", action="store_true", help="what is done, and how long the rest takes")
     add("--report", action="store_true", help="print the tables")
-    add("--dataset", type=Path, help="folder that the phase data wrote; default: WORK/data")
+    add("--dataset", type=Path, help="folder written by the phase data; default: WORK/data")
     add("--fast-dir", type=Path, help="for the model's folders, as in /dev/shm; default: WORK")
     add("--corpus", type=Path, help="for data: jsonl files and heldout/*.txt")
     add("--size", choices=("full", "tiny"), default="full", help="Llama-3-8B, or one for the host")

@@ -3,7 +3,7 @@
 
     python benchmarks/linear_cross_entropy.py --positions 32768 --vocab-size 128256 --hidden-size 4096
 
-Both start from the same hidden states and weight, and their losses and gradients are compared first.
+Both use the same hidden states and weight, and their losses and gradients are compared first.
 Prints milliseconds (median), peak memory beyond the inputs, and the ratio.
 """
 

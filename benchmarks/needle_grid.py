@@ -1,7 +1,7 @@
-"""How long the paper's needle grid takes: 40 lengths by 10 depths up to 128K tokens, 8B, random weights.
+"""Time of the paper's needle grid: 40 lengths by 10 depths up to 128K tokens, 8B, random weights.
 
-Nothing has to be at hand: haystack, tokenizer and config are made in --workdir. Killed or stopped, the same
-command goes on; `times.jsonl` there adds up what every command took.
+No input is needed: haystack, tokenizer and config are created in --workdir. After a kill or stop, the same
+command resumes; `times.jsonl` there sums the time of all commands.
 
     python benchmarks/needle_grid.py --workdir runs/needle_grid --gpus 4 --stop-after-minutes 9
 """
@@ -24,11 +24,11 @@ from megatron_long.model.geometry import geometry_from_hf
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_SENTENCES = 40_000
 NUM_ANSWER_TOKENS = 24
-"""About; the output layer is applied to these positions only."""
+"""Approximate; the output layer is applied to these positions only."""
 
 
 def make_inputs(workdir: Path, context_length: int) -> None:
-    """Write haystack, tokenizer and config, unless they are there."""
+    """Write haystack, tokenizer and config, unless they exist."""
     if (workdir / "config.json").exists():
         return
     workdir.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def _train_tokenizer(prefix: Path, sentences: list[str]) -> None:
 
 
 def num_done(cells: Path) -> int:
-    """Cells that are on the disk."""
+    """Finished cells on disk."""
     return max(0, len(cells.read_text().splitlines()) - 1) if cells.exists() else 0
 
 
@@ -81,12 +81,12 @@ def describe(args: argparse.Namespace) -> str:
     if done == len(rows):
         device_seconds = sum(entry["seconds"] * entry["processes"] for entry in times)
         rate = work.flops / device_seconds / 1e12
-        text += f"; {rate:.0f} TFLOP/s a device, start and loading included"
+        text += f"; {rate:.0f} TFLOP/s per device, including startup and loading"
     return text
 
 
 def main() -> int:
-    """Make the inputs, run the tool once, add up."""
+    """Create the inputs, run the tool once, and sum up."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -2,7 +2,7 @@
 
     python benchmarks/open_dataset.py --tokens 5000000000 --work-dir DIR
 
-The index is whole (lengths, offsets, document numbers); the tokens are a hole in the file. Opening is
+The index is complete (lengths, offsets, document numbers); the tokens are a hole in the file. Opening is
 `PackedDataset(...)` and its first and last windows of 128K tokens; importing PyTorch is not counted.
 """
 
@@ -25,7 +25,7 @@ REPEATS = 20
 
 
 def write_sparse(prefix: Path, num_tokens: int) -> int:
-    """Write a dataset whose tokens take no place on the disk; give the number of documents."""
+    """Write a dataset whose tokens take no disk space; return the number of documents."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, 2 * MEAN_LENGTH_TOKENS, num_tokens // MEAN_LENGTH_TOKENS)
     ends = np.cumsum(lengths)
@@ -43,7 +43,7 @@ def write_sparse(prefix: Path, num_tokens: int) -> int:
 
 
 def time_opening(prefix: Path) -> list[float]:
-    """Open the dataset again and again; give the milliseconds of each time."""
+    """Open the dataset repeatedly; return the milliseconds of each time."""
     from megatron_long.dataset.packed_dataset import PackedDataset
 
     times = []

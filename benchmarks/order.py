@@ -1,4 +1,4 @@
-"""How evenly the sources lie in a dataset, against a plain shuffle of the same documents.
+"""How evenly the sources are spread over a dataset, against a plain shuffle of the same documents.
 
     python benchmarks/order.py --dataset dataset --window-tokens 4M
 

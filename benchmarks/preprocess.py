@@ -3,9 +3,9 @@
     python benchmarks/preprocess.py --input corpus/ --tokenizer tokenizer.model --output result.json
 
 Every contender gets the same bytes on the same core, twice: a small file and a large one. Its speed is
-that of the difference, so imports, start and warm-up are not counted for anybody. Speeds are megabytes of
-text for a second of processor time of the whole process tree, so that other work on the machine does not
-show; the wall clock is told too. Documents are compared token by token. Contenders:
+computed from the difference, which excludes imports, startup and warm-up. Speeds are megabytes of
+text per second of processor time of the whole process tree, so that other work on the machine does not
+matter; wall-clock time is reported too. Documents are compared token by token. Contenders:
 
 ours            tools/preprocess_mix.py with every document kept (so nothing is skipped), mixed and hashed
 ours_mixture    the same with its defaults: short documents are dropped with a probability of 0.9
@@ -13,9 +13,9 @@ megatron_core   the calls of Megatron-LM's preprocess_data.py through megatron-c
 megatron        that script itself, of --megatron-dir, with one worker
 megatron_fast   its preprocess_data_fast.py (gigatoken, the whole file in memory), if --megatron-dir has one
 datatrove       JsonlReader and MegatronDocumentTokenizer
-engine          the fast tokenizer engine alone, on texts in memory
-engine_batch    gigatoken alone, through its `encode_batch` instead of text by text
-reference       SentencePiece or Hugging Face tokenizers alone, on texts in memory
+engine          only the fast tokenizer engine, on texts in memory
+engine_batch    only gigatoken, through its `encode_batch` instead of text by text
+reference       only SentencePiece or Hugging Face tokenizers, on texts in memory
 """
 
 import argparse
@@ -78,7 +78,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all runs share."""
+    """Settings of all runs."""
 
     tokenizer: Path
     megatron_dir: Path | None
@@ -117,7 +117,7 @@ def main() -> None:
 def make_slices(corpus: Sequence[Path], sizes: Sequence[int], work: Path) -> list[Slice]:
     """Write files of about `sizes` bytes of text, of all files of the corpus in a fixed random order.
 
-    A corpus that is too small is gone through again. A small slice is the beginning of a large one.
+    A corpus that is too small is read again. A small slice is the beginning of a large one.
     """
     files = [file for path in corpus for file in (sorted(path.glob("*.jsonl")) or [path])]
     lines = [line for file in files for line in file.read_bytes().splitlines() if line.strip()]
@@ -140,7 +140,7 @@ def make_slices(corpus: Sequence[Path], sizes: Sequence[int], work: Path) -> lis
 def compare(
     slices: Sequence[Slice], contenders: Sequence[str], setup: Setup, rounds: int
 ) -> dict[str, Any]:
-    """Run the contenders in turn, `rounds` times, and give speeds and ratios."""
+    """Run the contenders in turn, `rounds` times, and return speeds and ratios."""
     small, large = slices
     for part in slices:
         output = setup.work / f"reference_{part.num_documents}"
@@ -182,7 +182,7 @@ def compare(
 
 
 def checked_run(name: str, part: Slice, setup: Setup, output: Path) -> tuple[Cost, int]:
-    """Run a contender; give its cost, and how many documents differ from the reference's.
+    """Run a contender; return its cost, and how many documents differ from the reference's.
 
     Raises: DataError: ours differs.
     """
@@ -195,7 +195,7 @@ def checked_run(name: str, part: Slice, setup: Setup, output: Path) -> tuple[Cos
         num_different += sum(a != b for a, b in zip(found, expected, strict=False))
         if num_different and name == "ours":
             raise DataError(
-                f"{num_different} of {len(expected)} documents of ours are not the reference's; see "
+                f"{num_different} of {len(expected)} documents of ours differ from the reference's; see "
                 f"{output}"
             )
     remove_folder(output)
@@ -203,7 +203,7 @@ def checked_run(name: str, part: Slice, setup: Setup, output: Path) -> tuple[Cos
 
 
 def run_contender(name: str, part: Slice, setup: Setup, output: Path) -> Cost:
-    """Run one contender on one file; engines tell their own time."""
+    """Run one contender on one file; engines report their own time."""
     remove_folder(output)
     log, env = setup.work / f"{name}.log", {"PYTHONPATH": str(ROOT)}
     words: list[str | Path] = ["--input", part.path, "--tokenizer", setup.tokenizer]
@@ -246,7 +246,7 @@ def document_digests(prefix: Path, setup: Setup, dataset: Path | None = None) ->
 
 
 def measure_memory(slices: Sequence[Slice], setup: Setup) -> list[dict[str, float]]:
-    """Give the peak memory of ours for inputs of several sizes, its own defaults, every document kept."""
+    """Return our peak memory for inputs of several sizes, with defaults, keeping every document."""
     measured = []
     for part in slices:
         told = run_contender("engine", part, setup, setup.work / "engine_memory")
@@ -268,7 +268,7 @@ def measure_memory(slices: Sequence[Slice], setup: Setup) -> list[dict[str, floa
         print(
             f"memory: {part.text_bytes / MEGABYTE:,.0f} MB of text: peak "
             f"{cost.peak_rss_bytes / MEGABYTE:,.0f} MB resident, "
-            f"{cost.peak_private_bytes / MEGABYTE:,.0f} MB of it private; {cost.cpu_s:.1f} s of processor"
+            f"{cost.peak_private_bytes / MEGABYTE:,.0f} MB of it private; {cost.cpu_s:.1f} s processor time"
         )
         for name in ("engine_memory", "ours_memory"):
             remove_folder(setup.work / name)
@@ -292,7 +292,7 @@ def print_speeds(result: dict[str, Any]) -> None:
     """Print the table of speeds and the ratios."""
     print(
         f"{result['text_bytes'] / MEGABYTE:,.0f} MB of text, {result['documents']:,} documents, "
-        f"{result['tokens']:,} tokens; MB of text for a second of one core"
+        f"{result['tokens']:,} tokens; MB of text per second of one core"
     )
     heads = ("MB/s", "MB/s wall", "start s", "peak MB", "other docs")
     print(f"{'contender':15}" + "".join(f"{head:>11}" for head in heads))
@@ -308,7 +308,7 @@ def print_speeds(result: dict[str, Any]) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Give what the figures depend on."""
+    """Return the software and machine of the figures."""
     models = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()
@@ -337,12 +337,12 @@ def _mixture_words(name: str, part: Slice, setup: Setup) -> list[str]:
     if name == "ours":
         every = ["--strategy", "original", "--valid-tokens-per-source", "0"]
         return [*common, *every, "--train-tokens", str(tokens)]
-    # A budget that every source can fill: what the mixture leaves is not known before.
+    # A budget that every source can fill: what the mixture leaves is unknown beforehand.
     return [*common, "--train-tokens", str(tokens // 10), "--allow-repeat", "100"]
 
 
 def _megatron_words(part: Slice, setup: Setup, output: Path) -> list[str | Path]:
-    """Give the command of preprocess_data.py."""
+    """Return the command of preprocess_data.py."""
     words: list[str | Path] = ["--append-eod", "--workers", "1"]
     words += ["--input", part.path, "--output-prefix", output / "out"]
     if setup.tokenizer.suffix == ".json":
@@ -361,7 +361,7 @@ def _megatron_words(part: Slice, setup: Setup, output: Path) -> list[str | Path]
 
 
 def _megatron_fast_words(part: Slice, setup: Setup, output: Path) -> list[str | Path]:
-    """Give the command of preprocess_data_fast.py, which wants a Hugging Face folder."""
+    """Return the command of preprocess_data_fast.py, which needs a Hugging Face folder."""
     folder = setup.work / "hf_tokenizer"
     write_hf_folder(setup.tokenizer, folder)
     words: list[str | Path] = ["--tokenizer-model", folder, "--append-eod", "--use-gigatoken"]
@@ -382,9 +382,9 @@ def _path(setup: Setup) -> dict[str, str]:
 
 
 def speed(runs: Sequence[Sequence[Cost]], small_bytes: int, large_bytes: int) -> dict[str, float]:
-    """Give the speed over the bytes that the second file has more than the first.
+    """Return the speed over the additional bytes of the second file.
 
-    The least time of all rounds is taken for each: other work on the machine only adds.
+    The minimum time of all rounds is used for each: other work on the machine only adds time.
     """
     cpu_s = [min(costs[size].cpu_s for costs in runs) for size in (0, 1)]
     wall_s = [min(costs[size].wall_s for costs in runs) for size in (0, 1)]
@@ -412,7 +412,7 @@ def _contenders(text: str) -> list[str]:
     for name in names:
         if name not in (*CONTENDERS, "megatron", "megatron_fast"):
             raise argparse.ArgumentTypeError(
-                f"{name!r}: choose of {', '.join(CONTENDERS)}, megatron"
+                f"{name!r}: choose from {', '.join(CONTENDERS)}, megatron"
             )
     return names
 
@@ -430,17 +430,17 @@ def _parse_args() -> argparse.Namespace:
     add: Callable[..., Any] = parser.add_argument
     add("--input", type=Path, nargs="+", required=True, help=".jsonl files, or folders of them")
     add("--tokenizer", type=Path, required=True, help="*.model, or tokenizer.json")
-    add("--output", type=Path, metavar="FILE.json", help="write all figures here")
+    add("--output", type=Path, metavar="FILE.json", help="file for all figures")
     add(
         "--contenders", type=_contenders, default=None, metavar="A,B", help="default: all; '': none"
     )
-    add("--megatron-dir", type=Path, help="checkout of Megatron-LM whose script is run")
+    add("--megatron-dir", type=Path, help="checkout of Megatron-LM with the script to run")
     add("--megabytes", type=int, default=100, help="text of the large file; default: %(default)s")
     small = "text of the small file; default: a tenth of the large one"
     add("--small-megabytes", type=int, default=0, help=small)
     add("--rounds", type=int, default=3, help="runs of each contender; default: %(default)s")
     add("--core", type=int, default=max(os.sched_getaffinity(0)), help="default: the last one")
-    rss = "input sizes at which the memory of ours is measured, such as 100 1000"
+    rss = "input sizes at which our memory is measured, such as 100 1000"
     add("--rss-megabytes", type=int, nargs="*", default=[], help=rss)
     add("--open-tokens", type=_tokens, default=0, help="tokens of the sparse dataset, such as 5B")
     add("--work-dir", type=Path, default=ROOT / "runs/benchmark", help="default: %(default)s")

@@ -1,9 +1,9 @@
-"""What others do to a jsonl file, one command each, for benchmarks/preprocess.py.
+"""The peers of benchmarks/preprocess.py, one command each.
 
     python benchmarks/preprocess_peers.py NAME --input FILE --tokenizer FILE --output FOLDER
 
 Every peer writes FOLDER/out.bin and FOLDER/out.idx in reading order, EOD after each document.
-`engine` and `reference` do it with texts already in memory and print the time of tokenizing alone.
+`engine` and `reference` use texts already in memory and print only the time of tokenizing.
 """
 
 import argparse
@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 BATCH_BYTES = 4 << 20
-"""Text that the engines get at once, as in the data path."""
+"""Text that the engines get per call, as in preprocessing."""
 
 
 def megatron_core(input_file: Path, tokenizer: Path, output: Path) -> None:
     """Do what Megatron-LM's tools/preprocess_data.py does, in one process.
 
-    Its pool of workers is left out: with one core it only adds the cost of sending documents.
+    Its pool of workers is omitted: with one core it only adds the cost of sending documents.
     Source: Megatron-LM, tools/preprocess_data.py, Encoder.encode and Partition.process_json_file.
     """
     from megatron.core.datasets import indexed_dataset
@@ -69,7 +69,7 @@ def datatrove(input_file: Path, tokenizer: Path, output: Path) -> None:
 
 
 def engine(input_file: Path, tokenizer: Path, output: Path) -> None:
-    """Time the fast engine alone."""
+    """Time only the fast engine."""
     _time_engine("auto", input_file, tokenizer, output)
 
 
@@ -94,7 +94,7 @@ def engine_batch(input_file: Path, tokenizer: Path, output: Path) -> None:
 
 
 def reference(input_file: Path, tokenizer: Path, output: Path) -> None:
-    """Time the package that the tokenizer belongs to alone."""
+    """Time only the package that the tokenizer belongs to."""
     _time_engine("reference", input_file, tokenizer, output)
 
 
@@ -147,7 +147,7 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 def write_hf_folder(tokenizer: Path, folder: Path) -> None:
-    """Write a tokenizer as a Hugging Face folder, its special tokens among the added ones."""
+    """Write a tokenizer as a Hugging Face folder, with its special tokens as added tokens."""
     plain, eos = _plain_json(tokenizer)
     content = json.loads(plain)
     if not content["added_tokens"]:
@@ -164,7 +164,7 @@ def write_hf_folder(tokenizer: Path, folder: Path) -> None:
 
 
 def _plain_json(tokenizer: Path) -> tuple[str, str]:
-    """Give a tokenizer.json, and its EOD token; special tokens remain only where they are no pieces."""
+    """Return a tokenizer.json, and its EOD token; special tokens remain only if they are not pieces."""
     from megatron_long.tokenizer.engines import plain_json
     from megatron_long.tokenizer.loading import open_reference
     from megatron_long.tokenizer.tokenizer_files import tokenizer_file

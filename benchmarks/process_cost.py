@@ -1,4 +1,4 @@
-"""What a command costs: processor time and memory of its whole process tree, on one core."""
+"""The cost of a command: processor time and memory of its whole process tree, on one core."""
 
 import os
 import resource
@@ -19,7 +19,7 @@ SAMPLE_INTERVAL_S = 0.05
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run, with all processes it started."""
+    """The cost of one run, with all processes it started."""
 
     cpu_s: float
     wall_s: float
@@ -36,7 +36,7 @@ def run_on_core(
     """Run a command with all its processes on one core.
 
     Args:
-        log: File that gets what the command writes to stderr.
+        log: File for the command's stderr.
     Raises: DataError: it failed; names the log.
     """
     words = [str(word) for word in command]
@@ -63,12 +63,12 @@ def run_on_core(
 
 
 def python(*words: str | Path) -> list[str | Path]:
-    """Give the command that runs a script with this Python."""
+    """Return the command that runs a script with this Python."""
     return [sys.executable, *words]
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder if it is there."""
+    """Remove a folder if it exists."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -83,7 +83,7 @@ def _watch(process: subprocess.Popen) -> tuple[int, int]:
                 rss += info.rss
                 private += info.rss - info.shared
         except psutil.Error:
-            pass  # a process ended while it was looked at
+            pass  # a process ended while it was sampled
         peak_rss, peak_private = max(peak_rss, rss), max(peak_private, private)
         time.sleep(SAMPLE_INTERVAL_S)
     return peak_rss, peak_private

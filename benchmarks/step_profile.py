@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by kind of kernel, from a PyTorch profiler trace.
+"""The time of a training step by kind of kernel, from a PyTorch profiler trace.
 
 Record a trace with Megatron's flags, then sum it:
 
@@ -71,7 +71,7 @@ def read_trace(path: Path) -> list[tuple[str, float, float]]:
 
 
 def report(kernels: list[tuple[str, float, float]], names: int) -> str:
-    """A table of kinds, with the kernels that take most of each, and the time no kernel ran."""
+    """A table of kinds, with the largest kernels of each, and the time without kernels."""
     spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
     by_name: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     for name, start, end in kernels:
@@ -86,7 +86,7 @@ def report(kernels: list[tuple[str, float, float]], names: int) -> str:
     lines = [
         f"{(last - first) / 1e3:9.1f} ms from the first to the last kernel",
         f"{(last - first - busy) / 1e3:9.1f} ms of it without any kernel",
-        f"{(busy - compute) / 1e3:9.1f} ms of it with communication alone",
+        f"{(busy - compute) / 1e3:9.1f} ms of it with only communication",
     ]
     for kind, found in sorted(spans.items(), key=lambda item: -sum(e - s for s, e in item[1])):
         lines.append(f"{sum(e - s for s, e in found) / 1e3:9.1f} ms  {kind} ({len(found)} kernels)")

@@ -1,13 +1,13 @@
 """Training at 128K, ours against stock Megatron flags, on the same GPUs in one call.
 
-Every arm trains some steps of the same recipe on mock data. The stock arms take Megatron's own loss
+Every arm trains some steps of the same recipe on mock data. The stock arms use Megatron's own loss
 through full logits, Transformer Engine's own choice of attention kernel (in three arms FlashAttention),
-and the layouts and recompute settings that Megatron's users know; the best of those that fit is the peer.
+and common layouts and recompute settings; the best of those that fit is the peer.
 
     python benchmarks/train_128k.py --gpus 4 --output-dir results/train_128k
     python benchmarks/train_128k.py --gpus 2 --num-layers 12 --arms stock_cp_full ours_fp8
 
-Prints seconds a step, tokens/s/GPU, Megatron's TFLOP/s/GPU, peak memory and the ratio. Each arm's log
+Prints seconds per step, tokens/s/GPU, Megatron's TFLOP/s/GPU, peak memory and the ratio. Each arm's log
 stays in the output folder; an arm that runs out of memory is listed as such.
 """
 
@@ -36,7 +36,7 @@ MEMORY = re.compile(r"max allocated: ([\d.]+)")
 
 @dataclass(frozen=True)
 class Figures:
-    """What an arm gave: medians of the steps after the warm-up, per GPU."""
+    """Figures of an arm: medians of the steps after the warm-up, per GPU."""
 
     seconds: float
     tokens_per_second: float
@@ -84,7 +84,7 @@ def arms(gpus: int) -> dict[str, str]:
 
 
 def read_log(text: str, warm_up: int, tokens_per_gpu: float) -> Figures | None:
-    """Figures of a log of Megatron's; None where no step after the warm-up was reached."""
+    """Figures of a Megatron log; None if no step after the warm-up was reached."""
     steps = [match.groupdict() for match in STEP.finditer(text)][warm_up:]
     if not steps:
         return None
@@ -99,7 +99,7 @@ def read_log(text: str, warm_up: int, tokens_per_gpu: float) -> Figures | None:
 
 
 def run_arm(name: str, flags: str, arguments: argparse.Namespace, extra: Sequence[str]) -> str:
-    """Train one arm; gives its log, which also stays in the output folder."""
+    """Train one arm; returns its log, which also stays in the output folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(arguments.gpus), "-m", "megatron_long.pretrain"]
     command += ["--recipe", arguments.recipe, "--mock-data", "--tokenizer-type", "NullTokenizer"]
@@ -130,7 +130,7 @@ def run_arm(name: str, flags: str, arguments: argparse.Namespace, extra: Sequenc
 
 
 def why_not(log: str) -> str:
-    """A word for an arm without figures.
+    """The reason for an arm without figures.
 
     >>> why_not("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 15 GiB.")
     'out of memory'
@@ -168,10 +168,10 @@ def main() -> int:
     )
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of this node; one replica")
     parser.add_argument("--recipe", default="llama3_8b_128k")
-    parser.add_argument("--num-layers", type=int, help="fewer layers, where the model does not fit")
+    parser.add_argument("--num-layers", type=int, help="fewer layers, if the model does not fit")
     parser.add_argument("--windows", type=int, default=1, help="windows a step (1)")
     parser.add_argument("--steps", type=int, default=5, help="steps of each arm (5)")
-    parser.add_argument("--warm-up", type=int, default=2, help="of these, left out (2)")
+    parser.add_argument("--warm-up", type=int, default=2, help="of these, skipped (2)")
     parser.add_argument("--timeout", type=int, default=600, help="seconds an arm may take (600)")
     parser.add_argument("--seq-length", type=int, default=131_072, help="tokens of a window")
     parser.add_argument("--arms", nargs="+", help="these arms only")

@@ -1,14 +1,14 @@
-"""How long a phase is expected to take, of what an 8B model took on one machine of four H100.
+"""Expected duration of a phase, from the times of an 8B model on one machine of four H100.
 
 | | seconds |
 |---|---|
 | training: command to the end of the first step | 110 |
 | evaluation: command to the first window, weights loaded | 60 |
 | another step, 131,072 tokens, all activations recomputed | 11 |
-| a checkpoint of 112 GB written, read back and hashed, and the job left | 150 |
+| a checkpoint of 112 GB written, read back and hashed, and the job ended | 150 |
 | its optimizer's part hashed and loaded from the page cache (from the disk 70 more) | 10 |
 
-Measured by this walk (docs/results.md); evaluations only three at once, so theirs is an upper bound.
+Measured by this walk (docs/results.md); evaluations only three at a time, so theirs is an upper bound.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ STEP_S = 11.0
 SAVE_S = 150.0
 LOAD_S = 10.0
 FIXED_SHARE = 0.3
-"""Of the seconds, what fewer layers do not save: imports, and the embedding and output layers."""
+"""Seconds that do not depend on the number of layers: imports, and the embedding and output layers."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a phase consists of.
+    """The parts of a phase.
 
     >>> Cost(trainings=1, steps=1, saves=1).seconds(), Cost(other=20).words()
     (271.0, '20 other')
@@ -42,7 +42,7 @@ class Cost:
     """Seconds."""
 
     def parts(self) -> dict[str, float]:
-        """Seconds of each part that is there."""
+        """Seconds of each existing part."""
         found = {
             "start": self.trainings * TRAINING_S + self.evaluations * EVALUATION_S,
             "steps": self.steps * STEP_S,
@@ -53,7 +53,7 @@ class Cost:
         return {name: seconds for name, seconds in found.items() if seconds}
 
     def seconds(self, share: float = 1.0) -> float:
-        """Seconds in all.
+        """Seconds in total.
 
         Args:
             share: Layers of the model over 32.

@@ -1,4 +1,4 @@
-"""A phase's commands: their output with the time of every line in one log, and how they are ended."""
+"""A phase's commands: their output with the time of every line in one log, and their termination."""
 
 import contextlib
 import os
@@ -22,15 +22,15 @@ SECONDS_TO_DIE = 60
 
 
 STOP = threading.Event()
-"""Set when this program is told to end: every command is then killed, whichever thread runs it."""
+"""Set when this program is to end: every command is then killed, in any thread."""
 
 
 class PhaseFailed(Exception):
-    """A phase has not done what it should."""
+    """A phase has failed."""
 
 
 class OutOfTime(Exception):
-    """The time of --until-s was up."""
+    """The time limit of --until-s was reached."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Ended:
     """How a command ended."""
 
     status: int | None
-    """None if it was killed on purpose."""
+    """None if it was killed intentionally."""
     seconds: float
     lines: list[tuple[float, str]]
     """Output, each line with its second since the start."""
@@ -97,7 +97,7 @@ class Child:
         self.process.wait()
 
     def end(self, *, killed: bool = False) -> Ended:
-        """Wait for the last line; gives all of them."""
+        """Wait for the last line; returns all lines."""
         status = self.process.wait()
         seconds = self.seconds
         self._reader.join(timeout=20)  # a helper that outlives the launcher holds the pipe
@@ -117,7 +117,7 @@ def run(
     """Run a command to its end.
 
     Args:
-        watch: Called again and again while it runs; kills it by giving True.
+        watch: Called repeatedly while it runs; True kills it.
         deadline: `time.monotonic()` at which it is killed and `OutOfTime` raised.
     Raises: PhaseFailed: its status is not 0. OutOfTime.
     """

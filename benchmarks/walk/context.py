@@ -1,4 +1,4 @@
-"""Where a phase works: the commands it runs, what it removes, the records of the phases before."""
+"""The context of a phase: its commands, what it removes, the records of earlier phases."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from benchmarks.walk.settings import Work
 
 @dataclass
 class Context:
-    """A phase's place: where it works, and what it has run."""
+    """The context of a phase."""
 
     work: Work
     name: str
@@ -32,7 +32,7 @@ class Context:
         environment: dict[str, str] | None = None,
         watch: Callable[[Child], bool] | None = None,
     ) -> Ended:
-        """Run a command, its output in the phase's log."""
+        """Run a command, with its output in the phase's log."""
         words = [str(word) for word in command]
         shown = [f"{name}={value}" for name, value in (environment or {}).items()]
         self.commands.append([*shown, *words])
@@ -42,7 +42,7 @@ class Context:
         return ended
 
     def remove(self, path: Path, why: str) -> None:
-        """Delete what later phases do not need, and say so."""
+        """Delete what later phases do not need, and log it."""
         if path.exists():
             self.notes.append(f"removed {path} ({why})")
             print(f"{self.name}: {self.notes[-1]}", flush=True)

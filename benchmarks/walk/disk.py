@@ -1,4 +1,4 @@
-"""What this machine's disk and processor allow: streaming, hashing, reading of N GB, several files at once.
+"""The speed of this machine's disk and processor: streaming, hashing, reading of N GB, several files at once.
 
     python -m benchmarks.walk.disk --folder DIR --gb 16 --streams 4
 
@@ -20,11 +20,11 @@ from megatron_long.cli import run_tool, tool_parser
 
 BLOCK = 16 * 2**20
 READERS = 8
-"""Files that a process reads at once, as `checkpoint.hashes` does."""
+"""Files that a process reads concurrently, as `checkpoint.hashes` does."""
 
 
 def write_stream(path: Path, size_bytes: int) -> None:
-    """Write blocks that do not compress to a file, and wait for the disk."""
+    """Write incompressible blocks to a file, and sync it to disk."""
     block = os.urandom(BLOCK)
     with path.open("wb", buffering=0) as file:
         left = size_bytes
@@ -49,7 +49,7 @@ def read_stream(path: Path) -> None:
 
 
 def drop_cache(path: Path) -> None:
-    """Let the system forget the file's pages."""
+    """Drop the file's pages from the cache."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -68,7 +68,7 @@ def measure(folder: Path, size_bytes: int, streams: int) -> dict[str, float]:
     each = size_bytes // num_files
     rates: dict[str, float] = {}
     with ProcessPoolExecutor(streams) as pool:
-        list(pool.map(len, shares))  # the processes are there before the clock runs
+        list(pool.map(len, shares))  # the processes exist before the clock starts
 
         def time_it(name: str, work: Callable[[Path], object]) -> None:
             start = time.monotonic()
@@ -89,8 +89,13 @@ def main() -> None:
     """Measure in a folder that is removed at the end."""
     parser = tool_parser(__doc__)
     add = parser.add_argument
-    add("--folder", type=Path, required=True, help="on the disk to measure; made, and removed")
-    add("--gb", type=float, default=16.0, help="10^9 bytes in all (16)")
+    add(
+        "--folder",
+        type=Path,
+        required=True,
+        help="folder on the disk to measure; created, and removed",
+    )
+    add("--gb", type=float, default=16.0, help="10^9 bytes in total (16)")
     add("--streams", type=int, default=4, help="processes at once, as ranks of a node (4)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True)

@@ -1,8 +1,8 @@
-"""A Hugging Face folder with random weights of a trained model's deviations, written in parallel shards.
+"""A Hugging Face folder of random weights with a trained model's deviations, written in parallel shards.
 
     python -m benchmarks.walk.hf_model --output DIR --tokenizer DATA/mix/tokenizer [--size full] [--layers N]
 
-Each tensor has its own seed, from its name; a GPU draws other numbers than the host does.
+Each tensor has its own seed, from its name; a GPU draws different numbers from the host.
 """
 
 import json
@@ -23,7 +23,7 @@ from megatron_long.model.geometry import LlamaGeometry
 from megatron_long.model.mapping import units_of
 
 SHARD_BYTES = 2 * 10**9
-"""At most 5 GB is the custom; smaller ones are written by more processes."""
+"""5 GB is the usual maximum; more processes can write smaller shards."""
 DEVIATION = 0.02
 SEED = 1
 
@@ -50,7 +50,7 @@ def deviation(name: str, num_layers: int) -> float:
 
 
 def write_shard(path: Path, tensors: Sequence[Named], num_layers: int, gpu: int) -> None:
-    """Draw and write the tensors of one file."""
+    """Generate and write the tensors of one file."""
     import torch
     from safetensors.torch import save_file
 
@@ -98,11 +98,16 @@ def write_model(folder: Path, geometry: LlamaGeometry, processes: int) -> int:
 
 
 def main() -> None:
-    """Write the folder, whole or not at all."""
+    """Write the folder atomically."""
     parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder to write")
-    add("--tokenizer", type=Path, required=True, help="folder whose files are put beside")
+    add(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="folder whose files are copied next to the weights",
+    )
     add("--size", choices=("full", "tiny"), default="full")
     add("--layers", type=int, help="fewer layers")
     add("--workers", type=int, default=8, help="processes that write (8)")

@@ -1,4 +1,4 @@
-"""What a training log says: where the time of a start went, saves, loads, steps, memory."""
+"""Figures of a training log: times of a start, saves, loads, steps, memory."""
 
 import json
 import re
@@ -17,7 +17,7 @@ START_MARKS = (
     ("main copy taken, dataset opened", r"after dataloaders are built"),
     ("first step begins", r"before the start of training step"),
 )
-"""What has been done when a line first shows, in their order."""
+"""Events that a log line marks, in their order."""
 STEP = re.compile(
     r"iteration\s+(?P<step>\d+)/.*elapsed time per iteration \(ms\): (?P<ms>[\d.]+)"
     r"(?:.*throughput per GPU \(TFLOP/s/GPU\): (?P<tflops>[\d.]+))?"
@@ -31,7 +31,7 @@ LOADED = re.compile(r"successfully loaded checkpoint")
 
 
 def start_times(lines: Lines) -> dict[str, float]:
-    """Seconds of each part of a start, up to the beginning of the first step.
+    """Seconds of each part of a start, up to the first step.
 
     >>> lines = [(9.0, "using world size: 4"), (11.0, "x after dataloaders are built")]
     >>> start_times(lines)
@@ -48,7 +48,7 @@ def start_times(lines: Lines) -> dict[str, float]:
 
 
 def step_figures(lines: Lines) -> dict[int, dict[str, float]]:
-    """By step: when its line came, its seconds by Megatron's timer, TFLOP/s a GPU where given."""
+    """By step: time of its line, its seconds by Megatron's timer, TFLOP/s per GPU if logged."""
     found: dict[int, dict[str, float]] = {}
     for stamp, line in lines:
         match = STEP.search(line)
@@ -61,7 +61,7 @@ def step_figures(lines: Lines) -> dict[int, dict[str, float]]:
 
 
 def saves(lines: Lines) -> dict[int, float]:
-    """Seconds from the beginning of each save to its final name, hashes included, by iteration."""
+    """Seconds from the start of each save to its final name, including hashes, by iteration."""
     begun: dict[int, float] = {}
     took: dict[int, float] = {}
     for stamp, line in lines:
@@ -87,10 +87,10 @@ def load_seconds(lines: Lines) -> float | None:
 
 
 def pauses(lines: Lines, saved_at: int) -> dict[int, float]:
-    """By step after a save: how many seconds more lie between its line and the one before than usual.
+    """By step after a save: additional seconds between its line and the previous one.
 
-    Usual is the median of the steps from the second to the save. Megatron's own timer leaves out the save's
-    beginning and counts its end, so that the clock on the wall is taken.
+    The baseline is the median of the steps from the second to the save. Megatron's own timer excludes the
+    save's beginning and counts its end, so wall-clock time is used.
     """
     at = {step: figures["at"] for step, figures in step_figures(lines).items()}
     gaps = {step: at[step] - at[step - 1] for step in at if step - 1 in at}
@@ -100,13 +100,13 @@ def pauses(lines: Lines, saved_at: int) -> dict[int, float]:
 
 
 def peak_gpu_gib(lines: Lines) -> float | None:
-    """Largest memory that torch says it allocated, over the ranks that tell."""
+    """Largest allocated memory reported by torch, over the ranks that report it."""
     found = [float(value) for _, line in lines for value in MAX_ALLOCATED.findall(line)]
     return round(max(found) / 1024, 1) if found else None
 
 
 def read_losses(path: Path, offset: int = 0) -> dict[int, float]:
-    """Unrounded loss by step, of a --loss-log from a byte on; of a step written twice, the later."""
+    """Unrounded loss by step, of a --loss-log from a byte offset; the later one if a step is logged twice."""
     if not path.is_file():
         return {}
     text = path.read_bytes()[offset:].decode()

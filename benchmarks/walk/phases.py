@@ -1,6 +1,6 @@
-"""The phases of the walk by name: what each runs, what it needs, and what it leaves to be told.
+"""The phases of the walk by name: what each runs, needs and records.
 
-Each gives facts for its record; `moved_gb` are bytes that it moved, for GB/s.
+Each returns facts for its record; `moved_gb` is the amount of data it moved, for GB/s.
 """
 
 import json
@@ -88,7 +88,7 @@ def disk(context: Context) -> dict[str, Any]:
 
 
 def loss(context: Context) -> dict[str, Any]:
-    """By source, on the checkpoint as it is sharded."""
+    """By source, on the sharded checkpoint."""
     work = context.work
     report = work.results / "loss.json"
     _evaluate(context, report, work.settings.seq_length)
@@ -205,7 +205,7 @@ PHASES: dict[str, Phase] = {
         async_save, ("convert",), Cost(trainings=1, steps=3, saves=1, other=30), checkpoints=1
     ),
 }
-"""In the order of their worth. `async` gives the losses that `uninterrupted` would, and removes the
+"""In order of importance. `async` gives the losses that `uninterrupted` would, and removes the
 checkpoint of `train`."""
 GROUPS = (
     ("write-hf",),
@@ -217,6 +217,6 @@ GROUPS = (
     ("reshard",),
     ("async",),
 )
-"""The order where no --phases are given; those of a group run at once. One of each group at most needs the
+"""The order without --phases; those of a group run concurrently. At most one of each group needs the
 GPUs for itself, or all of them fit into 80 GB together."""
 READERS_OF_TRAIN = ("resume", "reshard", "loss", "needle", "export", "transformers")

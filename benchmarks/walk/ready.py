@@ -1,4 +1,4 @@
-"""Whether a phase can begin: what it needs, the time that is left, the room on its disks."""
+"""Whether a phase can start: its requirements, the remaining time, the space on its disks."""
 
 import shutil
 import time
@@ -28,14 +28,14 @@ def expected_s(name: str, settings: Settings) -> float:
 def why_not(
     name: str, work: Work, until_s: float | None, failed: set[str], *, drops: bool = False
 ) -> str | None:
-    """What keeps a phase from being begun: something it needs, too little time, too small a disk."""
+    """The reason that a phase cannot start: a missing requirement, too little time, too small a disk."""
     phase = PHASES[name]
     missing = [need for need in phase.needs if need in failed or not is_done(work, need)]
     if missing:
         return f"it needs {' and '.join(missing)}, which is not done"
     if name not in ("data", "disk") and not (work.dataset / "manifest.json").is_file():
         return (
-            f"{work.dataset} is not there; make it with --phases data, and give it with --dataset"
+            f"{work.dataset} is missing; create it with --phases data, and give it with --dataset"
         )
     left = None if until_s is None else until_s - (time.monotonic() - STARTED)
     expected = expected_s(name, work.settings)
@@ -54,7 +54,7 @@ def why_not(
 
 
 def too_small(name: str, work: Work) -> str | None:
-    """Say which disk has no room for what the phase writes."""
+    """Return which disk is too small for the phase's output."""
     phase, settings = PHASES[name], work.settings
     models, checkpoints = (
         phase.models * settings.model_gb,
@@ -76,7 +76,7 @@ def too_small(name: str, work: Work) -> str | None:
 
 
 def list_phases(work: Work) -> str:
-    """A line for each phase: what it is expected to take, and of what."""
+    """A line for each phase: its expected duration, and its parts."""
     records = read_records(work.folder)
     lines = []
     for name, phase in PHASES.items():

@@ -1,4 +1,4 @@
-"""Markdown tables of a walk's records, and what they say about the bounds of the promise."""
+"""Markdown tables of a walk's records, and a comparison with the limits."""
 
 from pathlib import Path
 from textwrap import shorten
@@ -14,8 +14,8 @@ ASYNC_BOUND_S = 10
 MEMORY_BOUND = 1.5
 """Host memory of a save over the bytes of the checkpoint."""
 SAME_LAYOUT_NATS = 1e-3
-"""Least difference that FP8's own repeatability is taken to allow; ten times the difference of the steps
-before the interruption, where that is more."""
+"""Smallest difference allowed for FP8's own repeatability; ten times the difference of the steps
+before the interruption, if that is more."""
 OTHER_LAYOUT_NATS = 2e-2
 """Other products, and in tensorwise FP8 other scales: TP cuts the tensors that share a scale."""
 TRANSFORMERS_NATS = 5e-3
@@ -24,11 +24,11 @@ TRANSFORMERS_FP32_NATS = 2e-4
 
 Records = dict[str, dict[str, Any]]
 Bound = tuple[str, str, str, bool]
-"""Promise, what it allows, what was measured, whether it holds."""
+"""Limit, allowed value, measured value, whether it holds."""
 
 
 def phase_table(records: Records) -> str:
-    """One row a phase."""
+    """One row per phase."""
     rows = [
         "| phase | s | GB | GB/s | peak GPU GiB (torch; nvidia-smi) | peak host GB (at its start) | status |",
         "|---|---|---|---|---|---|---|",
@@ -45,13 +45,13 @@ def _row(name: str, record: dict[str, Any]) -> str:
     gpu = "; ".join(str(record.get(key) or "-") for key in ("gpu_torch_gib", "gpu_smi_gib"))
     host = f"{record['host_peak_gb']:.1f} ({record['host_start_gb']:.1f})"
     if record.get("beside"):
-        name += f" (beside {', '.join(record['beside'])})"
+        name += f" (concurrent with {', '.join(record['beside'])})"
     status = shorten(record["status"], 100, placeholder="...")
     return f"| {name} | {seconds:.0f} | {speed} | {gpu} | {host} | {status} |"
 
 
 def start_table(records: Records) -> str:
-    """Where the time from launch to the first step went, of each run."""
+    """The times from launch to the first step, of each run."""
     runs = {name: r["start_s"] for name, r in records.items() if r.get("start_s")}
     if not runs:
         return ""
@@ -66,7 +66,7 @@ def start_table(records: Records) -> str:
 
 
 def bounds(records: Records) -> list[Bound]:
-    """What the promises allow, and what was measured."""
+    """The limits and the measured values."""
     found: list[Bound] = []
     rates = records.get("disk", {}).get("rates_gb_per_s")
     train = records.get("train", {})
@@ -87,7 +87,7 @@ def bounds(records: Records) -> list[Bound]:
         limit = MEMORY_BOUND * size
         found.append(
             (
-                "host memory of the node, training included: 1.5 x the checkpoint",
+                "host memory of the node, including training: 1.5 x the checkpoint",
                 f"{limit:.1f} GB",
                 f"{host:.1f} GB",
                 host <= limit,
@@ -143,7 +143,7 @@ def _loads(records: Records, rates: dict[str, float] | None) -> list[Bound]:
 
 
 def comparisons(folder: Path, settings: Settings, on_gpu: bool) -> list[Bound]:
-    """Losses of the interrupted run and the resharded one against those of a run that never stopped."""
+    """Losses of the interrupted run and the resharded one against those of an uninterrupted run."""
     logged = {path.stem: logs.read_losses(path) for path in (folder / "results").glob("*.jsonl")}
     whole = logged.get("uninterrupted") or logged.get("async")
     before = logged.get("train", {})
@@ -160,7 +160,7 @@ def comparisons(folder: Path, settings: Settings, on_gpu: bool) -> list[Bound]:
                 off = {s: abs(after[s] - whole[s]) for s in after if s in whole}
                 good = bool(off) and max(off.values()) <= limit
                 found.append(
-                    (f"{name} against never stopped", _limit(limit), _differences(off), good)
+                    (f"{name} against uninterrupted", _limit(limit), _differences(off), good)
                 )
     record = read_records(folder).get("transformers", {})
     if "difference" in record:
@@ -182,7 +182,7 @@ def _differences(off: dict[int, float]) -> str:
 
 
 def report(folder: Path, settings: Settings) -> str:
-    """All tables, as they go into docs/results.md."""
+    """All tables, in the format of docs/results.md."""
     records = read_records(folder)
     on_gpu = any(record.get("gpu_smi_gib") for record in records.values())
     tensor, context = settings.layout
@@ -194,7 +194,9 @@ def report(folder: Path, settings: Settings) -> str:
         f"{', --deterministic-mode' if settings.deterministic else ''}"
     )
     methods = {record["host_method"] for record in records.values() if "host_method" in record}
-    memory = f"Host memory: {', '.join(sorted(methods))}, every half second; tmpfs counts."
+    memory = (
+        f"Host memory: {', '.join(sorted(methods))}, sampled every half second; tmpfs is included."
+    )
     tables = [head, phase_table(records), memory, start_table(records)]
     for title, rows in (
         ("bound", bounds(records) if settings.is_full else []),

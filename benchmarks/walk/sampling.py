@@ -30,7 +30,7 @@ def cgroup_bytes() -> int | None:
 
 
 def meminfo_bytes() -> int | None:
-    """Anonymous and shared memory of the whole machine; None where the kernel does not say."""
+    """Anonymous and shared memory of the whole machine; None if the kernel does not report it."""
     try:
         values = dict(
             re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
@@ -41,7 +41,7 @@ def meminfo_bytes() -> int | None:
 
 
 def tree_bytes() -> int:
-    """Proportional memory (PSS) of this process's descendants; RSS of those that do not show it."""
+    """Proportional memory (PSS) of this process's descendants; RSS of those that do not report it."""
     import psutil
 
     total = 0
@@ -105,7 +105,7 @@ class Peaks:
         return self
 
     def stop(self) -> dict[str, object]:
-        """End; gives what a record holds of memory."""
+        """Stop; returns the memory figures of a record."""
         self._end.set()
         for thread in self._threads:
             thread.join()

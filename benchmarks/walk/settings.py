@@ -1,4 +1,4 @@
-"""What the walk is made of: the model's size, the layout, and where everything lies."""
+"""Settings of the walk: the model's size, the layout, and the paths."""
 
 import json
 import os
@@ -15,21 +15,21 @@ K = 1024
 STEPS_COMPARED = 2
 """Steps after the interruption whose losses are compared: the second shows the optimizer's state."""
 LAST_STEP = 4
-"""The last step that is compared, where nothing was interrupted."""
+"""The last step that is compared, of an uninterrupted run."""
 BYTES_PER_PARAMETER = 14
 """Of a checkpoint: BF16 weights, and the FP32 main copy and two moments of Adam."""
 FP8_FLAGS = ("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--fp8-param-gather")
 RECOMPUTE_FLAGS = tuple(
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 )
-"""What lets the 8B train on four GPUs of 80 GB."""
+"""Flags with which the 8B model fits four GPUs of 80 GB."""
 DETERMINISTIC_FLAGS = ("--deterministic-mode", "--no-masked-softmax-fusion")
 DETERMINISTIC_ENVIRONMENT = {
     "NCCL_ALGO": "Ring",
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
-"""What Megatron's --deterministic-mode sets by itself where it is unset."""
+"""Variables that Megatron's --deterministic-mode sets if they are unset."""
 
 LAUNCH_ENVIRONMENT = {
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"),
@@ -90,7 +90,7 @@ class Settings:
 
     @property
     def reshard_layout(self) -> tuple[int, int]:
-        """The layout that the checkpoint is taken to."""
+        """The layout that the checkpoint is resharded to."""
         return self.reshard_tensor, self.reshard_context
 
     @property
@@ -139,17 +139,17 @@ def layout_argv(layout: tuple[int, int]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Where everything lies."""
+    """The paths of a walk."""
 
     folder: Path
     settings: Settings
     data: Path | None = None
     """Folder of the phase `data`: mix/ and haystack.txt."""
     fast: Path | None = None
-    """Where model folders lie that are not measured; default: WORK itself."""
+    """Folder of model folders whose disk is not measured; default: WORK itself."""
     corpus: Path | None = None
     deadline: float | None = None
-    """`time.monotonic()` at which no child may still run."""
+    """`time.monotonic()` at which all children must have ended."""
     python: str = sys.executable
 
     @property
@@ -194,7 +194,7 @@ class Work:
 
 
 def keep_settings(settings: Settings, path: Path) -> None:
-    """Write the settings, or refuse others than those of the commands before.
+    """Write the settings, or refuse settings that differ from those of earlier commands.
 
     Raises: ConfigError: names what differs.
     """

@@ -1,4 +1,4 @@
-"""The phases that train: interrupted, resumed, in another layout, never stopped, saving in the background."""
+"""The training phases: interrupted, resumed, in another layout, uninterrupted, saving in the background."""
 
 import signal
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from benchmarks.walk.settings import (
 )
 
 TRAIN_STEPS = 40
-"""--train-iters of every run; each is ended before, and the learning rate is constant."""
+"""--train-iters of every run; each is ended earlier, and the learning rate is constant."""
 LEAST_PAUSE_S = 0.05
 ASYNC_SAVE_MINUTES = {"full": 0.25, "tiny": 0.01}
 """--save-minutes, by size: the third step or so saves. By time no save begins while another is written."""
@@ -34,7 +34,7 @@ def training_flags(work: Work, layout: tuple[int, int]) -> list[str]:
     flags = [*layout_argv(layout), "--seq-length", str(settings.seq_length)]
     flags += ["--global-batch-size", str(settings.windows), "--train-iters", str(TRAIN_STEPS)]
     flags += ["--allow-repeat", "--log-memory-interval", "1", "--save-interval", "1000000"]
-    flags += ["--verbose"]  # the moments that `logs` reads
+    flags += ["--verbose"]  # the events that `logs` reads
     if settings.recompute_all:
         flags += RECOMPUTE_FLAGS
     if settings.fp8:
@@ -51,7 +51,7 @@ def launch_script(work: Work, *more: object) -> list[object]:
 
 
 def script_variables(work: Work, output: Path) -> dict[str, str]:
-    """What the launch script reads."""
+    """Variables that the launch script reads."""
     return {
         "OMP_NUM_THREADS": LAUNCH_ENVIRONMENT["OMP_NUM_THREADS"],
         "CHECKPOINT": str(work.base),
@@ -85,7 +85,7 @@ def until_logged(
 
     ended = context.run(command, environment=variables, watch=watch)
     if ended.status == 0:
-        raise PhaseFailed(f"training ended by itself before step {last} was in {log}")
+        raise PhaseFailed(f"training ended before step {last} was in {log}")
     return ended
 
 
@@ -108,7 +108,7 @@ def iteration(folder: Path, number: int) -> Path:
 
 
 def train(context: Context) -> dict[str, Any]:
-    """SIGTERM in the second step: it saves, and leaves with status 0."""
+    """SIGTERM in the second step: it saves, and exits with status 0."""
     work = context.work
     output, sent = work.run, list[float]()
     log = output / "loss.jsonl"
@@ -153,13 +153,13 @@ def resume(context: Context) -> dict[str, Any]:
 
 
 def keep_losses(log: Path, target: Path, offset: int = 0) -> None:
-    """Copy what a run has added to its loss log."""
+    """Copy the lines that a run has added to its loss log."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(log.read_bytes()[offset:])
 
 
 def uninterrupted(context: Context) -> dict[str, Any]:
-    """The same steps from the converted checkpoint, at once."""
+    """The same steps from the converted checkpoint, in one run."""
     work = context.work
     log = work.results / "uninterrupted.jsonl"
     ended = without_saving(context, work.settings.layout, log, "--pretrained-checkpoint", work.base)
@@ -175,11 +175,11 @@ def reshard(context: Context) -> dict[str, Any]:
 
 
 def async_save(context: Context) -> dict[str, Any]:
-    """A save in the background of a run from the start: how long do steps stand still for it?"""
+    """A save in the background of a run from the start: how long does it block the steps?"""
     work = context.work
     output = work.folder / "async"
     log = output / "loss.jsonl"
-    context.remove(work.run, "no later phase needs it, and the next checkpoint needs its room")
+    context.remove(work.run, "no later phase needs it, and the next checkpoint needs its space")
     context.remove(output, "of a command that was stopped")
     arrived: list[int] = []
 
@@ -194,8 +194,8 @@ def async_save(context: Context) -> dict[str, Any]:
     ended = context.run(command, environment=script_variables(work, output), watch=watch)
     saved = logs.first_scheduled(ended.lines)
     if not arrived or saved is None or ended.status == 0:
-        raise PhaseFailed("training ended before the checkpoint in the background was there")
-    # The step after the last one seen before its arrival has put it in place; the next save begins then.
+        raise PhaseFailed("training ended before the checkpoint in the background was written")
+    # The step after the last one seen before its arrival has finalized it; the next save begins then.
     found = logs.pauses(ended.lines, saved)
     pauses = {step: pause for step, pause in found.items() if step <= arrived[0] + 1}
     keep_losses(log, work.results / "async.jsonl")

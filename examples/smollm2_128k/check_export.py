@@ -1,10 +1,10 @@
-"""Compare what transformers and Megatron make of the stretched model: needle cells, loss of a long text.
+"""Compare the stretched model in transformers and Megatron: needle cells, loss of a long text.
 
     python -m examples.smollm2_128k.check_export results/export
 
-Both compute in FP32; status 1 if a needle is found by the one alone, or a figure is farther off than FP32
-explains. Cells that transformers scored as the run was measured, in BF16 on GPUs, are shown next to the run's
-own and not judged: there each has kernels of its own, whose rounding grows with the length.
+Both compute in FP32; status 1 if only one of them finds a needle, or a figure differs by more than FP32
+explains. Cells that transformers scored in the run's precision, BF16 on GPUs, are shown next to the run's own
+without a check: each uses its own kernels, whose rounding grows with the length.
 """
 
 import json
@@ -41,7 +41,7 @@ class Cell:
 
 
 def compare_cells(megatron: NeedleReport, hf: NeedleReport) -> list[Cell]:
-    """Give each cell that both scored, with both scores."""
+    """Return each cell that both scored, with both scores."""
     others = {result.key: result for result in hf.results}
     pairs = [(result, others[result.key]) for result in megatron.results if result.key in others]
     return [

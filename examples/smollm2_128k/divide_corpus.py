@@ -2,8 +2,8 @@
 
     python -m examples.smollm2_128k.divide_corpus --corpus CORPUS --dataset held-out --output divided
 
-All mixtures are made of what is left, in OUTPUT/train: one held-out set then serves runs of any mixture and
-seed. Long texts that are no part of the corpus (CORPUS/heldout/*.txt) are copied to OUTPUT/books.
+All mixtures are made of the rest, in OUTPUT/train: one held-out set then serves runs of any mixture and
+seed. Long texts that are not part of the corpus (CORPUS/heldout/*.txt) are copied to OUTPUT/books.
 """
 
 import shutil
@@ -19,7 +19,7 @@ from megatron_long.files import atomic_path
 
 
 def held_out_lines(dataset: Path) -> dict[str, set[int]]:
-    """Give the lines (from 1) that the dataset held out of each input file, by the file's name."""
+    """Return the lines (from 1) that the dataset held out of each input file, by the file's name."""
     manifest = read_manifest(dataset)
     lines: dict[str, set[int]] = {entry.name: set() for entry in manifest.inputs}
     for split in manifest.valid.values():

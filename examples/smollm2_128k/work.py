@@ -1,4 +1,4 @@
-"""What all phases share: where everything lies, the mixtures, a checkpoint that is measured."""
+"""Shared by all phases: paths, the mixtures, a checkpoint that is measured."""
 
 import sys
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ MIXTURES: dict[str, tuple[int, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Work:
-    """Where everything lies, and what runs it."""
+    """Paths of the run, and how it is run."""
 
     folder: Path
     settings: Settings
@@ -28,7 +28,7 @@ class Work:
     gguf: Path | None = None
     """The model, where it is on the disk already."""
     minutes: int | None = None
-    """Training saves and leaves after so long."""
+    """Training saves and exits after this time."""
 
     @property
     def base(self) -> Path:
@@ -50,7 +50,7 @@ class Work:
         return self.folder / "runs" / name
 
     def processes(self, gpus: int) -> tuple[str, ...]:
-        """The start of a command on so many GPUs."""
+        """The start of a command on this many GPUs."""
         if gpus <= 1:
             return (self.python,)
         launch = (self.python, "-m", "megatron_long.launch", "--standalone")
@@ -65,7 +65,7 @@ class Model:
     """Of its results."""
     folder: Path
     step: int | None = None
-    """Which checkpoint: one that training has not reached is an error, not another one."""
+    """Which checkpoint; one that training has not reached is an error."""
     argv: tuple[str, ...] = ()
     """Flags for Megatron."""
 

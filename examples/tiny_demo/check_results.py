@@ -30,7 +30,7 @@ class LossDrop:
 
     @property
     def is_enough(self) -> bool:
-        """Whether the loss fell by what was promised (a loss that is no number never passes)."""
+        """Whether the loss fell by the stated threshold (NaN never passes)."""
         return self.before - self.after >= self.required
 
 

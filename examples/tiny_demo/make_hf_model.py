@@ -18,7 +18,7 @@ from megatron_long.files import atomic_path, refuse_overwrite
 
 
 def model_config(vocab_size: int, context_length: int) -> dict[str, object]:
-    """Give the keyword arguments of `LlamaConfig` for the tiny model.
+    """Return the keyword arguments of `LlamaConfig` for the tiny model.
 
     Two KV heads, so that tensor parallelism 2 splits them as it does in the real models.
 

@@ -17,7 +17,7 @@ WINDOW = 10
 
 
 def read_losses(path: Path) -> np.ndarray:
-    """Give the loss of each step, nats per token.
+    """Return the loss of each step, nats per token.
 
     Raises: DataError: the file is missing or holds no step.
     """

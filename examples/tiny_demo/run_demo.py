@@ -1,4 +1,4 @@
-"""The whole path on one machine without a GPU: `python -m examples.tiny_demo.run_demo` (`make demo`).
+"""The whole pipeline on one machine without a GPU: `python -m examples.tiny_demo.run_demo` (`make demo`).
 
 Each step is one command, printed before it runs, so that it can be pasted into a shell. Finished
 steps are skipped when the demo is started again; `--force` runs all.
@@ -29,7 +29,7 @@ from examples.tiny_demo.step_runner import run_command
 from megatron_long.cli import run_tool
 
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-"""The demo runs on the host backend everywhere: four processes, whatever GPUs there are."""
+"""The demo always runs on the host backend: four processes, even with GPUs."""
 NUM_LOG_LINES = 40
 ARTEFACTS = (
     ("dataset_lengths.png", "document lengths and sources before and after mixing"),
@@ -120,7 +120,7 @@ def _run_step(step: Step, workdir: Path) -> bool:
 
 
 def print_summary(outcomes: Sequence[Outcome], workdir: Path) -> None:
-    """Say what was made, where it is and how long it took."""
+    """Print what was created, where it is and how long it took."""
     print("\nWhat the demo made")
     for name, meaning in ARTEFACTS:
         print(f"  {workdir / name!s:40s} {meaning}")

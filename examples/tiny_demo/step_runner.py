@@ -18,11 +18,11 @@ MEGATRON_CHATTER = re.compile(
 )
 """Lines of Megatron's start-up that stay in the log file."""
 SECONDS_BETWEEN_LINES = 10.0
-"""Pace of progress where the output is no terminal."""
+"""Interval of progress lines if the output is not a terminal."""
 
 
 def progress_text(line: str) -> str | None:
-    """Give the short form of a line that reports progress, None for any other.
+    """Return the short form of a line that reports progress, None for any other.
 
     >>> progress_text(" [now] iteration       20/      30 | x: 1 | lm loss: 7.027833E+00 | y")
     'iteration 20/30  loss 7.028'

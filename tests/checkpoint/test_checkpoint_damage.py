@@ -213,7 +213,7 @@ def test_a_folder_without_metadata_is_no_checkpoint(leave, run, tiny_dataset, tm
     if leave is leave_a_cut_save:
         assert not (out / NEWEST).exists()
     else:
-        assert f"{out / NEWEST}/ has no whole metadata" in capsys.readouterr().err
+        assert f"{out / NEWEST}/ has no complete metadata" in capsys.readouterr().err
     with pytest.raises(
         ConfigError, match="holds no checkpoint yet, and this run has no other start"
     ):
@@ -276,7 +276,7 @@ def test_what_is_recorded_and_gone_is_not_started_over(copy, run, tiny_dataset):
         shutil.rmtree(copy / name)
         (copy / name).mkdir()
     (copy / TRACKER).unlink()
-    with pytest.raises(DataError, match=rf"{NEWEST}/ has no whole metadata"):
+    with pytest.raises(DataError, match=rf"{NEWEST}/ has no complete metadata"):
         load(copy, tiny_dataset, "--pretrained-checkpoint", run)
 
 

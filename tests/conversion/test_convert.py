@@ -200,7 +200,7 @@ def test_damaged_index(make_llama, tmp_path):
     name, right = next(iter(content["weight_map"].items()))
     content["weight_map"][name] = "model-00002-of-00099.safetensors"
     index.write_text(json.dumps(content))
-    expect_refusal(folder, DataError, "names model-00002-of-00099.safetensors, which is not there")
+    expect_refusal(folder, DataError, "names model-00002-of-00099.safetensors, which is missing")
     others = [path.name for path in folder.glob("*.safetensors") if path.name != right]
     content["weight_map"][name] = others[0]
     index.write_text(json.dumps(content))
@@ -322,7 +322,7 @@ def damage_bytes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "release/metadata.json").unlink(), "no whole metadata.json"),
+        (lambda folder: (folder / "release/metadata.json").unlink(), "no complete metadata.json"),
         (lambda folder: (folder / "release/metadata.json").write_text("{}"), "format None"),
         (lambda folder: (folder / "release/.metadata").write_bytes(b"x"), ".metadata cannot be"),
         (lambda folder: (folder / "release/__0_0.distcp").unlink(), "__0_0.distcp is missing"),

@@ -54,7 +54,7 @@ def test_sharded(pickled, read_weights, make_llama, tmp_path):
     index.write_text(json.dumps({"weight_map": files}))
     hf_to_megatron(pickled, tmp_path / "ckpt", options=ALLOWED)
     (pickled / "pytorch_model-1.bin").unlink()
-    with pytest.raises(DataError, match=r"names pytorch_model-1\.bin, which is not there"):
+    with pytest.raises(DataError, match=r"names pytorch_model-1\.bin, which is missing"):
         hf_to_megatron(pickled, tmp_path / "other", options=ALLOWED)
 
 

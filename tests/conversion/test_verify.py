@@ -76,7 +76,7 @@ def test_the_input_is_compared_as_transformers_loads_it(make_llama, tmp_path, mo
         return replace(read(path), rope=PLAIN_ROPE)
 
     monkeypatch.setattr(sources, "read_source_geometry", read_without_scaling)
-    with pytest.raises(DataError, match=r"transformers reads another model in config.json than"):
+    with pytest.raises(DataError, match=r"transformers reads another model from config.json than"):
         hf_to_megatron(source, tmp_path / "plain", options=options)
     assert not (tmp_path / "plain").exists()
 

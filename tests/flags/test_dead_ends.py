@@ -71,7 +71,7 @@ def test_a_hugging_face_folder_is_told_from_a_checkpoint(hf_folder):
     told = refused(lambda: find_checkpoint(hf_folder))
     assert told == f"--checkpoint {hf_folder} is a Hugging Face model folder; give --backend hf too"
     told = refused(lambda: find_iteration(hf_folder))
-    assert f"--input {hf_folder} is a Hugging Face model folder; it can be used as it is" in told
+    assert f"--input {hf_folder} is a Hugging Face model folder; it can be used directly" in told
 
 
 def test_one_checkpoint_is_told_from_the_folder_of_all(one_checkpoint):
@@ -89,9 +89,7 @@ def test_one_checkpoint_is_told_from_the_folder_of_all(one_checkpoint):
 def test_what_is_nothing_of_all_this_names_who_makes_checkpoints(tmp_path):
     for action in (find_checkpoint, find_iteration):
         told = refused(lambda action=action: action(tmp_path))
-        assert (
-            "holds no Megatron checkpoint: latest_checkpointed_iteration.txt is not there" in told
-        )
+        assert "holds no Megatron checkpoint: latest_checkpointed_iteration.txt is missing" in told
         assert "(--save) or tools/convert_checkpoint.py" in told
         assert "does not exist" in refused(lambda action=action: action(tmp_path / "nowhere"))
 

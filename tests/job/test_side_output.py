@@ -97,8 +97,8 @@ def test_a_writer_that_fails_is_opened_again(clock, monkeypatch, caplog):
     assert [board.taken for board in boards] == [[("loss", 1)], [("loss", 4)]]
     messages = [record.message for record in caplog.records]
     assert len(messages) == 2
-    assert "TensorBoard takes no figures (OSError: [Errno 28]" in messages[0]
-    assert messages[1] == "TensorBoard takes figures again"
+    assert "TensorBoard accepts no figures (OSError: [Errno 28]" in messages[0]
+    assert messages[1] == "TensorBoard accepts figures again"
 
 
 def test_a_writer_that_cannot_be_opened_again_is_reported_once(clock, monkeypatch, caplog):

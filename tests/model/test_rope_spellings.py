@@ -206,8 +206,8 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
     [
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN},
-            "rope_parameters.rope_theta is 1,000,000; next to rope_scaling transformers does not see it, and "
-            "takes 10,000: put it into rope_scaling",
+            "rope_parameters.rope_theta is 1,000,000; next to rope_scaling transformers ignores it and "
+            "uses 10,000: put it into rope_scaling",
         ),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": YARN},
@@ -224,8 +224,8 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
         ),
         (
             {"rope_scaling": {**YARN, "rope_type": "linear"}},
-            "rope_scaling.rope_type is 'linear' and rope_scaling.type is 'yarn'; transformers 5 takes the "
-            "one and 4 the other",
+            "rope_scaling.rope_type is 'linear' and rope_scaling.type is 'yarn'; transformers 5 uses the "
+            "former and 4 the latter",
         ),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},

@@ -300,7 +300,7 @@ def test_flags_of_every_plan_are_taken_and_mean_what_was_planned(recipe):
     [
         (
             {"model": LLAMA3_70B},
-            r"no layout fits: the smallest takes \d+ GiB a GPU and 75 are there",
+            r"no layout fits: the smallest takes \d+ GiB per GPU and 75 are available",
         ),
         ({"seq_length": 131_001}, "no layout of 8 GPUs divides|no layout fits"),
         ({"num_gpus": 0}, "--gpus 0 must be 1 or more"),

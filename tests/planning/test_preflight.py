@@ -135,7 +135,7 @@ def test_host_memory_of_a_save_is_a_warning(ask, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     text = ask(host=64e9)
     assert "each save copies 112 GB to the host memory of a node (8 of 8 ranks)" in text
-    assert "64 GB can be had here (the job's memory.max)" in text
+    assert "64 GB are available here (the job's memory.max)" in text
     assert "2 times as many nodes" in text
     assert ask(host=64e9, ranks=16) == ""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

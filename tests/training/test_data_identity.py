@@ -140,7 +140,7 @@ def test_changed_bytes_under_the_same_manifest_are_found(run, dataset):
     path.write_bytes(content)
     for flags in ((), ("--finetune",)):
         with pytest.raises(
-            DataError, match=r"train\.bin is damaged: its hash is not the manifest's"
+            DataError, match=r"train\.bin is damaged: its hash differs from the manifest's"
         ):
             start(run, dataset, *flags)
 

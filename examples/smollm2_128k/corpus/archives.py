@@ -1,4 +1,4 @@
-"""Read files out of packages without unpacking them to disk: Debian packages, wheels, tar archives."""
+"""Read files from packages without unpacking them to disk: Debian packages, wheels, tar archives."""
 
 import gzip
 import io
@@ -42,7 +42,7 @@ def decode(data: bytes) -> str:
 
 
 def deb_files(cache: Path, package: str, pattern: str) -> Iterator[tuple[str, bytes]]:
-    """Give name and content of a Debian package's files that match; `.gz` is unpacked and left out.
+    """Yield name and content of a Debian package's files that match; `.gz` is unpacked and left out.
 
     Raises: DataError: the package is not in the cache, or is broken.
     """
@@ -66,7 +66,7 @@ def deb_files(cache: Path, package: str, pattern: str) -> Iterator[tuple[str, by
 
 
 def zip_files(path: Path | None, pattern: str) -> Iterator[tuple[str, bytes]]:
-    """Give name and content of the files of a wheel that match."""
+    """Yield name and content of the files of a wheel that match."""
     assert path
     wanted = re.compile(pattern)
     with zipfile.ZipFile(path) as archive:
@@ -76,7 +76,7 @@ def zip_files(path: Path | None, pattern: str) -> Iterator[tuple[str, bytes]]:
 
 
 def tar_files(archive: Path | bytes | None, pattern: str) -> Iterator[tuple[str, bytes]]:
-    """Give name and content of the regular files of a tar archive that match."""
+    """Yield name and content of the regular files of a tar archive that match."""
     assert archive is not None
     wanted = re.compile(pattern)
     data = archive if isinstance(archive, bytes) else archive.read_bytes()

@@ -74,7 +74,7 @@ def write_corpus(texts: Sequence[Text], folder: Path) -> dict[str, dict[str, Any
 
 
 def to_line(text: Text) -> bytes:
-    """Give a document's line."""
+    """Return a document's line."""
     meta = {
         "redpajama_set_name": SOURCES[text.source],
         "src": text.origin,
@@ -84,7 +84,7 @@ def to_line(text: Text) -> bytes:
 
 
 def describe(texts: Sequence[Text], size_bytes: int) -> dict[str, Any]:
-    """Give number, size and lengths of a source's documents, and the part of each package."""
+    """Return number, size and lengths of a source's documents, and the part of each package."""
     lengths = sorted(len(text.text) // CHARS_PER_TOKEN for text in texts)
     packages: dict[str, dict[str, int]] = {}
     for text in texts:

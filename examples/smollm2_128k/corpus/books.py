@@ -73,7 +73,7 @@ def by_section(files: Files, detail: str) -> Parts:
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """Give a key that sorts numbers by their value.
+    """Return a key that sorts numbers by their value.
 
     >>> sorted(["ch10.htm", "ch9.htm"], key=natural_order)
     ['ch9.htm', 'ch10.htm']
@@ -120,7 +120,7 @@ NOVEL_PACKAGES = ("r-cran-janeaustenr", "r-cran-tokenizers")
 
 
 def read_book(cache: Path, package: str) -> Iterator[Text]:
-    """Give the books of a Debian package."""
+    """Yield the books of a Debian package."""
     rule = BOOK_PACKAGES[package]
     found = deb_files(cache, package, rule.pattern)
     joined = rule.join in (by_index, by_section, by_name)
@@ -131,7 +131,7 @@ def read_book(cache: Path, package: str) -> Iterator[Text]:
 
 
 def read_novels(cache: Path, package: str) -> Iterator[Text]:
-    """Give the novels that an R package ships as data; HELD_OUT_NOVELS are kept out of the corpus."""
+    """Yield the novels that an R package ships as data; HELD_OUT_NOVELS are kept out of the corpus."""
     files = dict(deb_files(cache, package, r"/data/Rdata\.rd[bx]$"))
     base = next(iter(files))[:-4]
     for name, text in read_texts(files[f"{base}.rdx"], files[f"{base}.rdb"]).items():

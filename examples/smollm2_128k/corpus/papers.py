@@ -15,7 +15,7 @@ TEX_LICENSES = {"pari-doc": "GPL-2+", "texlive-latex-recommended-doc": "LPPL/fre
 
 
 def read_vignettes(cache: Path, package: str) -> Iterator[Text]:
-    """Give the vignettes of an R package."""
+    """Yield the vignettes of an R package."""
     pattern = r"(?i)/doc/.*\.(rnw|rnwsave|tex|rtex|ltx|rmd)$"
     for name, data in deb_files(cache, package, pattern):
         if len(data) < MIN_VIGNETTE_BYTES:
@@ -29,7 +29,7 @@ def read_vignettes(cache: Path, package: str) -> Iterator[Text]:
 
 
 def read_tex(cache: Path, package: str) -> Iterator[Text]:
-    """Give the TeX files of a manual."""
+    """Yield the TeX files of a manual."""
     for name, data in deb_files(cache, package, r"\.tex$"):
         text = drop_comments(decode(data))
         if len(text) > MIN_TEX_CHARS and text.count("\\") > len(text) / CHARS_PER_BACKSLASH:

@@ -33,7 +33,7 @@ class Reader:
             self._take(self._integer())  # name of the encoding
 
     def read(self) -> Any:
-        """Give the next item; with attributes it is {"v": value, "attr": attributes}."""
+        """Return the next item; with attributes it is {"v": value, "attr": attributes}."""
         flags = self._integer()
         kind = flags & 255
         if kind in NOTHING:
@@ -85,7 +85,7 @@ class Reader:
 
 
 def read_texts(index: bytes, data: bytes) -> dict[str, str]:
-    """Give the strings of each object of a data base, a line each.
+    """Return the strings of each object of a data base, a line each.
 
     Args:
         index: Content of the `.rdx` file.

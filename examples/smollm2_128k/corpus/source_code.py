@@ -24,7 +24,7 @@ File = tuple[str, str]
 
 
 def read_code(cache: Path, spec: str) -> Iterator[Text]:
-    """Give the source files of a package, in an order fixed by its name, or its directories."""
+    """Yield the source files of a package, in an order fixed by its name, or its directories."""
     package = next(package for package in CODE_PACKAGES if package.spec == spec)
     found = ((name, data) for name, data in _files(cache, package) if is_wanted(name, data))
     files = [(name, text) for name, data in found if is_written(text := decode(data))]

@@ -70,7 +70,7 @@ PAGE_PACKAGES = {
 
 
 def read_pages(cache: Path, package: str) -> Iterator[Text]:
-    """Give the pages of a package as documents of CommonCrawl or C4."""
+    """Yield the pages of a package as documents of CommonCrawl or C4."""
     rule = PAGE_PACKAGES[package]
     for name, data in deb_files(cache, package, rule.pattern):
         if INDEX_PAGE.search(name) or len(data) > MAX_PAGE_BYTES:
