@@ -10,7 +10,6 @@ from megatron_long.mixture.shares import (
     SLIMPAJAMA,
     SLIMPAJAMA_SHARES,
     resolve_shares,
-    split_budget,
 )
 
 
@@ -127,11 +126,6 @@ def source_shares(mixture: Mixture, tokens_in: Mapping[str, int]) -> dict[str, f
     return {
         name: named.get(name, left * share / rest if rest else 0) for name, share in base.items()
     }
-
-
-def source_budgets(mixture: Mixture, shares: Mapping[str, float]) -> dict[str, int]:
-    """Return the training tokens of each source; they sum to `train_tokens`."""
-    return split_budget(mixture.train_tokens, shares)
 
 
 def named_sources(mixture: Mixture) -> frozenset[str] | None:

@@ -3,6 +3,7 @@
 Everything that grows with the corpus is on disk; arrays in memory hold a chunk of rows at a time.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,21 +17,24 @@ from megatron_long.errors import DataError
 from megatron_long.mixture.admission import Admission, Limits
 from megatron_long.mixture.corpus_stats import CorpusStats, gather_stats, read_info
 from megatron_long.mixture.external_sort import iterate_rows, sort_on_disk
-from megatron_long.mixture.mixture import Mixture, source_budgets, source_shares
+from megatron_long.mixture.mixture import Mixture, source_shares
 from megatron_long.mixture.ordering import measure_evenness, order_documents
 from megatron_long.mixture.rows import ROW_DTYPE, ROWS_FILE
 from megatron_long.mixture.selection import (
     CHOSEN_DTYPE,
     SHARE_TOLERANCE,
+    Cut,
     Group,
     choose_valid,
     fill_budget,
     measure,
     solve_keep_short,
 )
+from megatron_long.mixture.shares import split_budget
 from megatron_long.mixture.summary import SourceCounts, source_info
 
 ORDER_NAME = "order"
+POOL = "all sources"
 WIDER = 1.5
 
 
@@ -115,29 +119,21 @@ def make_plan(
         )
     names = list(stats.sources)
     shares = source_shares(mixture, {name: stats.sources[name].tokens for name in names})
-    budgets = source_budgets(mixture, shares)
-    groups = _groups(folders, mixture, names, budgets, scratch)
-    valid: dict[str, NDArray] = {}
-    warnings: list[str] = []
-    wider: dict[str, Limits] = {}
-    for group in groups:
-        limits = {names.index(name): _valid_limit(stats, admission, name) for name in group.names}
-        group.held_out = choose_valid(group.rows, limits, mixture.valid_tokens_per_source)
-        held = np.array(group.rows[group.held_out])
-        for name in group.names:
-            mine = held[held["source"] == names.index(name)]
-            if len(mine):
-                valid[name] = np.sort(mine, order=["file", "line"])
-            held_tokens = int(mine["length_tokens"].astype(np.int64).sum())
-            mine_limits = admission.limits(name)
-            if held_tokens < mixture.valid_tokens_per_source and mine_limits.valid < 1:
-                share = min(4 * mine_limits.valid, 1.0)
-                reach = max(mine_limits.order, share)
-                wider[name] = Limits(reach, mine_limits.keep_short, share)
-    if wider:
-        raise TooTight(wider)
-    _settle(groups, mixture, admission, overhead, shares, warnings)
-    order, used = _choose_and_order(groups, mixture, overhead, names, scratch)
+    is_pooled = mixture.rules.is_pooled
+    pools = {POOL: 1.0} if is_pooled else shares
+    rows = _sorted_rows(folders, names, len(pools), scratch / "corpus.rows")
+    cut = Cut(overhead)
+    if mixture.rules.cuts:
+        cut = Cut(overhead, mixture.cut_length_tokens - overhead)
+    budgets = split_budget(mixture.train_tokens, pools)
+    groups = [
+        Group(names if is_pooled else [name], mine, budget, mixture.long_threshold_tokens, cut)
+        for (name, budget), mine in zip(budgets.items(), rows, strict=True)
+    ]
+    valid = _hold_out(groups, stats, admission, mixture.valid_tokens_per_source)
+    warnings, available = _settle(groups, mixture, admission)
+    _check_supply(budgets, dict(zip(pools, available, strict=True)), pools, mixture)
+    order, used = _choose_and_order(groups, len(names), scratch)
     counts = [SourceCounts() for _ in names]
     for chunk in iterate_rows(order):
         for index, count in enumerate(counts):
@@ -146,7 +142,7 @@ def make_plan(
     infos = {}
     for index, name in enumerate(names):
         group = next(group for group in groups if name in group.names)
-        asked = kept[index] / mixture.train_tokens if mixture.rules.is_pooled else shares[name]
+        asked = kept[index] / mixture.train_tokens if is_pooled else shares[name]
         infos[name] = source_info(
             index,
             stats.sources[name],
@@ -161,15 +157,10 @@ def make_plan(
     return Plan(names, order, valid, infos, stats, evenness, warnings)
 
 
-def _groups(
-    folders: Sequence[Path],
-    mixture: Mixture,
-    names: list[str],
-    budgets: Mapping[str, int],
-    scratch: Path,
-) -> list[Group]:
-    """Sort the rows of all files by source and key, and assign them to budgets."""
-    pooled = mixture.rules.is_pooled
+def _sorted_rows(
+    folders: Sequence[Path], names: list[str], num_groups: int, path: Path
+) -> list[NDArray]:
+    """Sort the rows of all files by key into `path`; return those of each source, or of all as one group."""
 
     def chunks() -> Iterator[NDArray]:
         for folder in folders:
@@ -181,46 +172,58 @@ def _groups(
                 yield rows
 
     def groups_and_keys(chunk: NDArray) -> tuple[NDArray, NDArray[np.uint64]]:
-        groups = np.zeros(len(chunk), np.int64) if pooled else chunk["source"].astype(np.int64)
+        groups = np.minimum(chunk["source"].astype(np.int64), num_groups - 1)
         return groups, chunk["order_key"].astype(np.uint64)
 
-    num_groups = 1 if pooled else len(names)
-    rows, bounds = sort_on_disk(
-        chunks, scratch / "corpus.rows", ROW_DTYPE, num_groups, groups_and_keys
-    )
-    if pooled:
-        return [Group(names, rows, mixture.train_tokens)]
-    return [
-        Group([name], rows[bounds[index] : bounds[index + 1]], budgets[name])
-        for index, name in enumerate(names)
-    ]
+    rows, bounds = sort_on_disk(chunks, path, ROW_DTYPE, num_groups, groups_and_keys)
+    return [rows[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
-def _valid_limit(stats: CorpusStats, admission: Admission, name: str) -> tuple[int, float]:
-    return stats.sources[name].tokens, admission.limits(name).valid
+def _hold_out(
+    groups: Sequence[Group], stats: CorpusStats, admission: Admission, target_tokens: int
+) -> dict[str, NDArray]:
+    """Choose the held-out documents of each group; give those of each source, by file and line."""
+    names = list(stats.sources)
+    valid: dict[str, NDArray] = {}
+    wider: dict[str, Limits] = {}
+    for group in groups:
+        limits = {name: admission.limits(name) for name in group.names}
+        sources = {
+            names.index(name): (stats.sources[name].tokens, limit.valid)
+            for name, limit in limits.items()
+        }
+        group.held_out = choose_valid(group.rows, sources, target_tokens)
+        held = np.array(group.rows[group.held_out])
+        for name, limit in limits.items():
+            mine = held[held["source"] == names.index(name)]
+            if len(mine):
+                valid[name] = np.sort(mine, order=["file", "line"])
+            held_tokens = int(mine["length_tokens"].astype(np.int64).sum())
+            if held_tokens < target_tokens and limit.valid < 1:
+                share = min(4 * limit.valid, 1.0)
+                wider[name] = Limits(max(limit.order, share), limit.keep_short, share)
+    if wider:
+        raise TooTight(wider)
+    return valid
 
 
 def _settle(
-    groups: Sequence[Group],
-    mixture: Mixture,
-    admission: Admission,
-    overhead: int,
-    shares: Mapping[str, float],
-    warnings: list[str],
-) -> None:
-    """Determine how many short documents each group keeps, and check that it can fill its budget."""
+    groups: Sequence[Group], mixture: Mixture, admission: Admission
+) -> tuple[list[str], list[int]]:
+    """Determine how many short documents each group keeps; return warnings, and the tokens of each group."""
+    warnings: list[str] = []
     wider: dict[str, Limits] = {}
-    available: dict[str, int] = {}
+    available: list[int] = []
+    given, target = mixture.keep_short, mixture.long_token_share
     for group in groups:
         limits = admission.limits(group.names[0])
-        given = mixture.keep_short
         if given is None:
-            group.keep_short = solve_keep_short(group, mixture, overhead, limits.keep_short)
+            needed = group.budget / mixture.allow_repeat
+            group.keep_short = solve_keep_short(group, target or 0.0, needed, limits.keep_short)
         else:
             group.keep_short = given
-        got = measure(group, mixture, overhead, group.keep_short)
-        available["all sources" if mixture.rules.is_pooled else group.names[0]] = got.tokens
-        target = mixture.long_token_share
+        got = measure(group, group.keep_short)
+        available.append(got.tokens)
         off = got.long_share - target if target is not None and group.budget else 0.0
         needs_order = got.tokens * mixture.allow_repeat < group.budget and limits.order < 1
         needs_short = given is None and group.keep_short >= limits.keep_short < 1
@@ -236,7 +239,7 @@ def _settle(
             )
     if wider:
         raise TooTight(wider)
-    _check_supply(groups, available, shares, mixture)
+    return warnings, available
 
 
 def _widen(limits: Limits, tokens: int, budget: int, needs_short: bool) -> Limits:
@@ -246,20 +249,18 @@ def _widen(limits: Limits, tokens: int, budget: int, needs_short: bool) -> Limit
 
 
 def _check_supply(
-    groups: Sequence[Group],
+    budgets: Mapping[str, int],
     available: Mapping[str, int],
     shares: Mapping[str, float],
     mixture: Mixture,
 ) -> None:
-    budgets = {name: group.budget for name, group in zip(available, groups, strict=True)}
     usable = {name: tokens * mixture.allow_repeat for name, tokens in available.items()}
     short = {
-        name: (usable[name], budgets[name]) for name in budgets if budgets[name] > usable[name]
+        name: (usable[name], budget) for name, budget in budgets.items() if budget > usable[name]
     }
     if not short:
         return
-    weights = {"all sources": 1.0} if mixture.rules.is_pooled else shares
-    most = min(int(usable[name] / share) for name, share in weights.items() if share > 0)
+    most = min(int(usable[name] / share) for name, share in shares.items() if share > 0)
     others = []
     if not mixture.rules.is_pooled and any(available.values()):
         empty = [name for name in short if not available[name]]
@@ -274,22 +275,22 @@ def _check_supply(
 
 
 def _choose_and_order(
-    groups: Sequence[Group], mixture: Mixture, overhead: int, names: Sequence[str], scratch: Path
+    groups: Sequence[Group], num_sources: int, scratch: Path
 ) -> tuple[NDArray, list[int]]:
     """Return the training documents in order, and the number of documents of each source."""
     path, num_passes, num_rows = scratch / "chosen.rows", 1, 0
-    used = np.zeros(len(names), np.int64)
+    used = np.zeros(num_sources, np.int64)
     with open(path, "wb") as file:
         for group in groups:
-            for pieces in fill_budget(group, mixture, overhead):
+            for pieces in fill_budget(group):
                 file.write(pieces.tobytes())
                 num_rows += len(pieces)
                 # Pieces of a document are consecutive.
                 places = pieces[["file", "line"]]
                 is_first = np.append(True, places[1:] != places[:-1]) & (pieces["repeat"] == 0)
-                used += np.bincount(pieces["source"][is_first], minlength=len(names))
+                used += np.bincount(pieces["source"][is_first], minlength=num_sources)
                 num_passes = max(num_passes, int(pieces["repeat"][-1]) + 1)
     chosen = np.memmap(path, CHOSEN_DTYPE, "r", shape=(num_rows,))
-    order = order_documents(chosen, len(names), num_passes, scratch, ORDER_NAME)
+    order = order_documents(chosen, num_sources, num_passes, scratch, ORDER_NAME)
     path.unlink()
     return order, used.tolist()

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from megatron_long.mixture.external_sort import iterate_rows
 from megatron_long.mixture.keys import below, mix_keys
-from megatron_long.mixture.mixture import Mixture
 
 CHOSEN_DTYPE = np.dtype(
     [
@@ -34,6 +33,16 @@ SHARE_TOLERANCE = 1e-3
 SOLVER_STEPS = 40
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How a document lies in the dataset: whole, or in pieces."""
+
+    overhead: int
+    """BOS and EOD, which each piece has."""
+    room: int = 2**62
+    """Most tokens of text in a piece; the default cuts nothing."""
+
+
 @dataclass
 class Group:
     """Sources that share a budget: one source, or all of them when they are pooled."""
@@ -42,6 +51,8 @@ class Group:
     rows: NDArray
     """ROW_DTYPE, sorted by `order_key`."""
     budget: int
+    long_threshold_tokens: int
+    cut: Cut
     keep_short: float = 1.0
     """Probability with which a short document is kept: given, or solved for."""
     held_out: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -107,29 +118,28 @@ def choose_valid(
     return np.array(sorted(chosen + spare), np.int64)
 
 
-def stored_lengths(mixture: Mixture, overhead: int, lengths: NDArray) -> NDArray[np.int64]:
+def stored_lengths(cut: Cut, lengths: NDArray) -> NDArray[np.int64]:
     """Return the tokens of documents in the dataset: more than their own if they are cut.
 
     Each piece begins with BOS (if the tokenizer adds it) and ends with EOD.
 
-    >>> mixture = Mixture(train_tokens=1, strategy="cut", cut_length_tokens=10)
-    >>> stored_lengths(mixture, 2, np.array([10, 11])).tolist()
+    >>> stored_lengths(Cut(overhead=2, room=8), np.array([10, 11])).tolist()
     [10, 13]
     """
     lengths = lengths.astype(np.int64)
-    return lengths + (_num_pieces(mixture, overhead, lengths) - 1) * overhead
+    return lengths + (_num_pieces(cut, lengths) - 1) * cut.overhead
 
 
-def measure(group: Group, mixture: Mixture, overhead: int, keep_short: float) -> Supply:
+def measure(group: Group, keep_short: float) -> Supply:
     """Return what a group offers if short documents are kept with this probability."""
     supply = taken = long_taken = long_supply = longest = 0
     limit = group.budget
-    for _, chunk in _usable(group, mixture, keep_short):
-        lengths = stored_lengths(mixture, overhead, chunk["length_tokens"])
+    for chunk in _usable(group, keep_short):
+        lengths = stored_lengths(group.cut, chunk["length_tokens"])
         ends = supply + np.cumsum(lengths)
         inside = np.minimum(lengths, np.maximum(limit - (ends - lengths), 0))
         taken += int(inside.sum())
-        is_long = chunk["length_tokens"] >= mixture.long_threshold_tokens
+        is_long = chunk["length_tokens"] >= group.long_threshold_tokens
         long_taken += int(inside[is_long].sum())
         supply += int(lengths.sum())
         long_supply += int(lengths[is_long].sum())
@@ -138,19 +148,18 @@ def measure(group: Group, mixture: Mixture, overhead: int, keep_short: float) ->
     return Supply(supply, long_taken / taken if taken else 0.0, long_supply, grain)
 
 
-def solve_keep_short(group: Group, mixture: Mixture, overhead: int, highest: float) -> float:
-    """Find the probability of keeping short documents that meets `long_token_share`.
+def solve_keep_short(group: Group, target: float, needed: float, highest: float) -> float:
+    """Find the probability of keeping short documents that gives long ones the share `target`.
 
     Long documents are never downsampled: a group at or above the share keeps everything, and so does one
     without long documents. A group that would then not fill its budget keeps as many as fill it.
 
     Args:
+        needed: Tokens of one pass that fill the budget.
         highest: Probability up to which short documents were tokenized.
     Returns: The probability; `highest` also if it should be higher.
     """
-    target = mixture.long_token_share or 0.0
-    needed = group.budget / mixture.allow_repeat
-    full = measure(group, mixture, overhead, highest)
+    full = measure(group, highest)
     is_above = full.long_tokens >= target * full.tokens
     if is_above or not full.long_tokens or full.tokens <= needed or full.long_share > target:
         return highest
@@ -161,7 +170,7 @@ def solve_keep_short(group: Group, mixture: Mixture, overhead: int, highest: flo
         if middle > highest:
             high = middle
             continue
-        got = measure(group, mixture, overhead, middle)
+        got = measure(group, middle)
         if got.tokens < needed or got.long_share > target:
             low = middle
         else:
@@ -171,7 +180,7 @@ def solve_keep_short(group: Group, mixture: Mixture, overhead: int, highest: flo
     return min(high, highest)
 
 
-def fill_budget(group: Group, mixture: Mixture, overhead: int) -> Iterator[NDArray]:
+def fill_budget(group: Group) -> Iterator[NDArray]:
     """Take documents in order to exactly the budget, cutting the last one, in whole passes if necessary.
 
     Yields: CHOSEN_DTYPE; a later pass has another order, but the documents that the last, partial
@@ -180,8 +189,8 @@ def fill_budget(group: Group, mixture: Mixture, overhead: int) -> Iterator[NDArr
     left, repeat = group.budget, 0
     while left > 0:
         before = left
-        for _, chunk in _usable(group, mixture, group.keep_short):
-            pieces = _pieces(chunk, mixture, overhead, repeat)
+        for chunk in _usable(group, group.keep_short):
+            pieces = _pieces(chunk, group.cut, repeat)
             ends = np.cumsum(pieces["length_tokens"].astype(np.int64))
             count = int(np.searchsorted(ends, left)) + 1
             if count <= len(pieces):
@@ -196,41 +205,36 @@ def fill_budget(group: Group, mixture: Mixture, overhead: int) -> Iterator[NDArr
         repeat += 1
 
 
-def _usable(
-    group: Group, mixture: Mixture, keep_short: float
-) -> Iterator[tuple[NDArray[np.int64], NDArray]]:
-    """Yield rows that may be used for training, in chunks, and their indices."""
+def _usable(group: Group, keep_short: float) -> Iterator[NDArray]:
+    """Yield rows that may be used for training, in chunks."""
     start = 0
     for chunk in iterate_rows(group.rows):
-        usable = chunk["length_tokens"] >= mixture.long_threshold_tokens
+        usable = chunk["length_tokens"] >= group.long_threshold_tokens
         usable |= below(chunk["drop_key"], keep_short)
         first, last = np.searchsorted(group.held_out, (start, start + len(chunk)))
         usable[group.held_out[first:last] - start] = False
-        found = np.flatnonzero(usable)
-        if len(found):
-            yield start + found, chunk[found]
+        if usable.any():
+            yield chunk[usable]
         start += len(chunk)
 
 
-def _num_pieces(mixture: Mixture, overhead: int, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    if not mixture.rules.cuts:
-        return np.ones(len(lengths), np.int64)
-    room = mixture.cut_length_tokens - overhead
-    return np.maximum(-(-(lengths - overhead) // room), 1)
+def _num_pieces(cut: Cut, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.maximum(-(-(lengths - cut.overhead) // cut.room), 1)
 
 
-def _pieces(chunk: NDArray, mixture: Mixture, overhead: int, repeat: int) -> NDArray:
+def _pieces(chunk: NDArray, cut: Cut, repeat: int) -> NDArray:
     lengths = chunk["length_tokens"].astype(np.int64)
-    counts = _num_pieces(mixture, overhead, lengths)
+    counts = _num_pieces(cut, lengths)
     index = np.repeat(np.arange(len(chunk)), counts)
     number = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
-    room = mixture.cut_length_tokens - overhead if mixture.rules.cuts else np.int64(2**62)
     pieces = np.zeros(len(index), CHOSEN_DTYPE)
     for name in ("source", "file", "line"):
         pieces[name] = chunk[name][index]
-    skipped = number * room
+    skipped = number * cut.room
     pieces["offset"] = chunk["offset"][index] + skipped.astype(np.uint64)
-    pieces["length_tokens"] = np.minimum(lengths[index] - overhead - skipped, room) + overhead
+    pieces["length_tokens"] = (
+        np.minimum(lengths[index] - cut.overhead - skipped, cut.room) + cut.overhead
+    )
     pieces["repeat"] = repeat
     pieces["key"] = mix_keys(mix_keys(chunk["order_key"][index], repeat), number)
     return pieces

@@ -18,7 +18,7 @@ from megatron_long.dataset.manifest import (
 from megatron_long.hashing import FileInfo, hash_file
 from megatron_long.mixture.external_sort import iterate_rows, release
 from megatron_long.mixture.rows import ROW_DTYPE
-from megatron_long.preprocess.stages import WriteJob, WriteStage, gather_tokens
+from megatron_long.preprocess.stages import WriteJob, gather_tokens
 
 DOCUMENTS_DTYPE = np.dtype(
     [("source", "<u2"), ("file", "<u4"), ("line", "<u8"), ("length_tokens", "<u8")]
@@ -27,7 +27,7 @@ DOCUMENTS_DTYPE = np.dtype(
 
 
 def write_train(
-    folder: Path, stage: WriteStage, job: WriteJob, order: NDArray, numbers: NDArray
+    folder: Path, parts: Sequence[Path], dtype: np.dtype, order: NDArray, numbers: NDArray
 ) -> SplitInfo:
     """Put the parts together, and write the index and `documents.npy`.
 
@@ -35,11 +35,11 @@ def write_train(
         numbers: The number of the corpus file that each item of the first stage is, or is a piece of.
     """
     prefix = folder / TRAIN_PREFIX
-    files = {bin_path(prefix).name: _join_parts(stage, len(job.parts), bin_path(prefix))}
+    files = {bin_path(prefix).name: _join_parts(parts, bin_path(prefix))}
     # The order lives in a memory map: only a chunk of it is in memory at a time.
     write_index(
         idx_path(prefix),
-        job.dtype,
+        dtype,
         len(order),
         lambda: (rows["length_tokens"] for rows in iterate_rows(order)),
     )
@@ -83,10 +83,10 @@ def write_valid(
     return splits
 
 
-def _join_parts(stage: WriteStage, count: int, path: Path) -> FileInfo:
+def _join_parts(parts: Sequence[Path], path: Path) -> FileInfo:
     digest, size_bytes = xxhash.xxh3_128(), 0
     with open(path, "wb", buffering=0) as target:
-        for block in _blocks([stage.path(index) for index in range(count)]):
+        for block in _blocks(parts):
             digest.update(block)
             size_bytes += len(block)
             while len(block):

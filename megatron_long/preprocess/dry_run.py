@@ -9,13 +9,9 @@ from megatron_long.dataset.manifest import SourceInfo
 from megatron_long.mixture.admission import Admission
 from megatron_long.mixture.plan import TooLittle, make_plan
 from megatron_long.mixture.scaling import scale_source
-from megatron_long.preprocess.preprocess_config import (
-    PreprocessConfig,
-    overhead_tokens,
-    tokenize_options,
-)
+from megatron_long.preprocess.preprocess_config import PreprocessConfig, tokenize_options
 from megatron_long.preprocess.publish import disk_errors
-from megatron_long.preprocess.survey import everything, survey_corpus
+from megatron_long.preprocess.survey import survey_corpus
 from megatron_long.tokenizer.loading import load_tokenizer
 
 SAMPLE_TEXT_BYTES = 64 << 20
@@ -29,7 +25,7 @@ def plan_dataset(
     Returns: The sources, counts scaled to the whole corpus; and the share of the corpus that was read.
     """
     files, tokenizer = find_inputs(config.inputs), load_tokenizer(config.tokenizer, config.engine)
-    options = tokenize_options(config, tokenizer, everything(config.mixture))
+    options = tokenize_options(config, tokenizer)
     with tempfile.TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         survey = survey_corpus(files, tokenizer, options, Path(scratch) / "tokens", text_bytes)
         tokens = max(round(config.mixture.train_tokens * survey.fraction), 1)
@@ -39,13 +35,8 @@ def plan_dataset(
         )
         (Path(scratch) / "plan").mkdir()
         try:
-            plan = make_plan(
-                survey.folders,
-                mixture,
-                Admission(),
-                overhead_tokens(tokenizer),
-                Path(scratch) / "plan",
-            )
+            folder = Path(scratch) / "plan"
+            plan = make_plan(survey.folders, mixture, Admission(), options.overhead, folder)
         except TooLittle as error:
             raise TooLittle(*error.counts, survey.fraction) from None
         sources = plan.sources

@@ -15,6 +15,8 @@ from megatron_long.mixture.corpus_stats import read_info
 from megatron_long.mixture.rows import LengthCount
 
 POLL_SECONDS = 0.5
+EXPECTED_FILE = "expected.json"
+"""In the work folder: an estimate of what each source will have, if there was a survey."""
 
 
 @dataclass
@@ -22,7 +24,7 @@ class RunProgress:
     """What is done so far."""
 
     stage: str = ""
-    """`tokens.N` (round N of tokenizing), `plan` or `write`."""
+    """`tokens.N`: round N of tokenizing."""
     files_done: int = 0
     files_total: int = 0
     read_bytes: int = 0
@@ -43,33 +45,31 @@ def no_progress(progress: RunProgress) -> None:
 
 
 class Monitor:
-    """Calls `on_progress` about every half second while it is open."""
+    """Calls `on_progress` about every half second while a stage runs in the block, and when it is done."""
 
-    def __init__(self, work: Path, files: Sequence[InputFile], on_progress: OnProgress) -> None:
-        self._work, self._files, self._on_progress = work, files, on_progress
-        self._total_bytes = sum(file.read_bytes for file in files)
-        self._stage = ""
-        self.expected: dict[str, int] = {}
+    def __init__(
+        self, work: Path, stage: str, files: Sequence[InputFile], on_progress: OnProgress
+    ) -> None:
+        self._work, self._stage, self._on_progress = work, stage, on_progress
+        self._num_files, self._total_bytes = len(files), sum(file.read_bytes for file in files)
+        expected = work / EXPECTED_FILE
+        self._expected = orjson.loads(expected.read_bytes()) if expected.exists() else {}
         self._done: dict[str, dict[str, Any]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def set_stage(self, stage: str) -> None:
-        """Say what is done now."""
-        if stage.startswith("tokens.") and stage != self._stage:
-            self._done = {}
-        self._look()
-        self._stage = stage
 
     def __enter__(self) -> Self:
         if self._on_progress is not no_progress:
             self._thread.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._on_progress is no_progress:
+            return
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
+        if kind is None:
+            self._look()
 
     def _watch(self) -> None:
         wait_s = POLL_SECONDS
@@ -80,8 +80,6 @@ class Monitor:
             wait_s = max(POLL_SECONDS, 20 * (time.monotonic() - began))
 
     def _look(self) -> None:
-        if not self._stage.startswith("tokens.") or self._on_progress is no_progress:
-            return
         for folder in sorted((self._work / self._stage).glob("[0-9]*")):
             if folder.name not in self._done:
                 self._done[folder.name] = _summary(read_info(folder))
@@ -103,13 +101,13 @@ class Monitor:
         return RunProgress(
             self._stage,
             len(self._done),
-            len(self._files),
+            self._num_files,
             sum(part["read_bytes"] for part in parts),
             self._total_bytes,
             sum(part["text_bytes"] for part in parts),
             sum(by_source.values()),
             dict(sorted(by_source.items())),
-            self.expected,
+            self._expected,
         )
 
 

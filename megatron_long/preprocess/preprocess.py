@@ -7,22 +7,21 @@ bytes are the same for any number of workers and any executor.
 
 import dataclasses
 import itertools
-import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from megatron_long.corpus.corpus_sample import sample_texts
-from megatron_long.corpus.inputs import InputFile, find_inputs, is_url
+from megatron_long.corpus.inputs import find_inputs
 from megatron_long.dataset.manifest import (
     TOKENIZER_FOLDER,
     InputInfo,
     Manifest,
+    SplitInfo,
     hash_tokenizer_files,
     tokenizer_info,
     write_manifest,
@@ -30,18 +29,17 @@ from megatron_long.dataset.manifest import (
 from megatron_long.dataset.report_page import REPORT_FOLDER, write_report
 from megatron_long.errors import UserError
 from megatron_long.files import remove_folder
-from megatron_long.mixture.admission import Admission
 from megatron_long.mixture.corpus_stats import read_info
+from megatron_long.mixture.mixture import Mixture
 from megatron_long.mixture.plan import Plan, TooTight, make_plan
 from megatron_long.mixture.rows import read_strata
 from megatron_long.preprocess.assemble import write_train, write_valid
-from megatron_long.preprocess.executors import run_stage
+from megatron_long.preprocess.executors import ExecutorOptions, run_stage
 from megatron_long.preprocess.file_pieces import split_inputs
 from megatron_long.preprocess.monitor import Monitor, OnProgress, no_progress
 from megatron_long.preprocess.preprocess_config import (
     PreprocessConfig,
-    choose_dtype,
-    overhead_tokens,
+    tokenize_job,
     tokenize_options,
     work_folder,
 )
@@ -52,29 +50,43 @@ from megatron_long.preprocess.stages import (
     WriteJob,
     WriteStage,
     forget_tokenizers,
+    item_folder,
     split_parts,
 )
-from megatron_long.preprocess.survey import (
-    SURVEY_FROM_BYTES,
-    admit,
-    everything,
-    expected_tokens,
-    survey_corpus,
-)
-from megatron_long.preprocess.tokenize_file import TokenizeOptions
+from megatron_long.preprocess.survey import set_limits
 from megatron_long.preprocess.workdir import (
     check_unchanged,
     only_run,
     open_work,
-    write_json,
+    read_limits,
+    write_limits,
     write_pickle,
 )
-from megatron_long.tokenizer.engines import check_sample, release_engine
+from megatron_long.tokenizer.engines import check_sample
 from megatron_long.tokenizer.loading import load_tokenizer
 from megatron_long.tokenizer.tokenizer_files import copy_tokenizer
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
-EXPECTED_FILE = "expected.json"
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What is tokenized, and planned of it."""
+
+    job: TokenizeJob
+    mixture: Mixture
+    keep_work: bool
+    """Keep what was tokenized also if no plan can be made of it."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A dataset folder that lacks its manifest."""
+
+    folder: Path
+    dtype: np.dtype
+    train: SplitInfo
+    valid: dict[str, SplitInfo]
+    inputs: list[InputInfo]
 
 
 def preprocess(
@@ -85,157 +97,114 @@ def preprocess(
     Args:
         output: A folder, or a URL to copy the finished dataset to (then `work_dir` must be given).
     """
-    files = find_inputs(config.inputs)
+    files, executor = find_inputs(config.inputs), config.executor
     tokenizer = load_tokenizer(config.tokenizer, config.engine)
     tokenizer = check_sample(tokenizer, sample_texts(files, config.keys))
-    work = work_folder(config, output)
+    options = tokenize_options(config, tokenizer)
+    work = work_folder(config.work_dir, output)
     with disk_errors(work), only_run(work):
         open_work(work, config.command(), files, force=config.force)
-        items = split_inputs(files, work, config.executor)
-        with Monitor(work, items, on_progress) as monitor:
-            plan, stage = _tokenize_and_plan(config, items, tokenizer, work, monitor)
-            monitor.set_stage("write")
-            folder = _write(config, items, tokenizer, work, plan, stage)
-            check_unchanged(work, files, find_inputs(config.inputs))
-        manifest = folder.manifest
-        publish(folder.path, output)
+        items = split_inputs(files, work, executor)
+        set_limits(work, items, tokenizer, options, config.mixture)
+        job = tokenize_job(items, config.tokenizer, tokenizer.engine_name, options)
+        request = PlanRequest(job, config.mixture, config.keep_work)
+        plan, tokens = _tokenize_and_plan(request, work, executor, on_progress)
+        write = WriteJob(
+            work / "plan" / "order.rows",
+            split_parts(plan.order),
+            tokens,
+            options.dtype,
+            tokenizer.bos_id,
+            tokenizer.eod_id,
+        )
+        written = _write(write, plan, [item.name for item in items], work, executor)
+        copy_tokenizer(config.tokenizer, written.folder / TOKENIZER_FOLDER)
+        manifest = _manifest(config, tokenizer, plan, written)
+        write_manifest(written.folder, manifest)
+        write_report(written.folder / REPORT_FOLDER, manifest)
+        check_unchanged(work, files, find_inputs(config.inputs))
+        publish(written.folder, output)
         if not config.keep_work:
             remove_folder(work)
     return manifest
 
 
 def _tokenize_and_plan(
-    config: PreprocessConfig,
-    files: list[InputFile],
-    tokenizer: Tokenizer,
-    work: Path,
-    monitor: Monitor,
-) -> tuple[Plan, TokenizeStage]:
-    """Tokenize what the plan may need; once more with wider limits if it needs more."""
-    number = max((int(path.suffix[1:]) for path in work.glob("admission.*")), default=0)
+    request: PlanRequest, work: Path, executor: ExecutorOptions, on_progress: OnProgress
+) -> tuple[Plan, Path]:
+    """Tokenize what the plan may need; once more with wider limits if it needs more.
+
+    Returns: The plan, and the folder of the tokens.
+    """
+    job, scratch = request.job, work / "plan"
     while True:
-        stage = TokenizeStage(work, number)
-        admission = _admission(config, files, tokenizer, work, number)
-        options = tokenize_options(config, tokenizer, admission)
-        write_pickle(stage.job_path, _tokenize_job(config, files, tokenizer, options))
-        if (work / EXPECTED_FILE).exists():
-            monitor.expected = orjson.loads((work / EXPECTED_FILE).read_bytes())
-        monitor.set_stage(stage.name)
-        run_stage(stage, len(files), config.executor)
+        number, admission = read_limits(work)
+        stage, count = TokenizeStage(work, number), len(job.files)
+        options = dataclasses.replace(job.options, admission=admission)
+        write_pickle(stage.job_path, dataclasses.replace(job, options=options))
+        with Monitor(work, stage.name, job.files, on_progress):
+            run_stage(stage, count, executor)
         forget_tokenizers()
-        monitor.set_stage("plan")
-        scratch = work / "plan"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        folders = [stage.folder(index) for index in range(len(files))]
+        folders = [stage.folder(index) for index in range(count)]
         try:
-            overhead = overhead_tokens(tokenizer)
-            return make_plan(folders, config.mixture, admission, overhead, scratch), stage
+            plan = make_plan(folders, request.mixture, admission, options.overhead, scratch)
+            return plan, work / stage.name
         except UserError:
             # The same command would end here again: nothing to go on with.
-            if not config.keep_work:
+            if not request.keep_work:
                 remove_folder(work)
             raise
         except TooTight as tight:
-            number += 1
-            write_json(work / f"admission.{number}", admission.widened(tight.wider).to_json())
+            write_limits(work, number + 1, admission.widened(tight.wider))
             remove_folder(work / stage.name)
 
 
-def _tokenize_job(
-    config: PreprocessConfig,
-    files: list[InputFile],
-    tokenizer: Tokenizer,
-    options: TokenizeOptions,
-) -> TokenizeJob:
-    """Say what the tasks need to know; with absolute paths, for they may start in another folder."""
-    found = [
-        file if is_url(file.path) else dataclasses.replace(file, path=os.path.abspath(file.path))
-        for file in files
-    ]
-    return TokenizeJob(found, config.tokenizer.absolute(), tokenizer.engine_name, options)
-
-
-def _admission(
-    config: PreprocessConfig,
-    files: list[InputFile],
-    tokenizer: Tokenizer,
-    work: Path,
-    number: int,
-) -> Admission:
-    """Read the limits of a round; set those of the first one by a survey if the corpus is large."""
-    path = work / f"admission.{number}"
-    if path.exists():
-        return Admission.from_json(orjson.loads(path.read_bytes()))
-    admission = everything(config.mixture)
-    if sum(file.size_bytes for file in files) > SURVEY_FROM_BYTES:
-        folder = work / "survey"
-        shutil.rmtree(folder, ignore_errors=True)
-        options = dataclasses.replace(tokenize_options(config, tokenizer, admission), skip_bad=True)
-        survey = survey_corpus(files, tokenizer, options, folder)
-        release_engine(tokenizer)
-        admission = admit(survey, config.mixture)
-        shutil.rmtree(folder)
-        write_json(work / EXPECTED_FILE, expected_tokens(survey, admission))
-    write_json(path, admission.to_json())
-    return admission
-
-
-@dataclass(frozen=True)
-class _Made:
-    path: Path
-    manifest: Manifest
-
-
 def _write(
-    config: PreprocessConfig,
-    files: list[InputFile],
-    tokenizer: Tokenizer,
-    work: Path,
-    plan: Plan,
-    stage: TokenizeStage,
-) -> _Made:
-    writing = WriteStage(work)
+    job: WriteJob, plan: Plan, names: Sequence[str], work: Path, executor: ExecutorOptions
+) -> Written:
+    """Write the parts of the training tokens, and put the dataset folder together.
+
+    Args:
+        names: The file that each item of the first stage is, or is a piece of.
+    """
+    stage = WriteStage(work)
     # The plan is made anew after a kill, and is the same: parts that are written stay valid.
-    job = WriteJob(
-        work / "plan" / "order.rows",
-        split_parts(plan.order),
-        work / stage.name,
-        choose_dtype(config, tokenizer),
-        tokenizer.bos_id,
-        tokenizer.eod_id,
-    )
-    write_pickle(writing.job_path, job)
-    run_stage(writing, len(job.parts), config.executor)
+    write_pickle(stage.job_path, job)
+    run_stage(stage, len(job.parts), executor)
+    parts = [stage.path(index) for index in range(len(job.parts))]
     folder = work / "dataset"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    names = [item.name for item in files]  # pieces of a file follow one another
+    # Pieces of a file follow one another.
     numbers = np.cumsum([a != b for a, b in itertools.pairwise([names[0], *names])])
     valid = write_valid(folder, job, plan.valid, numbers)
-    train = write_train(folder, writing, job, plan.order, numbers)
-    copy_tokenizer(config.tokenizer, folder / TOKENIZER_FOLDER)
-    infos = (read_info(stage.folder(index)) for index in range(len(files)))
-    manifest = Manifest(
+    train = write_train(folder, parts, job.dtype, plan.order, numbers)
+    infos = (read_info(item_folder(job.tokens, index)) for index in range(len(names)))
+    return Written(folder, job.dtype, train, valid, _input_infos(infos))
+
+
+def _manifest(
+    config: PreprocessConfig, tokenizer: Tokenizer, plan: Plan, written: Written
+) -> Manifest:
+    return Manifest(
         seed=config.seed,
         mixture=dataclasses.asdict(config.mixture),
         tokenizer=tokenizer_info(tokenizer),
-        dtype=job.dtype.name,
-        train=train,
-        valid=valid,
+        dtype=written.dtype.name,
+        train=written.train,
+        valid=written.valid,
         sources=plan.sources,
-        inputs=_input_infos(infos),
+        inputs=written.inputs,
         order=plan.evenness,
         documents_empty=plan.stats.documents_empty,
         documents_bad=plan.stats.documents_bad,
         bad_documents=plan.stats.bad,
         warnings=plan.warnings,
         made_by=_made_by(tokenizer),
-        tokenizer_files=hash_tokenizer_files(folder),
+        tokenizer_files=hash_tokenizer_files(written.folder),
     )
-    write_manifest(folder, manifest)
-    write_report(folder / REPORT_FOLDER, manifest)
-    return _Made(folder, manifest)
 
 
 def _made_by(tokenizer: Tokenizer) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What a run of preprocessing was asked: its options, and what follows from them for every file."""
 
 import dataclasses
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from megatron_long.corpus.documents import SOURCE_FROM_FOLDER, RecordKeys
-from megatron_long.corpus.inputs import is_url
+from megatron_long.corpus.inputs import InputFile, is_url
 from megatron_long.dataset.indexed import token_dtype
 from megatron_long.errors import ConfigError
-from megatron_long.mixture.admission import Admission
 from megatron_long.mixture.mixture import Mixture, named_sources
 from megatron_long.mixture.shares import (
     NATURAL,
@@ -23,6 +23,8 @@ from megatron_long.mixture.shares import (
     read_shares,
 )
 from megatron_long.preprocess.executors import ExecutorOptions
+from megatron_long.preprocess.stages import TokenizeJob
+from megatron_long.preprocess.survey import everything
 from megatron_long.preprocess.tokenize_file import TokenizeOptions
 from megatron_long.preprocess.workdir import hash_tokenizer
 from megatron_long.tokenizer.length_bound import extra_tokens_bound
@@ -146,51 +148,56 @@ def _read_execution(flags: Namespace) -> ExecutorOptions:
     )
 
 
-def tokenize_options(
-    config: PreprocessConfig, tokenizer: Tokenizer, admission: Admission
-) -> TokenizeOptions:
-    """Say what is the same for every file."""
+def tokenize_options(config: PreprocessConfig, tokenizer: Tokenizer) -> TokenizeOptions:
+    """Say what is the same for every file, before there are limits."""
     return TokenizeOptions(
         seed=config.seed,
         keys=config.keys,
         long_threshold_tokens=config.mixture.long_threshold_tokens,
-        admission=admission,
-        dtype=choose_dtype(config, tokenizer),
+        admission=everything(config.mixture.keep_short),
+        dtype=choose_dtype(config.token_dtype, tokenizer.vocab_size),
+        overhead=1 + (tokenizer.bos_id is not None),
         extra_tokens=extra_tokens_bound(config.tokenizer),
         skip_bad=config.on_bad_document == "skip",
         sources_allowed=named_sources(config.mixture),
     )
 
 
-def choose_dtype(config: PreprocessConfig, tokenizer: Tokenizer) -> np.dtype:
+def tokenize_job(
+    files: Sequence[InputFile], tokenizer: Path, engine: str, options: TokenizeOptions
+) -> TokenizeJob:
+    """Say what the tasks need to know; with absolute paths, for they may start in another folder."""
+    found = [
+        file if is_url(file.path) else dataclasses.replace(file, path=os.path.abspath(file.path))
+        for file in files
+    ]
+    return TokenizeJob(found, tokenizer.absolute(), engine, options)
+
+
+def choose_dtype(name: str, vocab_size: int) -> np.dtype:
     """Give the type of the tokens in the dataset.
 
     Raises: ConfigError: the one asked for is too small.
     """
-    needed = token_dtype(tokenizer.vocab_size)
-    if config.token_dtype == "auto":
+    needed = token_dtype(vocab_size)
+    if name == "auto":
         return needed
-    asked = np.dtype(config.token_dtype).newbyteorder("<")
+    asked = np.dtype(name).newbyteorder("<")
     if asked.itemsize < needed.itemsize:
         raise ConfigError(
-            f"--token-dtype {config.token_dtype} is too small for a vocabulary of "
-            f"{tokenizer.vocab_size:,} ids (Megatron uses it below 65,500); use int32 or auto"
+            f"--token-dtype {name} is too small for a vocabulary of "
+            f"{vocab_size:,} ids (Megatron uses it below 65,500); use int32 or auto"
         )
     return np.dtype("<i4") if asked.itemsize == 4 else np.dtype("<u2")
 
 
-def overhead_tokens(tokenizer: Tokenizer) -> int:
-    """Give how many tokens a document has besides its text: EOD, and BOS if there is one."""
-    return 1 + (tokenizer.bos_id is not None)
-
-
-def work_folder(config: PreprocessConfig, output: Path | str) -> Path:
+def work_folder(given: Path | None, output: Path | str) -> Path:
     """Give the folder for unfinished work.
 
     Raises: ConfigError: the output is a URL and none was given.
     """
-    if config.work_dir is not None:
-        return config.work_dir.absolute()
+    if given is not None:
+        return given.absolute()
     if is_url(output):
         raise ConfigError(
             f"--output {output} is a URL: give --work-dir, a folder for the unfinished dataset (on a "

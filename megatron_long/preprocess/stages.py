@@ -53,6 +53,11 @@ class TokenizeJob:
     options: TokenizeOptions
 
 
+def item_folder(tokens: Path, index: int) -> Path:
+    """Where what is made of item `index` lies in the folder of the first stage."""
+    return tokens / f"{index:06d}"
+
+
 @dataclass(frozen=True)
 class TokenizeStage:
     """Item i is file i of the corpus, or piece i if there are large files."""
@@ -72,7 +77,7 @@ class TokenizeStage:
 
     def folder(self, index: int) -> Path:
         """What is made of file `index`."""
-        return self.work / self.name / f"{index:06d}"
+        return item_folder(self.work / self.name, index)
 
     def is_done(self, index: int) -> bool:
         """Tell whether a file is done."""
@@ -151,7 +156,7 @@ def gather_tokens(rows: NDArray, job: WriteJob) -> NDArray:
     for group in np.split(order, np.flatnonzero(np.diff(rows["file"][order])) + 1):
         if not len(group):
             continue
-        path = job.tokens / f"{int(rows['file'][group[0]]):06d}" / TOKENS_FILE
+        path = item_folder(job.tokens, int(rows["file"][group[0]])) / TOKENS_FILE
         begins = ((starts[group] + has_bos) * size).tolist()
         stops = ((ends[group] - 1) * size).tolist()
         offsets = (rows["offset"][group].astype(np.int64) * size).tolist()

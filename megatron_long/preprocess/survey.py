@@ -5,7 +5,8 @@ The sample is the beginning of files that lie evenly over the list of inputs, so
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,12 @@ from megatron_long.corpus.inputs import InputFile
 from megatron_long.errors import ConfigError
 from megatron_long.mixture.admission import Admission, Limits
 from megatron_long.mixture.corpus_stats import CorpusStats, SourceStats, gather_stats, read_info
-from megatron_long.mixture.mixture import Mixture, source_budgets, source_shares
+from megatron_long.mixture.mixture import Mixture, source_shares
+from megatron_long.mixture.shares import split_budget
+from megatron_long.preprocess.monitor import EXPECTED_FILE
 from megatron_long.preprocess.tokenize_file import TokenizeOptions, tokenize_file
+from megatron_long.preprocess.workdir import write_json, write_limits
+from megatron_long.tokenizer.engines import release_engine
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 SURVEY_FILES = 32
@@ -25,6 +30,29 @@ MARGIN = 1.5
 """How many times more than the estimate of what is needed is admitted."""
 MIN_DOCUMENTS = 200
 """A source with fewer documents in the sample is admitted whole: its estimate would be too rough."""
+
+
+def set_limits(
+    work: Path,
+    files: Sequence[InputFile],
+    tokenizer: Tokenizer,
+    options: TokenizeOptions,
+    mixture: Mixture,
+) -> None:
+    """Leave the limits of the first round in the work folder: by a survey if the corpus is large."""
+    if any(work.glob("admission.*")):
+        return
+    admission = options.admission
+    if sum(file.size_bytes for file in files) > SURVEY_FROM_BYTES:
+        folder = work / "survey"
+        shutil.rmtree(folder, ignore_errors=True)
+        options = dataclasses.replace(options, skip_bad=True)
+        survey = survey_corpus(files, tokenizer, options, folder)
+        release_engine(tokenizer)
+        admission = admit(survey, mixture)
+        shutil.rmtree(folder)
+        write_json(work / EXPECTED_FILE, expected_tokens(survey, admission))
+    write_limits(work, 0, admission)
 
 
 @dataclass(frozen=True)
@@ -65,28 +93,40 @@ def survey_corpus(
     return Survey(gather_stats(infos), folders, min(read / total, 1.0) if total else 1.0)
 
 
-def everything(mixture: Mixture) -> Admission:
+def everything(keep_short: float | None) -> Admission:
     """Admit all but the short documents that are known to be dropped."""
-    keep_short = 1.0 if mixture.keep_short is None else mixture.keep_short
-    return Admission(default=Limits(keep_short=keep_short))
+    return Admission(default=Limits(keep_short=1.0 if keep_short is None else keep_short))
 
 
 def admit(survey: Survey, mixture: Mixture) -> Admission:
     """Set the limits of each source so that about MARGIN times what is needed is tokenized."""
     sources = {name: stats for name, stats in survey.stats.sources.items() if stats.tokens}
     whole = {name: max(int(stats.tokens / survey.fraction), 1) for name, stats in sources.items()}
+    admitted = everything(mixture.keep_short)
     try:
-        budgets = source_budgets(mixture, source_shares(mixture, whole))
+        budgets = split_budget(mixture.train_tokens, source_shares(mixture, whole))
     except ConfigError:
-        return everything(mixture)  # the sample may lack a source that the corpus has
-    default = everything(mixture).default
-    if mixture.rules.is_pooled:
-        return _admit_pool(sources, whole, mixture, default)
-    limits = {}
-    for name, stats in sources.items():
-        if stats.documents >= MIN_DOCUMENTS:
-            limits[name] = _limits(stats, whole[name], budgets[name], mixture)
-    return Admission(limits, default)
+        return admitted  # the sample may lack a source that the corpus has
+    if not mixture.rules.is_pooled:
+        limits = {
+            name: _limits(stats, whole[name], budgets[name], mixture)
+            for name, stats in sources.items()
+            if stats.documents >= MIN_DOCUMENTS
+        }
+        return Admission(limits, admitted.default)
+    pool = SourceStats(
+        documents=sum(stats.documents for stats in sources.values()),
+        tokens=sum(stats.tokens for stats in sources.values()),
+        long_tokens=sum(stats.long_tokens for stats in sources.values()),
+    )
+    if pool.documents < MIN_DOCUMENTS:
+        return admitted
+    shared = _limits(pool, sum(whole.values()), mixture.train_tokens, mixture)
+    valid = {name: _limits(stats, whole[name], 0, mixture).valid for name, stats in sources.items()}
+    # The pool is used up in one order, so every source needs the same limit, also one not seen here.
+    order = max(shared.order, *valid.values())
+    limits = {name: Limits(order, shared.keep_short, share) for name, share in valid.items()}
+    return Admission(limits, Limits(order, shared.keep_short, order))
 
 
 def expected_tokens(survey: Survey, admission: Admission) -> dict[str, int]:
@@ -99,28 +139,6 @@ def expected_tokens(survey: Survey, admission: Admission) -> dict[str, int]:
             max(kept * limits.order, stats.tokens * limits.valid) / survey.fraction
         )
     return expected
-
-
-def _admit_pool(
-    sources: Mapping[str, SourceStats], whole: Mapping[str, int], mixture: Mixture, default: Limits
-) -> Admission:
-    pool = SourceStats(
-        documents=sum(stats.documents for stats in sources.values()),
-        tokens=sum(stats.tokens for stats in sources.values()),
-        long_tokens=sum(stats.long_tokens for stats in sources.values()),
-    )
-    if pool.documents < MIN_DOCUMENTS:
-        return Admission(default=default)
-    shared = _limits(pool, sum(whole.values()), mixture.train_tokens, mixture)
-    limits = {}
-    for name, stats in sources.items():
-        mine = _limits(stats, whole[name], 0, mixture)
-        order = max(shared.order, mine.order)
-        limits[name] = Limits(order, shared.keep_short, min(max(mine.valid, 0.0), order))
-    # The pool is used up in one order, so every source needs the same limit, also one not seen here.
-    highest = max(limit.order for limit in limits.values())
-    limits = {name: dataclasses.replace(limit, order=highest) for name, limit in limits.items()}
-    return Admission(limits, Limits(highest, shared.keep_short, highest))
 
 
 def _limits(stats: SourceStats, tokens: int, budget: int, mixture: Mixture) -> Limits:
@@ -136,8 +154,8 @@ def _limits(stats: SourceStats, tokens: int, budget: int, mixture: Mixture) -> L
         target = mixture.long_token_share or 0.0
         solved = long_share * (1 - target) / (target * max(1 - long_share, 1e-9))
         keep_short = min(MARGIN * solved, 1.0) if long_share else 1.0
-    supply = tokens * (long_share + (1 - long_share) * keep_short / MARGIN)
-    if mixture.keep_short is not None:
+        supply = tokens * (long_share + (1 - long_share) * keep_short / MARGIN)
+    else:
         supply = tokens * (long_share + (1 - long_share) * keep_short)
     valid = min(2 * MARGIN * mixture.valid_tokens_per_source / tokens, 1.0)
     order = min(MARGIN * budget / max(supply, 1.0) + valid, 1.0)

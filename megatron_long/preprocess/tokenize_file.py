@@ -58,6 +58,8 @@ class TokenizeOptions:
     dtype: np.dtype
     extra_tokens: int | None
     """A text of b bytes has at most b + this many tokens; None if no bound is known."""
+    overhead: int
+    """BOS and EOD of a document."""
     skip_bad: bool = False
     max_text_bytes: int | None = None
     """Stop after about this much text: for samples."""
@@ -154,29 +156,29 @@ def _add(
         return 0
     for document in documents:
         if document.source not in got.sources:
-            _check_source(document, item, options)
+            _check_source(document, item.path, options.sources_allowed)
             got.sources[document.source] = len(got.sources)
     limits = [options.admission.limits(name) for name in got.sources]
     sources = np.array([got.sources[document.source] for document in documents])
     sizes = np.array([_size(document.text) for document in documents])
-    keys = batch_keys(options.seed, item.name, [document.line for document in documents])
-    overhead = 1 + (tokenizer.bos_id is not None)
+    lines = np.array([document.line for document in documents])
+    keys = batch_keys(options.seed, item.name, lines.tolist())
     proven = np.zeros(len(sizes), np.bool_)
     if options.extra_tokens is not None:
-        proven = sizes + options.extra_tokens + overhead < options.long_threshold_tokens
+        proven = sizes + options.extra_tokens + options.overhead < options.long_threshold_tokens
     wanted = _admitted(limits, sources, keys, ~proven)
     chosen = np.flatnonzero(wanted)
     ids, counts = tokenizer.encode_flat([documents[i].text for i in chosen.tolist()])
-    _check_ids(ids, counts, tokenizer, item, documents, chosen)
+    _check_ids(ids, counts, tokenizer.vocab_size, item.path, lines[chosen])
     lengths = np.zeros(len(sizes), np.int64)
-    lengths[chosen] = np.where(counts > 0, counts + overhead, 0)
+    lengths[chosen] = np.where(counts > 0, counts + options.overhead, 0)
     got.empty += int((counts == 0).sum())
     is_long = lengths >= options.long_threshold_tokens
     _count(got, sources, sizes, proven, wanted, lengths, is_long)
     usable = wanted & (lengths > 0) & _admitted(limits, sources, keys, is_long)
     rows = np.zeros(int(usable.sum()), ROW_DTYPE)
     rows["source"], rows["file"] = sources[usable], index
-    rows["line"] = [documents[i].line for i in np.flatnonzero(usable).tolist()]
+    rows["line"] = lines[usable]
     rows["length_tokens"] = lengths[usable]
     rows["drop_key"], rows["order_key"] = keys[usable].T
     usable_counts = counts[usable[chosen]]
@@ -258,33 +260,26 @@ def _size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
-def _check_source(document: Document, item: InputFile, options: TokenizeOptions) -> None:
-    if options.sources_allowed is not None and document.source not in options.sources_allowed:
+def _check_source(document: Document, path: str, allowed: frozenset[str] | None) -> None:
+    if allowed is not None and document.source not in allowed:
         raise DataError(
-            f"{item.path}:{document.line} is of source {document.source}, and --source-shares gives no "
-            f"share to it (it names {', '.join(sorted(options.sources_allowed))}); give a YAML file "
+            f"{path}:{document.line} is of source {document.source}, and --source-shares gives no "
+            f"share to it (it names {', '.join(sorted(allowed))}); give a YAML file "
             "with a share for each source (0 leaves one out)"
         )
 
 
-def _check_ids(
-    ids: Tokens,
-    counts: NDArray,
-    tokenizer: Tokenizer,
-    item: InputFile,
-    documents: Sequence[Document],
-    chosen: NDArray,
-) -> None:
+def _check_ids(ids: Tokens, counts: NDArray, vocab_size: int, path: str, lines: NDArray) -> None:
     # An added token beyond the vocabulary would turn into another one when stored in two bytes.
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise DataError(
-            f"{item.path}: the tokenizer gives the id {int(ids.max())}, and its vocabulary has "
-            f"{tokenizer.vocab_size} ids: its files do not belong together"
+            f"{path}: the tokenizer gives the id {int(ids.max())}, and its vocabulary has "
+            f"{vocab_size} ids: its files do not belong together"
         )
     if len(counts) and counts.max() > MAX_LENGTH - 2:
-        line = documents[int(chosen[int(counts.argmax())])].line
+        line = lines[int(counts.argmax())]
         raise DataError(
-            f"{item.path}:{line} has {int(counts.max()):,} tokens; the format ends at {MAX_LENGTH:,}"
+            f"{path}:{line} has {int(counts.max()):,} tokens; the format ends at {MAX_LENGTH:,}"
         )
 
 

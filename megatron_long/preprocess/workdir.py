@@ -22,6 +22,7 @@ from megatron_long.corpus.inputs import InputFile, hash_input
 from megatron_long.differences import differences, format_differences
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.files import atomic_path, remove_folder, remove_path
+from megatron_long.mixture.admission import Admission
 from megatron_long.mixture.corpus_stats import read_info
 from megatron_long.preprocess.file_pieces import known_hashes
 from megatron_long.tokenizer.tokenizer_files import CONFIG_FILES, tokenizer_file
@@ -97,6 +98,18 @@ def write_json(path: Path, content: Any) -> None:
     """Write plain data, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
+
+
+def read_limits(work: Path) -> tuple[int, Admission]:
+    """Give the number of the latest round of tokenizing, and its limits."""
+    number = max(int(path.suffix[1:]) for path in work.glob("admission.*"))
+    content = orjson.loads((work / f"admission.{number}").read_bytes())
+    return number, Admission.from_json(content)
+
+
+def write_limits(work: Path, number: int, admission: Admission) -> None:
+    """Keep the limits of a round of tokenizing."""
+    write_json(work / f"admission.{number}", admission.to_json())
 
 
 def write_pickle(path: Path, content: Any) -> None:

@@ -7,9 +7,9 @@ from megatron_long.mixture.mixture import (
     STRATEGIES,
     Mixture,
     named_sources,
-    source_budgets,
     source_shares,
 )
+from megatron_long.mixture.shares import split_budget
 
 BASE = Mixture(train_tokens=300_000, long_threshold_tokens=1000, valid_tokens_per_source=5000)
 TOKENS_IN = {"ArXiv": 100, "Book": 200, "C4": 700}
@@ -50,7 +50,7 @@ def test_mixture_checks_itself(changes, message):
 def test_upsampled_sources_take_their_shares_and_the_others_divide_the_rest():
     shares = source_shares(upsample(Book=0.6), TOKENS_IN)
     assert shares == pytest.approx({"ArXiv": 0.05, "Book": 0.6, "C4": 0.35})
-    assert sum(source_budgets(BASE, shares).values()) == BASE.train_tokens
+    assert sum(split_budget(BASE.train_tokens, shares).values()) == BASE.train_tokens
     assert source_shares(upsample(Book=0.6, ArXiv=0.4), TOKENS_IN)["C4"] == 0
 
 

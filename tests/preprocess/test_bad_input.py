@@ -125,16 +125,11 @@ def test_a_source_without_a_share_is_found_at_its_first_document(
 
 
 def test_a_tokenizer_larger_than_the_dtype(config, tmp_path, corpus, model_file):
-    class Large:
-        vocab_size = 128_256
-        bos_id = None
-
     from megatron_long.preprocess.preprocess_config import choose_dtype
 
-    two_bytes = dataclasses.replace(config, token_dtype="uint16")
     with pytest.raises(ConfigError, match=r"--token-dtype uint16 is too small .* 128,256 ids"):
-        choose_dtype(two_bytes, Large())
-    assert choose_dtype(config, Large()) == np.int32
+        choose_dtype("uint16", 128_256)
+    assert choose_dtype("auto", 128_256) == np.int32
     wide = dataclasses.replace(config, inputs=[corpus], token_dtype="int32")
     preprocess(wide, tmp_path / "wide")
     preprocess(dataclasses.replace(wide, token_dtype="uint16"), tmp_path / "narrow")
@@ -144,13 +139,9 @@ def test_a_tokenizer_larger_than_the_dtype(config, tmp_path, corpus, model_file)
 
 
 def test_ids_beyond_the_vocabulary_are_never_stored(model_file):
-    from megatron_long.corpus.inputs import InputFile
-
-    tokenizer, item = load_tokenizer(model_file), InputFile("a.jsonl", "a.jsonl", 0)
+    ids, vocab_size = np.array([3, 65540], np.int32), load_tokenizer(model_file).vocab_size
     with pytest.raises(DataError, match=r"a\.jsonl: the tokenizer gives the id 65540"):
-        _check_ids(
-            np.array([3, 65540], np.int32), np.array([2]), tokenizer, item, [], np.array([0])
-        )
+        _check_ids(ids, np.array([2]), vocab_size, "a.jsonl", np.array([1]))
 
 
 @pytest.fixture

@@ -34,10 +34,8 @@ def test_files_under_way_are_seen(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_long.preprocess.stages.PROGRESS_SECONDS", 0.0)
     report = _reporter(tmp_path / "progress" / "tokens.0.000001.json")
     seen = []
-    with module.Monitor(tmp_path, find_inputs([corpus]), seen.append) as watching:
-        watching.set_stage("tokens.0")
+    with module.Monitor(tmp_path, "tokens.0", find_inputs([corpus]), seen.append):
         report(FileProgress("a", 100, 300, 50, {"Book": 50}))
-        watching.set_stage("plan")
-        assert (seen[-1].read_bytes, seen[-1].tokens, seen[-1].files_done) == (100, 50, 0)
+    assert (seen[-1].read_bytes, seen[-1].tokens, seen[-1].files_done) == (100, 50, 0)
     report(FileProgress("a", done=True))
     assert not list((tmp_path / "progress").iterdir())

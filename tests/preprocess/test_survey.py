@@ -9,7 +9,6 @@ import pytest
 from megatron_long.corpus.inputs import find_inputs
 from megatron_long.dataset.manifest import read_manifest
 from megatron_long.mixture.mixture import Mixture
-from megatron_long.preprocess import preprocess as preprocess_module
 from megatron_long.preprocess import survey as survey_module
 from megatron_long.preprocess.dry_run import plan_dataset
 from megatron_long.preprocess.preprocess import preprocess
@@ -49,7 +48,7 @@ def config(big_corpus, model_file):
 
 
 def surveyed(monkeypatch, margin=1.5):
-    monkeypatch.setattr(preprocess_module, "SURVEY_FROM_BYTES", 0)
+    monkeypatch.setattr(survey_module, "SURVEY_FROM_BYTES", 0)
     monkeypatch.setattr(survey_module, "MARGIN", margin)
     monkeypatch.setattr(survey_module, "SURVEY_TEXT_BYTES", 1 << 20)
 
@@ -108,7 +107,8 @@ def test_short_documents_are_dropped_before_they_are_tokenized(config, tmp_path)
     from megatron_long.tokenizer.loading import load_tokenizer
 
     tokenizer, item = load_tokenizer(config.tokenizer, "reference"), find_inputs(config.inputs)[0]
-    options = tokenize_options(config, tokenizer, Admission(default=Limits(1.0, 0.1, 0.0)))
+    admission = Admission(default=Limits(1.0, 0.1, 0.0))
+    options = dataclasses.replace(tokenize_options(config, tokenizer), admission=admission)
     rows = {}
     for name, extra in (("bound", options.extra_tokens), ("none", None)):
         changed = dataclasses.replace(options, extra_tokens=extra)
