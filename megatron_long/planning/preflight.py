@@ -184,7 +184,7 @@ def check_disk(args: Namespace, needs: Needs, room: Room) -> list[str]:
         return []
     why = f"--keep-last {args.keep_last}" if args.keep_last else "the newest"
     return [
-        f"--save {folder} has room for {int(free // size)} of the {missing} checkpoints that are still to "
+        f"--save {folder} has room for {int(free // size)} of the {missing} checkpoints that will "
         f"exist at the same time ({why}, and the one being written): {figures}; free "
         f"{gigabytes(size * missing - free)}, or give a folder on another disk"
     ]

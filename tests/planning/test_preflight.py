@@ -106,7 +106,7 @@ def test_disk_without_room_for_one_checkpoint_is_refused(ask, tmp_path):
             (),
             0,
             1.9 * CHECKPOINT,
-            "has room for 1 of the 2 checkpoints that are still to lie there",
+            "has room for 1 of the 2 checkpoints that will exist at",
         ),
         ((), 1, 1.1 * CHECKPOINT, ""),
         (("--keep-last", 3), 0, 3.9 * CHECKPOINT, "has room for 3 of the 4 checkpoints"),
