@@ -35,7 +35,8 @@ from megatron_long.flags.arguments import (
     choose_async_writer,
     choose_save_times,
 )
-from megatron_long.flags.backend import ALWAYS_ARGV, Backend, split_flags
+from megatron_long.flags.argv import Argv
+from megatron_long.flags.backend import ALWAYS_ARGV, Backend
 from megatron_long.flags.layout_rules import check_layout
 from megatron_long.flags.number_ranges import check_numbers
 from megatron_long.flags.recipe import RECIPES, Recipe, build_recipe
@@ -75,8 +76,7 @@ def parse(
     model = _stretched(arguments, early, model)
     recipe = _chosen_recipe(arguments, model, keeps_rope=trained is not None)
     argv = [*_first_argv(arguments, recipe, model, backend, user_argv), *_dataset_argv(arguments)]
-    argv += split_flags(ALWAYS_ARGV)
-    args = megatron_adapter.parse_flags([*argv, *user_argv], _add_own_flags)
+    args = megatron_adapter.parse_flags([*argv, *ALWAYS_ARGV, *user_argv], _add_own_flags)
     arguments = _own_arguments(args)
     if args.num_layers is None:
         raise _no_model()
@@ -84,7 +84,7 @@ def parse(
         # Chosen by the user where Transformer Engine is: Megatron's own layers need Apex's kernel for it.
         args.gradient_accumulation_fusion = False
     special = args.deterministic_mode or arguments.document_masking
-    if special and not _is_given("--attention-backend", user_argv):
+    if special and not Argv(user_argv).given("--attention-backend"):
         # Transformer Engine knows which of its kernels are deterministic, or take padded documents.
         args.attention_backend = type(args.attention_backend).auto
     check_numbers(args)
@@ -189,11 +189,6 @@ def _parse_early(argv: Sequence[str]) -> tuple[LongContextArguments, argparse.Na
     return _own_arguments(early), early
 
 
-def _is_given(flag: str, argv: Sequence[str]) -> bool:
-    """Whether the words have a flag, as `--flag value` or `--flag=value`."""
-    return any(word.partition("=")[0] == flag for word in argv)
-
-
 def _own_arguments(args: argparse.Namespace) -> LongContextArguments:
     names = [field.name for field in fields(LongContextArguments)]
     return LongContextArguments(**{name: getattr(args, name) for name in names})
@@ -245,7 +240,7 @@ def _first_argv(
     model: LlamaGeometry | None,
     backend: Backend,
     user_argv: Sequence[str],
-) -> list[str]:
+) -> Sequence[str]:
     """The flags that the user's follow: those of the recipe, or of the backend and the model alone."""
     own_loss = not arguments.megatron_loss
     if recipe is None:
@@ -260,7 +255,7 @@ def _first_argv(
 
 def _validation_argv(user_argv: Sequence[str]) -> list[str]:
     """As in the recipes: no validation unless it is asked for. Megatron has no interval of its own."""
-    if _is_given("--eval-interval", user_argv):
+    if Argv(user_argv).given("--eval-interval"):
         return []
     return ["--eval-interval", "100", "--eval-iters", "0"]
 

@@ -14,6 +14,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_long.errors import ConfigError
+from megatron_long.flags.argv import Argv
 from megatron_long.planning.hardware import GPUS, find_gpu
 from megatron_long.planning.layout_parity import (
     RUN_FLAGS,
@@ -25,7 +26,6 @@ from megatron_long.planning.layout_parity import (
     precision_of,
     run_steps,
     smallest_layout,
-    without_flags,
 )
 
 
@@ -92,7 +92,7 @@ def compare_layouts(
     windows = args.global_batch_size or args.micro_batch_size * replicas_of(
         args, arguments.world_size
     )
-    common = [*without_flags(argv, RUN_FLAGS), "--global-batch-size", str(windows)]
+    common = [*Argv(argv).without(*RUN_FLAGS), "--global-batch-size", str(windows)]
     common += ["--eval-iters", "0", "--save-interval", "1000000"]
     small = smallest_layout(common)
     start = start_of(args)

@@ -30,13 +30,13 @@ from megatron_long.evaluation.input_checks import (
 )
 from megatron_long.evaluation.models import (
     HF,
+    LAYOUT_FLAGS,
     ModelChoice,
     add_model_flags,
     check_megatron_flags,
     choose_model,
     open_generator,
     open_model,
-    split_layout,
     warn_beyond_rope,
 )
 from megatron_long.evaluation.needle.cases import PROMPTS, NeedleCase, build_cases
@@ -66,6 +66,7 @@ from megatron_long.evaluation.needle.needle_tasks import (
 )
 from megatron_long.evaluation.progress_log import append_records, shared_log, start_log, writing
 from megatron_long.evaluation.work import count_work
+from megatron_long.flags.argv import Argv
 from megatron_long.job.rendezvous import is_first_process
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
@@ -202,7 +203,7 @@ def describe_settings(
     tokenizer: Tokenizer,
 ) -> NeedleSettings:
     """Give what is measured, for the report and for the next run of the same command."""
-    others, layout = split_layout(megatron_argv)
+    argv = Argv(megatron_argv)
     return NeedleSettings(
         model=str(choice.folder.path),
         backend=choice.backend,
@@ -216,8 +217,8 @@ def describe_settings(
         depths=spread_depths(args.num_depths),
         num_seeds=args.num_seeds,
         training_length=args.training_length,
-        megatron_argv=others,
-        layout_argv=layout,
+        megatron_argv=argv.without(*LAYOUT_FLAGS),
+        layout_argv=argv.only(*LAYOUT_FLAGS),
         weights=choice.measured_weights(),
         weights_sha256=choice.weights_sha256(),
     )
