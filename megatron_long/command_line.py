@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
-from megatron_long.checkpoint.choosing import describe_view
+from megatron_long.checkpoint.choosing import describe_view, require_checkpoint
 from megatron_long.checkpoint.hashes import check_sidecars
 from megatron_long.checkpoint.sidecars import TOKENIZER_DIR_NAME
 from megatron_long.checkpoint.trained_model import check_same_model, keep_rope, trained_model
@@ -24,26 +24,16 @@ from megatron_long.errors import ConfigError
 from megatron_long.evaluation.live_evaluation import EvaluationArguments
 from megatron_long.flags.arguments import (
     LongContextArguments,
-    check_checkpoint,
-    check_documents,
-    check_files,
-    check_paths,
-    check_reliability,
-    check_rope,
-    check_start_and_end,
-    check_wandb,
     choose_async_writer,
     choose_save_times,
 )
 from megatron_long.flags.argv import Argv
 from megatron_long.flags.backend import ALWAYS_ARGV, Backend
-from megatron_long.flags.layout_rules import check_layout
-from megatron_long.flags.number_ranges import check_numbers
 from megatron_long.flags.recipe import RECIPES, Recipe, build_recipe
 from megatron_long.flags.recipe_flags import follow_user, keep_budget
-from megatron_long.flags.unsupported_flags import check_supported
+from megatron_long.flags.relations import check_flags
+from megatron_long.flags.rules import check_rules
 from megatron_long.job import rendezvous
-from megatron_long.job.hang_monitor import check_monitor
 from megatron_long.job.rendezvous import is_first_process
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_args
 from megatron_long.model.rope_stretch import stretch_rope
@@ -58,13 +48,12 @@ def parse(
         backend: What the run computes with.
         world_size: Processes of the job.
     Returns: Our flags, and all flags as Megatron's code takes them (not yet validated by Megatron).
-    Raises: ConfigError: see `check_supported`, `check_files`, `check_layout`, `check_same_model`,
-        `check_dataset`.
+    Raises: ConfigError: see `check_flags`, `check_same_model`, `check_dataset`.
     """
     from megatron_long.engine import megatron_adapter
 
     arguments, early = _parse_early(user_argv)
-    check_paths(arguments)
+    check_rules(early)
     rendezvous.see_alike(partial(describe_view, (early.load, early.pretrained_checkpoint)))
     for folder in (early.load, early.pretrained_checkpoint):
         if folder:
@@ -87,22 +76,13 @@ def parse(
     if special and not Argv(user_argv).given("--attention-backend"):
         # Transformer Engine knows which of its kernels are deterministic, or take padded documents.
         args.attention_backend = type(args.attention_backend).auto
-    check_numbers(args)
-    check_supported(args, megatron_loss=arguments.megatron_loss)
-    check_files(arguments, args)
-    check_start_and_end(arguments, args)
-    check_reliability(arguments, args)
+    check_flags(args, world_size)
     choose_save_times(arguments, args)
-    check_monitor(args)
-    check_wandb(args)
     choose_async_writer(args)
     # Without it Megatron's loop would not see a signal, and the run would end with nothing saved.
     args.exit_signal_handler = True
-    check_layout(args, world_size)
-    check_rope(args)
     if trained is not None:
         check_same_model(trained, geometry_from_args(args), args.load)
-    check_documents(arguments, args)
     if arguments.hf_checkpoint:
         run_ends.check_weights(Path(arguments.hf_checkpoint))
     if arguments.dataset:
@@ -197,7 +177,8 @@ def _own_arguments(args: argparse.Namespace) -> LongContextArguments:
 def _model_geometry(
     arguments: LongContextArguments, early: argparse.Namespace
 ) -> LlamaGeometry | None:
-    check_checkpoint(early.pretrained_checkpoint, "--pretrained-checkpoint")
+    if early.pretrained_checkpoint is not None:
+        require_checkpoint(Path(early.pretrained_checkpoint), "--pretrained-checkpoint")
     path = model_source(arguments, early)
     return read_source_geometry(path) if path is not None else None
 
@@ -208,11 +189,6 @@ def _stretched(
     """The model with the RoPE of `--rope-method`."""
     method, factor = arguments.rope_method, arguments.rope_factor
     if method is None:
-        if factor is not None or arguments.rope_original_length is not None:
-            raise ConfigError(
-                "--rope-factor and --rope-original-length belong to --rope-method linear, yarn or "
-                "llama3; give that too"
-            )
         return model
     recipe = build_recipe(arguments.recipe, model) if arguments.recipe else None
     model = recipe.model if recipe else model

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from types import FrameType
 
@@ -22,6 +23,7 @@ import psutil  # not in the handler: a second signal would find it half imported
 
 from megatron_long.cli import run_tool
 from megatron_long.flags.argv import Argv
+from megatron_long.flags.rules import check_rules
 from megatron_long.job import hang_monitor
 from megatron_long.job.side_output import keep_standard_streams
 from megatron_long.job.signals import (
@@ -74,7 +76,7 @@ def _launch(words: list[str]) -> None:
 
 def _run(words: list[str]) -> None:
     if Argv(words).given(hang_monitor.MONITOR_FLAG):
-        hang_monitor.require_package()
+        check_rules(Namespace(enable_ft_package=True))
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = OTHER_SIGNALS
         launcher = importlib.import_module(
             f"{hang_monitor.MONITOR_PACKAGE}.fault_tolerance.launcher"

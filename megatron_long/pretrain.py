@@ -1,7 +1,7 @@
 """Continual pretraining on long windows: `torchrun -m megatron_long.pretrain` (or `python -m`).
 
 Flags, the start, the callbacks, then Megatron's own loop. Megatron's flags work, but for those that
-`flags.unsupported_flags` refuses; ours are those of `LongContextArguments` and `EvaluationArguments`
+`flags.rules` refuses; ours are those of `LongContextArguments` and `EvaluationArguments`
 (`command_line` puts them together).
 """
 
@@ -29,9 +29,10 @@ from megatron_long.conversion.run_model import real_vocab_size, tokenizer_dir, w
 from megatron_long.engine.callback import Callback
 from megatron_long.evaluation.live_callback import EvaluateLive
 from megatron_long.evaluation.live_evaluation import LiveEvaluation, plan_live_evaluation
-from megatron_long.flags.arguments import LongContextArguments, check_export
+from megatron_long.flags.arguments import LongContextArguments
 from megatron_long.flags.argv import Argv
 from megatron_long.flags.backend import detect_backend, join_or_start_job
+from megatron_long.flags.relations import check_export
 from megatron_long.job import rendezvous
 from megatron_long.job.hang_monitor import check_monitor_is_there
 from megatron_long.job.side_output import keep_standard_streams

@@ -77,8 +77,10 @@ class Argv(tuple[str, ...]):
         try:
             return None if text is None else kind(text)
         except (ValueError, argparse.ArgumentTypeError) as error:
+            what = f"invalid {kind.__name__} value: {text!r}"
+            what = what if isinstance(error, ValueError) else str(error)
             raise ConfigError(
-                f"argument {flag}: {error}; `--help` lists the flags, ours and Megatron's"
+                f"argument {flag}: {what}; `--help` lists the flags, ours and Megatron's"
             ) from None
 
     def without(self, *flags: str) -> "Argv":
