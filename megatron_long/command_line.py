@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
-from megatron_long.checkpoint.choosing import describe_view
+from megatron_long.checkpoint.choosing import describe_view, require_checkpoint
 from megatron_long.checkpoint.hashes import check_sidecars
 from megatron_long.checkpoint.sidecars import TOKENIZER_DIR_NAME
 from megatron_long.checkpoint.trained_model import check_same_model, keep_rope, trained_model
@@ -24,26 +24,16 @@ from megatron_long.errors import ConfigError
 from megatron_long.evaluation.live_evaluation import EvaluationArguments
 from megatron_long.flags.arguments import (
     LongContextArguments,
-    check_checkpoint,
-    check_documents,
-    check_files,
-    check_paths,
-    check_reliability,
-    check_rope,
-    check_start_and_end,
-    check_wandb,
-    check_words,
     choose_async_writer,
     choose_save_times,
 )
-from megatron_long.flags.backend import ALWAYS_ARGV, Backend, split_flags
-from megatron_long.flags.layout_rules import check_layout
-from megatron_long.flags.number_ranges import check_numbers
+from megatron_long.flags.argv import Argv
+from megatron_long.flags.backend import ALWAYS_ARGV, Backend
 from megatron_long.flags.recipe import RECIPES, Recipe, build_recipe
 from megatron_long.flags.recipe_flags import follow_user, keep_budget
-from megatron_long.flags.unsupported_flags import check_supported
+from megatron_long.flags.relations import check_flags, check_words
+from megatron_long.flags.rules import check_rules
 from megatron_long.job import rendezvous
-from megatron_long.job.hang_monitor import check_monitor
 from megatron_long.job.rendezvous import is_first_process
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_args
 from megatron_long.model.rope_stretch import stretch_rope
@@ -58,14 +48,13 @@ def parse(
         backend: What the run computes with.
         world_size: Processes of the job.
     Returns: Our flags, and all flags as Megatron's code takes them (not yet validated by Megatron).
-    Raises: ConfigError: see `check_supported`, `check_files`, `check_layout`, `check_same_model`,
-        `check_dataset`.
+    Raises: ConfigError: see `check_flags`, `check_same_model`, `check_dataset`.
     """
     from megatron_long.engine import megatron_adapter
 
-    check_words(user_argv)
+    check_words(Argv(user_argv))
     arguments, early = _parse_early(user_argv)
-    check_paths(arguments)
+    check_rules(early)
     rendezvous.see_alike(partial(describe_view, (early.load, early.pretrained_checkpoint)))
     for folder in (early.load, early.pretrained_checkpoint):
         if folder:
@@ -77,8 +66,7 @@ def parse(
     model = _stretched(arguments, early, model)
     recipe = _chosen_recipe(arguments, model, keeps_rope=trained is not None)
     argv = [*_first_argv(arguments, recipe, model, backend, user_argv), *_dataset_argv(arguments)]
-    argv += split_flags(ALWAYS_ARGV)
-    args = megatron_adapter.parse_flags([*argv, *user_argv], _add_own_flags)
+    args = megatron_adapter.parse_flags([*argv, *ALWAYS_ARGV, *user_argv], _add_own_flags)
     arguments = _own_arguments(args)
     if args.num_layers is None:
         raise _no_model()
@@ -86,25 +74,16 @@ def parse(
         # Chosen by the user where Transformer Engine is: Megatron's own layers need Apex's kernel for it.
         args.gradient_accumulation_fusion = False
     special = args.deterministic_mode or arguments.document_masking
-    if special and not _is_given("--attention-backend", user_argv):
+    if special and not Argv(user_argv).given("--attention-backend"):
         # Transformer Engine knows which of its kernels are deterministic, or take padded documents.
         args.attention_backend = type(args.attention_backend).auto
-    check_numbers(args)
-    check_supported(args, megatron_loss=arguments.megatron_loss)
-    check_files(arguments, args)
-    check_start_and_end(arguments, args)
-    check_reliability(arguments, args)
+    check_flags(args, world_size)
     choose_save_times(arguments, args)
-    check_monitor(args)
-    check_wandb(args)
     choose_async_writer(args)
     # Without it Megatron's loop would not see a signal, and the run would end with nothing saved.
     args.exit_signal_handler = True
-    check_layout(args, world_size)
-    check_rope(args)
     if trained is not None:
         check_same_model(trained, geometry_from_args(args), args.load)
-    check_documents(arguments, args)
     if arguments.hf_checkpoint:
         run_ends.check_weights(Path(arguments.hf_checkpoint))
     if arguments.dataset:
@@ -191,11 +170,6 @@ def _parse_early(argv: Sequence[str]) -> tuple[LongContextArguments, argparse.Na
     return _own_arguments(early), early
 
 
-def _is_given(flag: str, argv: Sequence[str]) -> bool:
-    """Whether the words have a flag, as `--flag value` or `--flag=value`."""
-    return any(word.partition("=")[0] == flag for word in argv)
-
-
 def _own_arguments(args: argparse.Namespace) -> LongContextArguments:
     names = [field.name for field in fields(LongContextArguments)]
     return LongContextArguments(**{name: getattr(args, name) for name in names})
@@ -204,7 +178,8 @@ def _own_arguments(args: argparse.Namespace) -> LongContextArguments:
 def _model_geometry(
     arguments: LongContextArguments, early: argparse.Namespace
 ) -> LlamaGeometry | None:
-    check_checkpoint(early.pretrained_checkpoint, "--pretrained-checkpoint")
+    if early.pretrained_checkpoint is not None:
+        require_checkpoint(Path(early.pretrained_checkpoint), "--pretrained-checkpoint")
     path = model_source(arguments, early)
     return read_source_geometry(path) if path is not None else None
 
@@ -215,11 +190,6 @@ def _stretched(
     """The model with the RoPE of `--rope-method`."""
     method, factor = arguments.rope_method, arguments.rope_factor
     if method is None:
-        if factor is not None or arguments.rope_original_length is not None:
-            raise ConfigError(
-                "--rope-factor and --rope-original-length belong to --rope-method linear, yarn or "
-                "llama3; give that too"
-            )
         return model
     recipe = build_recipe(arguments.recipe, model) if arguments.recipe else None
     model = recipe.model if recipe else model
@@ -247,7 +217,7 @@ def _first_argv(
     model: LlamaGeometry | None,
     backend: Backend,
     user_argv: Sequence[str],
-) -> list[str]:
+) -> Sequence[str]:
     """The flags that the user's follow: those of the recipe, or of the backend and the model alone."""
     own_loss = not arguments.megatron_loss
     if recipe is None:
@@ -262,7 +232,7 @@ def _first_argv(
 
 def _validation_argv(user_argv: Sequence[str]) -> list[str]:
     """As in the recipes: no validation unless it is asked for. Megatron has no interval of its own."""
-    if _is_given("--eval-interval", user_argv):
+    if Argv(user_argv).given("--eval-interval"):
         return []
     return ["--eval-interval", "100", "--eval-iters", "0"]
 

@@ -9,19 +9,21 @@ With `--enable-ft-package` among the training flags, the launcher is `ft_launche
 nvidia-resiliency-ext, which also ends and restarts (`--max-restarts`) ranks that the kernel has stopped.
 """
 
-import argparse
 import importlib
 import os
 import signal
 import socket
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from types import FrameType
 
 import psutil  # not in the handler: a second signal could interrupt the import
 
 from megatron_long.cli import run_tool
+from megatron_long.flags.argv import Argv
+from megatron_long.flags.rules import check_rules
 from megatron_long.job import hang_monitor
 from megatron_long.job.side_output import keep_standard_streams
 from megatron_long.job.signals import (
@@ -65,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _launch(words: list[str]) -> None:
-    own = words[: words.index("-m")] if "-m" in words else words
-    if "PET_LOG_DIR" in os.environ or any(word.startswith(LOG_FLAGS) for word in own):
+    if "PET_LOG_DIR" in os.environ or Argv(words).before("-m").given(*LOG_FLAGS):
         return _run(words)
     # Torchrun would create its own folder, and not remove it.
     with tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True) as folder:
@@ -74,8 +75,8 @@ def _launch(words: list[str]) -> None:
 
 
 def _run(words: list[str]) -> None:
-    if hang_monitor.MONITOR_FLAG in words:
-        hang_monitor.require_package()
+    if Argv(words).given(hang_monitor.MONITOR_FLAG):
+        check_rules(Namespace(enable_ft_package=True))
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = OTHER_SIGNALS
         launcher = importlib.import_module(
             f"{hang_monitor.MONITOR_PACKAGE}.fault_tolerance.launcher"
@@ -105,9 +106,7 @@ def monitor_flags(words: Sequence[str]) -> list[str]:
     >>> monitor_flags(["--nproc-per-node", "8", "--hang-timeout", "60"])[0]
     '--ft-rank-section-timeouts=setup:300,step:300,checkpointing:300'
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--hang-timeout", type=float, default=480.0)
-    wait = PATIENCE * (parser.parse_known_args(words)[0].hang_timeout or 480.0)
+    wait = PATIENCE * (Argv(words).parsed("--hang-timeout", float) or 480.0)
     sections = ",".join(f"{name}:{wait:g}" for name in SECTIONS)
     return [f"--ft-rank-section-timeouts={sections}", f"--ft-rank-out-of-section-timeout={wait:g}"]
 

@@ -1,7 +1,7 @@
 """Continual pretraining on long windows: `torchrun -m megatron_long.pretrain` (or `python -m`).
 
-Flags, the start, the callbacks, then Megatron's own loop. Megatron's flags work, except those that
-`flags.unsupported_flags` refuses; ours are those of `LongContextArguments` and `EvaluationArguments`
+Flags, the start, the callbacks, then Megatron's own loop. Megatron's flags work, but for those that
+`flags.rules` refuses; ours are those of `LongContextArguments` and `EvaluationArguments`
 (`command_line` puts them together).
 """
 
@@ -30,8 +30,10 @@ from megatron_long.conversion.run_model import real_vocab_size, tokenizer_dir, w
 from megatron_long.engine.callback import Callback
 from megatron_long.evaluation.live_callback import EvaluateLive
 from megatron_long.evaluation.live_evaluation import LiveEvaluation, plan_live_evaluation
-from megatron_long.flags.arguments import LongContextArguments, check_export
+from megatron_long.flags.arguments import LongContextArguments
+from megatron_long.flags.argv import Argv
 from megatron_long.flags.backend import detect_backend, join_or_start_job
+from megatron_long.flags.relations import check_export
 from megatron_long.job import rendezvous
 from megatron_long.job.hang_monitor import check_monitor_is_there
 from megatron_long.job.leaving import leave_together
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals.leave_on_second_interrupt()
     keep_standard_streams()
     user_argv = list(sys.argv[1:] if argv is None else argv)
-    shows_all = not {"--verbose", "--help", "-h"}.isdisjoint(user_argv)
+    shows_all = Argv(user_argv).given("--verbose", "--help", "-h")
     with StartLog(verbose=shows_all) as start_log:
         return _run(user_argv, start_log)
 

@@ -9,6 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from megatron_long.flags.argv import Argv
 from megatron_long.flags.backend import GPU, HOST
 from megatron_long.flags.recipe import RECIPES, build_recipe
 from megatron_long.model.geometry import geometry_from_hf
@@ -50,14 +51,10 @@ def own_flags(argv: list[str]) -> list[str]:
     ['--rope-scaling-original-length']
     """
     own = {"--" + name.replace("_", "-") for name in LLAMA3_ARGUMENTS}
-    return [word for word in argv if word in own]
+    return [flag for flag, _ in Argv(argv).pairs() if flag in own]
 
 
 def as_bash_array(argv: list[str]) -> str:
     """One flag and its values a line."""
-    lines: list[list[str]] = []
-    for word in argv:
-        if word.startswith("--") or not lines:
-            lines.append([])
-        lines[-1].append(shlex.quote(word))
-    return "\n".join(["RECIPE_ARGS=(", *("    " + " ".join(line) for line in lines), ")"])
+    lines = (f"    {shlex.join(group)}" for group in Argv(argv).groups())
+    return "\n".join(["RECIPE_ARGS=(", *lines, ")"])

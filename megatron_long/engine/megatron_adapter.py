@@ -32,6 +32,7 @@ from megatron_long.engine.fixes.uncalled_output_layer import let_output_layer_be
 from megatron_long.engine.optimizer_shards import save_own_shards
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.flags import flag_help
+from megatron_long.flags.argv import Argv
 from megatron_long.job import signals
 from megatron_long.model.flash_attention import fix_windows
 from megatron_long.model.rope import rope_from_arguments
@@ -85,7 +86,7 @@ def parse_flags(
     """
     from megatron.training.arguments import parse_args
 
-    if any(word.partition("=")[0] == "--yaml-cfg" for word in argv):
+    if Argv(argv).given("--yaml-cfg"):
         raise ConfigError(
             "--yaml-cfg would replace all other flags, including ours and the recipe's; write its "
             "values as flags"

@@ -17,6 +17,7 @@ from megatron_long.checkpoint.opening import EVALUATION, Checkpoint, open_checkp
 from megatron_long.checkpoint.sidecars import HF_CONFIG_NAME, TOKENIZER_DIR_NAME
 from megatron_long.errors import ConfigError
 from megatron_long.files import refuse_overwrite
+from megatron_long.flags.argv import Argv
 
 if TYPE_CHECKING:
     from megatron_long.tokenizer.tokenizer_types import Tokenizer
@@ -73,7 +74,7 @@ def find_checkpoint(
         check_hashes: Whether the files next to the checkpoints are compared with their hashes.
     Raises: ConfigError, DataError: see `open_checkpoint`; a file next to it is damaged.
     """
-    step = read_flag(megatron_argv, "--ckpt-step")
+    step = Argv(megatron_argv).value("--ckpt-step")
     if step is not None and not step.isdecimal():
         raise ConfigError(f"--ckpt-step {step} is not an iteration; give a number")
     found = open_checkpoint(path, None if step is None else int(step), reader=EVALUATION)
@@ -196,10 +197,10 @@ def check_context_length(context_length: int, megatron_argv: Sequence[str]) -> N
 
     Raises: ConfigError: not a multiple of 2 * --context-parallel-size.
     """
-    value = read_flag(megatron_argv, "--context-parallel-size") or "1"
+    value = Argv(megatron_argv).value("--context-parallel-size") or "1"
     if not value.isdecimal() or int(value) < 1:
         raise ConfigError(f"--context-parallel-size {value} is not a positive integer; give one")
-    tensor_parallel = read_flag(megatron_argv, "--tensor-model-parallel-size") or "1"
+    tensor_parallel = Argv(megatron_argv).value("--tensor-model-parallel-size") or "1"
     step = 1 if value == tensor_parallel == "1" else 2 * int(value)
     if context_length < step or context_length % step:
         below = context_length // step * step
@@ -208,22 +209,6 @@ def check_context_length(context_length: int, megatron_argv: Sequence[str]) -> N
             f"--context-length {context_length} is not a multiple of 2 * --context-parallel-size "
             f"{value} ({step}); use {choices}"
         )
-
-
-def read_flag(argv: Sequence[str], flag: str) -> str | None:
-    """Read the value of one of the flags that are passed on to Megatron; the last one wins.
-
-    >>> read_flag(["--bf16", "--ckpt-step", "4"], "--ckpt-step")
-    '4'
-    >>> read_flag(["--ckpt-step=2"], "--ckpt-step")
-    '2'
-    """
-    value = None
-    for place, word in enumerate(argv):
-        name, equals, attached = word.partition("=")
-        if name == flag:
-            value = attached if equals else "".join(argv[place + 1 : place + 2])
-    return value
 
 
 def check_output(path: Path, *, force: bool, flag: str) -> None:

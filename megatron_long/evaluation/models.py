@@ -20,8 +20,8 @@ from megatron_long.evaluation.input_checks import (
     find_checkpoint,
     find_hf_folder,
     positive_int,
-    read_flag,
 )
+from megatron_long.flags.argv import Argv
 from megatron_long.job.rendezvous import is_first_process
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
 
@@ -204,7 +204,7 @@ def warn_beyond_rope(choice: ModelChoice, context_length: int) -> None:
     """Say that the model was not made for the length; it is measured all the same."""
     limit = choice.folder.max_positions
     if limit and context_length > limit and is_first_process():
-        base = read_flag(choice.megatron_argv, "--rotary-base")
+        base = Argv(choice.megatron_argv).value("--rotary-base")
         _log.warning(
             "--context-length %d is beyond the %d tokens that %s was made for (max_position_embeddings)"
             "%s; going on: scores beyond that length show what the model does untrained",
@@ -213,22 +213,6 @@ def warn_beyond_rope(choice: ModelChoice, context_length: int) -> None:
             choice.folder.path,
             f", with --rotary-base {base}" if base else "; --rotary-base would stretch RoPE",
         )
-
-
-def split_layout(megatron_argv: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Split flags for Megatron into those that decide results and those of the layout.
-
-    >>> split_layout(["--rotary-base", "9", "--context-parallel-size", "2", "--fp8-param-gather"])
-    (('--rotary-base', '9', '--fp8-param-gather'), ('--context-parallel-size', '2'))
-    """
-    others: list[str] = []
-    layout: list[str] = []
-    target = others
-    for word in megatron_argv:
-        if word.startswith("--"):
-            target = layout if word.partition("=")[0] in LAYOUT_FLAGS else others
-        target.append(word)
-    return tuple(others), tuple(layout)
 
 
 def open_model(choice: ModelChoice, *, context_length: int) -> TokenScorer:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_long.checkpoint.choosing import require_checkpoint
 from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.batches import TokenScores
@@ -283,12 +284,11 @@ def open_scorer(
     host_backend.install()
     from megatron_long.engine import megatron_adapter
     from megatron_long.evaluation.pinning import pin_checkpoint, pin_weights
-    from megatron_long.flags.arguments import check_checkpoint
     from megatron_long.flags.backend import join_or_start_job
     from megatron_long.flags.layout_rules import check_layout
 
     if checkpoint is not None:
-        check_checkpoint(str(checkpoint), "--checkpoint")
+        require_checkpoint(checkpoint, "--checkpoint")
     geometry = _geometry(checkpoint, hf_config)
     megatron_adapter.install_patches()
     world_size = join_or_start_job()

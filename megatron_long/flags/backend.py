@@ -2,12 +2,12 @@
 
 import importlib.util
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_long.flags.argv import Argv
 from megatron_long.model.flash_attention import installed_versions
 
-HOST_ARGV = (
+HOST_ARGV = Argv.of(
     "--distributed-backend gloo",
     "--use-cpu-initialization",
     "--transformer-impl local",
@@ -23,7 +23,7 @@ HOST_ARGV = (
 )
 """Flags under which Megatron uses no CUDA kernel; loader workers would only contend for the cores."""
 
-ALWAYS_ARGV = (
+ALWAYS_ARGV = Argv.of(
     "--rerun-mode disabled",
     "--no-check-for-nan-in-loss-and-grad",
     "--calculate-per-token-loss",
@@ -32,22 +32,26 @@ ALWAYS_ARGV = (
 end the run at any later one. Each token weighs the same: averages of averages over ranks and micro-batches
 that hold different numbers of masked tokens would depend on the layout."""
 
-GPU_ARGV = ("--distributed-backend nccl", "--no-create-attention-mask-in-dataloader")
+GPU_ARGV = Argv.of("--distributed-backend nccl", "--no-create-attention-mask-in-dataloader")
 
-GPU_TRAINING_ARGV = (
+GPU_TRAINING_ARGV = Argv.of(
     "--use-distributed-optimizer",
     "--overlap-grad-reduce",
     "--overlap-param-gather",
 )
 
 PRECISION_ARGV = {
-    "fp32": (),
-    "bf16": ("--bf16",),
+    "fp32": Argv(),
+    "bf16": Argv.of("--bf16"),
     # Attention stays BF16: FP8 attention lets later values change earlier outputs.
-    "fp8": ("--bf16", "--fp8-format hybrid", "--fp8-recipe tensorwise", "--fp8-param-gather"),
+    "fp8": Argv.of(
+        "--bf16", "--fp8-format hybrid", "--fp8-recipe tensorwise", "--fp8-param-gather"
+    ),
 }
 
-PORTABLE_GPU_ARGV = ("--transformer-impl local", "--no-persist-layer-norm", "--no-rope-fusion")
+PORTABLE_GPU_ARGV = Argv.of(
+    "--transformer-impl local", "--no-persist-layer-norm", "--no-rope-fusion"
+)
 """A GPU without Transformer Engine: Megatron's own layers with the portable attention."""
 
 
@@ -78,15 +82,15 @@ class Backend:
                 that cannot add its weight gradient in place without Apex.
         """
         if not self.cuda:
-            return split_flags(HOST_ARGV)
+            return list(HOST_ARGV)
         flags = list(GPU_ARGV)
         if self.portable:
             flags += PORTABLE_GPU_ARGV
         if not (self.apex or (self.transformer_engine and own_loss)):
             flags.append("--no-gradient-accumulation-fusion")
         if self.transformer_engine and self.flash_attention:
-            flags.append("--attention-backend flash")
-        return split_flags(flags)
+            flags += ("--attention-backend", "flash")
+        return flags
 
 
 GPU = Backend(cuda=True, transformer_engine=True, apex=False)
@@ -126,12 +130,3 @@ def join_or_start_job() -> int:
 
 def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-def split_flags(flags: Iterable[str]) -> list[str]:
-    """The words of flags that are written with their values.
-
-    >>> split_flags(["--bf16", "--fp8-format hybrid"])
-    ['--bf16', '--fp8-format', 'hybrid']
-    """
-    return [word for flag in flags for word in flag.split()]

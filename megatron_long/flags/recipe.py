@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_long.errors import ConfigError
-from megatron_long.flags.backend import GPU_TRAINING_ARGV, PRECISION_ARGV, Backend, split_flags
+from megatron_long.flags.backend import GPU_TRAINING_ARGV, PRECISION_ARGV, Backend
 from megatron_long.model.geometry import LlamaGeometry, pad_vocab_size
 from megatron_long.model.rope import BaseRope
 from megatron_long.model.rope_stretch import ntk_rotary_base
@@ -136,7 +136,7 @@ class Recipe:
         argv = [*backend.to_argv(own_loss=own_loss), *model.to_argv(), *self.layout.to_argv()]
         argv += self._schedule_argv()
         if backend.cuda:
-            argv += split_flags((*GPU_TRAINING_ARGV, *PRECISION_ARGV[self.precision]))
+            argv += (*GPU_TRAINING_ARGV, *PRECISION_ARGV[self.precision])
             if self.recompute_modules:
                 argv += ["--recompute-granularity", "selective", "--recompute-modules"]
                 argv += self.recompute_modules

@@ -1,14 +1,20 @@
 """A recipe's flags that depend on others, which the user may have given."""
 
-import argparse
 from collections.abc import Sequence
 
 from megatron_long.cli import length_tokens
-from megatron_long.errors import ConfigError
+from megatron_long.flags.argv import Argv
 from megatron_long.flags.recipe import Recipe, windows_of
 
+REPLACED = {
+    "--train-samples": "--train-iters",
+    "--step-batch-size-schedule": "--global-batch-size",
+    "--fp16": "--bf16",
+}
+"""Flags of the user, and those of the recipe that they replace."""
 
-def follow_user(recipe_argv: Sequence[str], user_argv: Sequence[str]) -> list[str]:
+
+def follow_user(recipe_argv: Sequence[str], user_argv: Sequence[str]) -> Argv:
     """Let a recipe's flags follow those of the user that they depend on.
 
     `--min-lr` is the user's `--lr` while the rate is constant, else 0; `--train-samples`, `--fp16` and
@@ -25,32 +31,25 @@ def follow_user(recipe_argv: Sequence[str], user_argv: Sequence[str]) -> list[st
     >>> " ".join(follow_user(recipe, "--lr 1e-5 --train-samples 72".split()))
     '--lr 2e-5 --lr-decay-style constant --bf16 --min-lr 1e-5'
     """
-    user, recipe = _parse(user_argv), _parse(recipe_argv)
-    argv = _without(recipe_argv, "--save-interval")
-    if user.min_lr is None and (user.lr or user.lr_decay_style):
-        style = user.lr_decay_style or recipe.lr_decay_style
-        rate = user.lr or recipe.lr
-        argv = [*_without(argv, "--min-lr"), "--min-lr", rate if style == "constant" else "0"]
-    if user.train_samples:
-        argv = _without(argv, "--train-iters")
-    if user.step_batch_size_schedule:
-        argv = _without(argv, "--global-batch-size")
-    if user.fp16:
-        argv = [word for word in argv if word != "--bf16"]
-    positions = recipe.max_position_embeddings
-    length = user.seq_length
-    if positions and length and user.max_position_embeddings is None and length > positions:
-        argv = [
-            *_without(argv, "--max-position-embeddings"),
-            "--max-position-embeddings",
-            str(length),
-        ]
+    user, recipe = Argv(user_argv), Argv(recipe_argv)
+    argv = recipe.without("--save-interval")
+    rate, style = user.value("--lr"), user.value("--lr-decay-style")
+    if not user.given("--min-lr") and (rate or style):
+        is_constant = (style or recipe.value("--lr-decay-style")) == "constant"
+        argv = argv.replaced("--min-lr", (rate or recipe.value("--lr")) if is_constant else 0)
+    for given, superseded in REPLACED.items():
+        if user.given(given):
+            argv = argv.without(superseded)
+    positions = recipe.parsed("--max-position-embeddings", length_tokens)
+    length = user.parsed("--seq-length", length_tokens)
+    if positions and length and length > positions and not user.given("--max-position-embeddings"):
+        argv = argv.replaced("--max-position-embeddings", length)
     return argv
 
 
 def keep_budget(
     recipe: Recipe, argv: Sequence[str], user_argv: Sequence[str]
-) -> tuple[list[str], str | None]:
+) -> tuple[Argv, str | None]:
     """Keep the recipe's tokens where the user changes `--seq-length` or the batch.
 
     A window of another length changes the windows of a step, so that a step keeps the recipe's tokens; the
@@ -62,26 +61,27 @@ def keep_budget(
         user_argv: The words of the command line.
     Returns: The words, and what was changed, for the user; None where nothing was.
     """
-    user = _parse(user_argv)
-    length = user.seq_length or recipe.seq_length
-    batch = user.global_batch_size or windows_of(recipe.tokens_per_batch, length)
+    user, argv = Argv(user_argv), Argv(argv)
+    has_schedule = user.given("--step-batch-size-schedule")
+    length = user.parsed("--seq-length", length_tokens) or recipe.seq_length
+    batch = user.parsed("--global-batch-size", int) or windows_of(recipe.tokens_per_batch, length)
     if min(length, batch) < 1:
-        return list(argv), None  # refused by name later
+        return argv, None  # refused by name later
     changes: dict[str, tuple[int, int | None]] = {}
-    if user.step_batch_size_schedule is None and user.global_batch_size is None:
+    if not has_schedule and not user.given("--global-batch-size"):
         changes["--global-batch-size"] = batch, recipe.global_batch_size
-    if user.train_iters is None and user.train_samples is None:
-        if user.step_batch_size_schedule is None:
+    if not user.given("--train-iters", "--train-samples"):
+        if not has_schedule:
             steps = max(1, recipe.train_tokens // (batch * length))
             changes["--train-iters"] = steps, recipe.train_iters
         else:
-            argv = _without(argv, "--train-iters")
+            argv = argv.without("--train-iters")
             changes["--train-samples"] = recipe.train_tokens // length, None
     changes = {flag: pair for flag, pair in changes.items() if pair[0] != pair[1]}
     if not changes:
-        return list(argv), None
+        return argv, None
     for flag, (value, _) in changes.items():
-        argv = [*_without(argv, flag), flag, str(value)]
+        argv = argv.replaced(flag, value)
     listed = ", ".join(
         f"{flag} {value}" + (f" (was {before})" if before else "")
         for flag, (value, before) in changes.items()
@@ -91,7 +91,7 @@ def keep_budget(
         f"{_billions(recipe.tokens_per_batch)} a step; to keep this with the flags given, it takes {listed}; "
         f"give {' and '.join(changes)} for another budget"
     )
-    return list(argv), note
+    return argv, note
 
 
 def _billions(tokens: int) -> str:
@@ -104,37 +104,3 @@ def _billions(tokens: int) -> str:
         if tokens >= size:
             return f"{tokens / size:.3g}{unit}"
     return str(tokens)
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    texts = (
-        "--lr",
-        "--min-lr",
-        "--lr-decay-style",
-        "--train-iters",
-        "--train-samples",
-        "--step-batch-size-schedule",
-    )
-    for flag in texts:
-        parser.add_argument(flag)
-    for flag in ("--seq-length", "--max-position-embeddings"):
-        parser.add_argument(flag, type=length_tokens)
-    parser.add_argument("--global-batch-size", type=int)
-    parser.add_argument("--fp16", action="store_true")
-    try:
-        return parser.parse_known_args(argv)[0]
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}; `--help` lists the flags, ours and Megatron's") from None
-
-
-def _without(argv: Sequence[str], flag: str) -> list[str]:
-    """The words without a flag and its value."""
-    kept: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word == flag:
-            next(words)
-        else:
-            kept.append(word)
-    return kept

@@ -16,32 +16,6 @@ def is_installed() -> bool:
     return importlib.util.find_spec(MONITOR_PACKAGE) is not None
 
 
-def require_package() -> None:
-    """Raises: ConfigError: the package is not installed."""
-    if not is_installed():
-        raise ConfigError(
-            f"{MONITOR_FLAG} needs nvidia-resiliency-ext: pip install 'nvidia-resiliency-ext>=0.6' (Linux "
-            "with glibc 2.39, Python up to 3.12), or omit the flag: --hang-timeout works without it"
-        )
-
-
-def check_monitor(args: Namespace) -> None:
-    """Refuse flags of nvidia-resiliency-ext that would have no effect.
-
-    Raises: ConfigError: the package or its launcher is missing, or the flag is not supported.
-    """
-    if args.inprocess_restart:
-        raise ConfigError(
-            "--inprocess-restart is not supported; restart with --enable-ft-package and "
-            "--max-restarts of megatron_long.launch"
-        )
-    if not args.enable_ft_package:
-        return
-    require_package()
-    if not args.save:
-        raise ConfigError(f"{MONITOR_FLAG} keeps its timeouts next to the checkpoints; give --save")
-
-
 def check_monitor_is_there(args: Namespace) -> None:
     """Refuse to train without a running monitor.
 

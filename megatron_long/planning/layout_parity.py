@@ -18,96 +18,95 @@ import numpy as np
 
 from megatron_long.checkpoint.choosing import has_checkpoint
 from megatron_long.errors import ConfigError
+from megatron_long.flags.argv import Argv
 
 STEPS = 2
-ALL_VALUES = sys.maxsize
-"""Number of values of a flag that takes all arguments up to the next flag."""
 LAYOUT_FLAGS = {
     "--tensor-model-parallel-size": 1,
     "--pipeline-model-parallel-size": 1,
     "--context-parallel-size": 1,
     "--cp-comm-type": "p2p",
 }
-"""Flags of the layout, with their values in the smallest one."""
-CUT_FLAGS = {
-    "--tensor-model-parallel-size": 1,
-    "--pipeline-model-parallel-size": 1,
-    "--context-parallel-size": 1,
-    "--cp-comm-type": ALL_VALUES,
-    "--hierarchical-context-parallel-sizes": ALL_VALUES,
-    "--num-layers-per-virtual-pipeline-stage": 1,
-    "--num-virtual-stages-per-pipeline-rank": 1,
-    "--microbatch-group-size-per-virtual-pipeline-stage": 1,
-    "--pipeline-model-parallel-layout": 1,
-    "--decoder-first-pipeline-num-layers": 1,
-    "--decoder-last-pipeline-num-layers": 1,
-    "--account-for-embedding-in-pipeline-split": 0,
-    "--account-for-loss-in-pipeline-split": 0,
-    "--defer-embedding-wgrad-compute": 0,
-}
-"""Flags that the smallest layout omits, with their number of values."""
-RUN_FLAGS = {
-    # Where the run starts, what it writes.
-    "--save": 1,
-    "--save-interval": 1,
-    "--save-minutes": 1,
-    "--save-retain-interval": 1,
-    "--keep-last": 1,
-    "--keep-every": 1,
-    "--non-persistent-save-interval": 1,
-    "--non-persistent-ckpt-type": 1,
-    "--non-persistent-global-ckpt-dir": 1,
-    "--non-persistent-local-ckpt-dir": 1,
-    "--non-persistent-local-ckpt-algo": 1,
-    "--async-save": 0,
-    "--load": 1,
-    "--pretrained-checkpoint": 1,
-    "--ckpt-step": 1,
-    "--finetune": 0,
-    "--exit-on-missing-checkpoint": 0,
-    "--export-hf": 1,
+"""Flags of the layout, by what they are in the smallest one."""
+CUT_FLAGS = (
+    "--tensor-model-parallel-size",
+    "--pipeline-model-parallel-size",
+    "--context-parallel-size",
+    "--cp-comm-type",
+    "--hierarchical-context-parallel-sizes",
+    "--num-layers-per-virtual-pipeline-stage",
+    "--num-virtual-stages-per-pipeline-rank",
+    "--microbatch-group-size-per-virtual-pipeline-stage",
+    "--pipeline-model-parallel-layout",
+    "--decoder-first-pipeline-num-layers",
+    "--decoder-last-pipeline-num-layers",
+    "--account-for-embedding-in-pipeline-split",
+    "--account-for-loss-in-pipeline-split",
+    "--defer-embedding-wgrad-compute",
+)
+"""Flags that the smallest layout does without."""
+RUN_FLAGS = (
+    # Where the run starts, what it leaves behind.
+    "--save",
+    "--save-interval",
+    "--save-minutes",
+    "--save-retain-interval",
+    "--keep-last",
+    "--keep-every",
+    "--non-persistent-save-interval",
+    "--non-persistent-ckpt-type",
+    "--non-persistent-global-ckpt-dir",
+    "--non-persistent-local-ckpt-dir",
+    "--non-persistent-local-ckpt-algo",
+    "--async-save",
+    "--load",
+    "--pretrained-checkpoint",
+    "--ckpt-step",
+    "--finetune",
+    "--exit-on-missing-checkpoint",
+    "--export-hf",
     # What it logs.
-    "--loss-log": 1,
-    "--verbose": 0,
-    "--log-progress": 0,
-    "--tensorboard-dir": 1,
-    "--wandb-project": 1,
-    "--wandb-exp-name": 1,
-    "--wandb-save-dir": 1,
-    "--wandb-entity": 1,
-    # How long it is: a warmup must be shorter than the two steps, and their rate does not matter.
-    "--train-iters": 1,
-    "--train-samples": 1,
-    "--skip-train": 0,
-    "--lr-decay-style": 1,
-    "--lr-decay-iters": 1,
-    "--lr-decay-samples": 1,
-    "--lr-wsd-decay-style": 1,
-    "--lr-wsd-decay-iters": 1,
-    "--lr-wsd-decay-samples": 1,
-    "--lr-warmup-fraction": 1,
-    "--lr-warmup-iters": 1,
-    "--lr-warmup-samples": 1,
-    "--lr-warmup-init": 1,
-    "--global-batch-size": 1,
-    "--exit-interval": 1,
-    "--exit-duration-in-mins": 1,
-    "--exit-signal-handler": 0,
-    "--enable-ft-package": 0,
+    "--loss-log",
+    "--verbose",
+    "--log-progress",
+    "--tensorboard-dir",
+    "--wandb-project",
+    "--wandb-exp-name",
+    "--wandb-save-dir",
+    "--wandb-entity",
+    # How long it is: a warmup must be shorter than the two steps, and their rate decides nothing.
+    "--train-iters",
+    "--train-samples",
+    "--skip-train",
+    "--lr-decay-style",
+    "--lr-decay-iters",
+    "--lr-decay-samples",
+    "--lr-wsd-decay-style",
+    "--lr-wsd-decay-iters",
+    "--lr-wsd-decay-samples",
+    "--lr-warmup-fraction",
+    "--lr-warmup-iters",
+    "--lr-warmup-samples",
+    "--lr-warmup-init",
+    "--global-batch-size",
+    "--exit-interval",
+    "--exit-duration-in-mins",
+    "--exit-signal-handler",
+    "--enable-ft-package",
     # What it evaluates.
-    "--eval-iters": 1,
-    "--full-validation": 0,
-    "--multiple-validation-sets": 0,
-    "--needle-interval": 1,
-    "--needle-haystack": 1,
-    "--needle-num-lengths": 1,
-    "--needle-num-depths": 1,
-    "--needle-min-length": 1,
-    "--position-loss-interval": 1,
-    "--position-loss-documents": 1,
-    "--evaluation-dir": 1,
-}
-"""Flags of the user's run that the comparison sets itself or omits, with their number of values."""
+    "--eval-iters",
+    "--full-validation",
+    "--multiple-validation-sets",
+    "--needle-interval",
+    "--needle-haystack",
+    "--needle-num-lengths",
+    "--needle-num-depths",
+    "--needle-min-length",
+    "--position-loss-interval",
+    "--position-loss-documents",
+    "--evaluation-dir",
+)
+"""Flags of the user's run that the comparison sets itself or does without."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def compare_layouts(
     _check_devices(max(world_size, reference_world_size))
     replicas = replicas_of(args, world_size)
     windows = args.global_batch_size or args.micro_batch_size * replicas
-    common = [*without_flags(argv, RUN_FLAGS), "--global-batch-size", str(windows)]
+    common = [*Argv(argv).without(*RUN_FLAGS), "--global-batch-size", str(windows)]
     common += ["--eval-iters", "0", "--save-interval", "1000000"]
     small = smallest_layout(common)
     start = _start_of(args)
@@ -306,27 +305,7 @@ def read_steps(folder: Path) -> Steps:
     )
 
 
-def without_flags(argv: Sequence[str], flags: dict[str, int]) -> list[str]:
-    """Remove flags, with this many values each.
-
-    >>> without_flags(["--save", "x", "--lr", "1", "--finetune", "--load=y"], RUN_FLAGS)
-    ['--lr', '1']
-    """
-    kept: list[str] = []
-    values = 0
-    for word in argv:
-        name, is_joined, _ = word.partition("=")
-        if values and not word.startswith("--"):
-            values -= 1
-        elif name in flags:
-            values = 0 if is_joined else flags[name]
-        else:
-            values = 0
-            kept.append(word)
-    return kept
-
-
 def smallest_layout(argv: Sequence[str]) -> list[str]:
-    """The flags with one device per replica."""
-    kept = without_flags(argv, CUT_FLAGS)
-    return kept + [word for flag, value in LAYOUT_FLAGS.items() for word in (flag, str(value))]
+    """The flags with one device a replica."""
+    kept = Argv(argv).without(*CUT_FLAGS)
+    return [*kept] + [word for flag, value in LAYOUT_FLAGS.items() for word in (flag, str(value))]

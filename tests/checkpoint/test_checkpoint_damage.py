@@ -388,12 +388,12 @@ def test_a_damaged_one_is_not_counted(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--keep-last", "-1"], "--keep-last -1 is too small"),
+        (["--keep-last", "-1"], "--keep-last -1 is out of range"),
         (["--keep-every", "5"], "give --keep-last too"),
         (["--keep-last", "2", "--save-retain-interval", "5"], "both delete checkpoints"),
-        (["--max-faulty-steps", "-1"], "--max-faulty-steps -1 is too small"),
-        (["--spike-deviations", "-1"], "--spike-deviations -1.0 is too small"),
-        (["--hang-timeout", "-1"], "--hang-timeout -1.0 is too small"),
+        (["--max-faulty-steps", "-1"], "--max-faulty-steps -1 is out of range"),
+        (["--spike-deviations", "-1"], "--spike-deviations -1.0 is out of range"),
+        (["--hang-timeout", "-1"], "--hang-timeout -1.0 is out of range"),
         (
             ["--save", "/save", "--ckpt-format", "torch"],
             "--ckpt-format torch with --save: checkpoints of that format get no hashes",

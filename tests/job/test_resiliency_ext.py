@@ -18,6 +18,7 @@ from megatron_long import launch
 from megatron_long.checkpoint.choosing import check_whole, saved_iterations
 from megatron_long.engine import megatron_adapter
 from megatron_long.errors import ConfigError
+from megatron_long.flags.rules import check_rules
 from megatron_long.job import hang_monitor
 from tests.launched import GRACE_S, count_lines, start_launcher, tracked, wait_until
 
@@ -28,7 +29,7 @@ installed = pytest.mark.skipif(not IS_INSTALLED, reason="nvidia-resiliency-ext i
 @pytest.mark.parametrize(
     ("package", "save", "socket", "words"),
     [
-        ("no_such_package", "x", "x", "--enable-ft-package needs nvidia-resiliency-ext: pip inst"),
+        ("no_such_package", "x", "x", "--enable-ft-package needs nvidia-resiliency-ext; pip inst"),
         ("json", None, "x", "give --save"),
         ("json", "x", None, "start with python -m megatron_long.launch"),
         ("json", "x", "x", None),
@@ -42,7 +43,7 @@ def test_what_the_monitor_needs_is_checked(package, save, socket, words, monkeyp
     args = Namespace(enable_ft_package=True, inprocess_restart=False, save=save)
 
     def check() -> None:
-        hang_monitor.check_monitor(args)
+        check_rules(args)
         hang_monitor.check_monitor_is_there(args)
 
     if words is None:

@@ -16,7 +16,7 @@ host_backend.install()
 
 # ruff: noqa: E402
 from megatron_long.engine.megatron_adapter import build_model_config, parse_flags
-from megatron_long.flags.arguments import check_rope
+from megatron_long.flags.relations import check_rope
 
 POSITIONS = 4096
 METHODS = {

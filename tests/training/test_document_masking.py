@@ -196,7 +196,7 @@ def test_what_cannot_be_masked_is_refused(flags, words, dataset):
 
 def test_masking_needs_our_dataset():
     flags = ["--recipe", "tiny_debug", "--mock-data", "--document-masking"]
-    with pytest.raises(ConfigError, match="needs to know where documents begin: give --dataset"):
+    with pytest.raises(ConfigError, match="needs to know where documents begin; give --dataset"):
         command_line.parse(flags, HOST, 1)
 
 

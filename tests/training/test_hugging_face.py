@@ -110,7 +110,7 @@ def test_geometry_comes_from_the_model(hf_model, tiny_dataset):
         (["--hf-checkpoint", "MODEL", "--pretrained-checkpoint", "CKPT"], "are two starts"),
         (
             ["--export-hf", "/somewhere"],
-            "--export-hf writes the checkpoint saved last; give --save",
+            "--export-hf /somewhere writes the checkpoint saved last; give --save",
         ),
     ],
 )
@@ -122,7 +122,7 @@ def test_bad_flags_are_refused(flags, message, hf_model, tiny_dataset, tmp_path)
 
 
 def test_an_export_is_not_written_over(tmp_path):
-    from megatron_long.flags.arguments import check_export
+    from megatron_long.flags.relations import check_export
 
     (tmp_path / "precious").touch()
     with pytest.raises(ConfigError, match=r"--export-hf .* exists already"):

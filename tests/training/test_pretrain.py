@@ -123,7 +123,11 @@ def test_model_comes_from_the_checkpoint_folder(tiny_dataset, tmp_path):
             "--load /nowhere does not exist; give the folder that a training run (--save)",
         ),
         (["--hf-config", "/nowhere"], 1, "/nowhere"),
-        (["--data-path", "x"], 1, "--dataset and --data-path"),
+        (
+            ["--data-path", "x"],
+            1,
+            "--data-path (or --train-data-path, --data-args-path) are both given",
+        ),
         (["--reset-attention-mask"], 1, "--reset-attention-mask"),
         (["--yaml-cfg", "x.yaml"], 1, "--yaml-cfg would replace all other flags"),
         (["--inprocess-restart"], 1, "--inprocess-restart is not supported"),

@@ -22,10 +22,10 @@ from megatron_long.evaluation.input_checks import (
 )
 from megatron_long.evaluation.models import (
     HF,
+    LAYOUT_FLAGS,
     MeasuredModel,
     ModelChoice,
     choose_model,
-    split_layout,
     warn_beyond_rope,
 )
 from megatron_long.evaluation.needle.cases import NeedleCase, build_cases
@@ -55,6 +55,7 @@ from megatron_long.evaluation.needle.needle_tasks import (
 from megatron_long.evaluation.progress_log import append_records, shared_log, start_log
 from megatron_long.evaluation.report.plots import plot_heatmap
 from megatron_long.evaluation.work import count_work
+from megatron_long.flags.argv import Argv
 
 if TYPE_CHECKING:
     from megatron_long.model.geometry import LlamaGeometry
@@ -225,7 +226,7 @@ def plan_needles(
     """
     lengths, depths = request.lengths(), spread_depths(request.num_depths)
     tasks = request.chosen_tasks()
-    others, layout = split_layout(model.megatron_argv)
+    argv = Argv(model.megatron_argv)
     settings = NeedleSettings(
         model=model.path,
         backend=model.backend,
@@ -239,8 +240,8 @@ def plan_needles(
         depths=depths,
         num_seeds=request.num_seeds,
         training_length=request.training_length,
-        megatron_argv=others,
-        layout_argv=layout,
+        megatron_argv=argv.without(*LAYOUT_FLAGS),
+        layout_argv=argv.only(*LAYOUT_FLAGS),
         weights=model.weights,
         weights_sha256=model.weights_sha256,
     )

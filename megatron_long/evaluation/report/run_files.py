@@ -18,6 +18,7 @@ from megatron_long.evaluation.loss.loss_report import (
     read_loss_report,
 )
 from megatron_long.evaluation.needle.needle_report import NeedleReport, read_needle_report
+from megatron_long.flags.argv import Argv
 
 if TYPE_CHECKING:
     from megatron_long.dataset.manifest import Manifest
@@ -305,10 +306,10 @@ def _seq_length(events: Path, root: Path) -> int | None:
     return None
 
 
-def _recipe_seq_length(argv: Sequence[str]) -> int | None:
+def _recipe_seq_length(argv: Argv) -> int | None:
     from megatron_long.flags.recipe import RECIPES
 
-    name = _flag(argv, "--recipe")
+    name = argv.value("--recipe")
     return RECIPES[name]().seq_length if name in RECIPES else None
 
 
@@ -330,29 +331,23 @@ def _dataset_candidates(folder: Path) -> list[Path]:
     """The dataset of the newest run, then what lies in the folder."""
     files = [path for path in folder.rglob("run.json") if path.is_file()]
     runs = sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
-    named = [Path(path) for run in runs if (path := _flag(_argv(run), "--dataset"))]
+    named = [Path(path) for run in runs if (path := _argv(run).value("--dataset"))]
     nearby = [path.parent for path in sorted(folder.rglob("manifest.json"))]
     return [path for path in dict.fromkeys([*named, *nearby]) if (path / "manifest.json").is_file()]
 
 
-def _argv(path: Path) -> list[str]:
+def _argv(path: Path) -> Argv:
     if not path.is_file():
-        return []
+        return Argv()
     try:
-        return [str(word) for word in json.loads(path.read_text())["argv"]]
+        return Argv(str(word) for word in json.loads(path.read_text())["argv"])
     except (ValueError, KeyError, TypeError):
-        return []
+        return Argv()
 
 
-def _flag(argv: Sequence[str], flag: str) -> str | None:
-    from megatron_long.evaluation.input_checks import read_flag
-
-    return read_flag(argv, flag)
-
-
-def _length_flag(argv: Sequence[str], flag: str) -> int | None:
+def _length_flag(argv: Argv, flag: str) -> int | None:
     try:
-        return length_tokens(_flag(argv, flag) or "")
+        return length_tokens(argv.value(flag) or "")
     except argparse.ArgumentTypeError:
         return None
 
