@@ -275,14 +275,14 @@ def test_losses_are_compared_with_a_run_that_never_stopped(tmp_path):
     found = {
         row[0]: row for row in report.comparisons(tmp_path, Settings(deterministic=True), True)
     }
-    assert found["resume against never stopped"][3] is True
-    assert found["reshard against never stopped"][3] is False
+    assert found["resume against uninterrupted"][3] is True
+    assert found["reshard against uninterrupted"][3] is False
     write_losses(results / "resume.jsonl", {4: 6.0, 5: 5.0000001})
     found = {
         row[0]: row for row in report.comparisons(tmp_path, Settings(deterministic=True), True)
     }
-    assert found["resume against never stopped"][1] == "equal bits"
-    assert found["resume against never stopped"][3] is False
+    assert found["resume against uninterrupted"][1] == "equal bits"
+    assert found["resume against uninterrupted"][3] is False
 
 
 # The walk -------------------------------------------------------------------------------------
