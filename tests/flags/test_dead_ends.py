@@ -12,9 +12,9 @@ from megatron_long import command_line
 from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
 from megatron_long.evaluation.input_checks import find_checkpoint
-from megatron_long.flags.relations import PATH_FLAGS
 from megatron_long.flags.backend import HOST
 from megatron_long.flags.flag_help import UNITS
+from megatron_long.flags.relations import PATH_FLAGS
 from tests.fake_checkpoints import find_iteration
 
 host_backend.install()

@@ -57,7 +57,10 @@ def test_what_the_monitor_needs_is_checked(package, save, socket, words, monkeyp
 def test_an_old_package_is_named_before_megatron_fails_on_it(monkeypatch):
     versions = {"megatron-core": "0.19.2", "nvidia-resiliency-ext": "0.5.1"}
     monkeypatch.setattr(megatron_adapter.importlib.metadata, "version", versions.__getitem__)
-    with pytest.raises(ConfigError, match=r"nvidia-resiliency-ext 0.5.1 .* needs 0.6 or later and fails to import; upgrade it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"nvidia-resiliency-ext 0.5.1 .* needs 0.6 or later and fails to import; upgrade it",
+    ):
         megatron_adapter.check_version()
     versions["nvidia-resiliency-ext"] = "0.10.0"
     megatron_adapter.check_version()
