@@ -306,7 +306,7 @@ def test_time_limit_ends_a_job_that_waits_for_a_node(slurm, tmp_path, paths):
     job.send_signal(signal.SIGUSR1)
     text, _ = job.communicate(timeout=600)
     assert job.returncode == 0, text
-    assert "SIGUSR1 came while no rank was running" in log.read_text()
+    assert "SIGUSR1 received while no rank was running" in log.read_text()
     assert "queued again" in text
     assert (tmp_path / "slurm" / "requeued").exists()
 
