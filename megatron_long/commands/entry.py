@@ -45,8 +45,7 @@ def main() -> int:
             return _run(name, words[count:])
     if words and words[0] not in ("-h", "--help"):
         return run_tool(lambda: _refuse(words))
-    print(_usage())
-    return 0
+    return run_tool(lambda: print(_usage()))
 
 
 def _run(name: str, flags: list[str]) -> int:

@@ -67,3 +67,11 @@ def test_training_is_the_program_that_torchrun_starts(name):
     result = run(name, "--help")
     assert result.returncode == 0, result.stderr
     assert {"train": "--dataset", "launch": "--nproc-per-node"}[name] in result.stdout
+
+
+def test_a_reader_that_has_enough_of_the_list_is_no_error():
+    pipeline = '"$0" -m megatron_long.commands.entry | head -n 1; exit ${PIPESTATUS[0]}'
+    result = subprocess.run(
+        ["bash", "-c", pipeline, sys.executable], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (0, "")
