@@ -21,7 +21,7 @@
 # RECIPE       llama3_8b_128k (default), llama2_7b_80k, llama2_7b_128k, llama2_13b_64k, llama3_70b_128k
 # KEEP_LAST    number of newest checkpoints to keep (default: 3; 0 keeps all; one of an 8B model takes 112 GB)
 # NPROC_PER_NODE  processes on each node (default: its GPUs; 1 without any, outside SLURM)
-# MASTER_PORT  where the nodes of a SLURM job meet (default: 20000 + the job's number modulo 20000)
+# MASTER_PORT  where the nodes of a SLURM job meet (default: 20000 + the job's number modulo 12000)
 # PYTHON       interpreter (default: python3)
 # REQUEUE=0    do not requeue the job at its time limit
 # DRY_RUN=1    print the command and exit
@@ -83,7 +83,7 @@ TRAIN_ARGS=(
 LAUNCH=("$PYTHON" -m megatron_long.launch --nproc-per-node "$NPROC_PER_NODE")
 if [ "${SLURM_JOB_ID:-}" ]; then
     HEAD_NODE=${HEAD_NODE:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-    PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+    PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
     if ! [[ $PORT =~ ^[0-9]{1,5}$ ]] || ((PORT < 1 || PORT > 65535)); then
         echo "error: MASTER_PORT is $PORT; all nodes meet at one port, 1 to 65535: unset it for one made from" \
             "the job's number" >&2

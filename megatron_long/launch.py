@@ -9,6 +9,7 @@ With `--enable-ft-package` among the training flags, the launcher is `ft_launche
 nvidia-resiliency-ext, which also ends and restarts (`--max-restarts`) ranks that the kernel has stopped.
 """
 
+import contextlib
 import importlib
 import os
 import signal
@@ -121,17 +122,14 @@ def _hand_on(number: int, frame: FrameType | None) -> None:
     told = number if number in (signal.SIGTERM, signal.SIGUSR1) else signal.SIGTERM
     handed_on = 0
     for child in psutil.Process().children():
-        try:
+        # One that is ending counts: torchrun will see it. If this launcher left first, so would its store,
+        # which the launchers of other nodes still need.
+        with contextlib.suppress(psutil.Error):
             environment = child.environ()  # empty while it starts another program, or ends
-            if not environment or "TORCHELASTIC_RUN_ID" in environment:  # a rank, no monitor of one
-                child.send_signal(signal.SIGKILL if is_second else told)
-                handed_on += 1
-        except psutil.ZombieProcess:
-            handed_on += (
-                1  # torchrun will see that it has ended; leaving now, other nodes wait for this one
-            )
-        except psutil.Error:
-            continue  # it has just ended
+            if environment and "TORCHELASTIC_RUN_ID" not in environment:
+                continue  # a monitor, not a rank
+            child.send_signal(signal.SIGKILL if is_second else told)
+        handed_on += 1
     if is_second:
         print("interrupted twice: the ranks were killed", file=sys.stderr)
         sys.exit(INTERRUPTED_STATUS)

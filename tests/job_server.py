@@ -10,10 +10,12 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
+
+LONELY_SECONDS = 600
+"""That a rank may live when another one has failed: a watchdog of its own ends it long before."""
 
 
 def main() -> None:
@@ -28,24 +30,40 @@ def main() -> None:
     from megatron_long.engine import loop, run, state_tensors  # noqa: F401
     from megatron_long.training import batch, datasets, loss  # noqa: F401
     from megatron_long.training.callbacks import guarding  # noqa: F401
+    from tests.ports import free_ports
 
     queue = filesystem_async.get_write_results_queue  # spawning one imports torch once more a rank
     filesystem_async.get_write_results_queue = lambda mode="spawn": queue("fork")
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
         job = json.loads(line)
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        (port,) = free_ports(1)
         children = [start_rank(rank, port, job) for rank in range(job["ranks"])]
         print(json.dumps(children), file=answers)
         try:
-            statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            statuses = wait_for(children)
         finally:
             for child in children:  # a rank that was killed leaves the helper of its save behind
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child, signal.SIGKILL)
         print(json.dumps(statuses), file=answers)
+
+
+def wait_for(children: list[int]) -> list[int]:
+    """Wait for processes and give their exit statuses; one that waits for a failed one too long is killed."""
+    statuses: dict[int, int] = {}
+    deadline = float("inf")
+    while len(statuses) < len(children):
+        for child in children:
+            ended, status = (0, 0) if child in statuses else os.waitpid(child, os.WNOHANG)
+            if ended:
+                statuses[child] = os.waitstatus_to_exitcode(status)
+                if statuses[child]:
+                    deadline = min(deadline, time.monotonic() + LONELY_SECONDS)
+            elif child not in statuses and time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return [statuses[child] for child in children]
 
 
 def start_rank(rank: int, port: int, job: dict) -> int:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.ports import free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 PARTITION = "all"
 CONFIGURATION = """\
@@ -113,15 +115,6 @@ def _configure(folder: Path, nodes: list[str], cpus: int, gpus: int) -> None:
     (folder / "slurm.conf").write_text(text)
     if gpus:
         (folder / "gres.conf").write_text(f"Name=gpu Count={gpus} File=/dev/null\n")
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens at."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _wait(condition: Callable[[], bool], folder: Path, seconds: float = 60) -> None:

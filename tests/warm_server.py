@@ -14,7 +14,6 @@ import os
 import pkgutil
 import runpy
 import signal
-import socket
 import sys
 import threading
 import time
@@ -101,9 +100,9 @@ def rank_variables(job: dict[str, Any], rank: int) -> dict[str, str]:
     if job["processes"] == 1:
         return {}
     if rank == 0:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            job["port"], job["id"] = free.getsockname()[1], uuid.uuid4().hex
+        from tests.ports import free_ports
+
+        (job["port"],), job["id"] = free_ports(1), uuid.uuid4().hex
     count, own = str(job["processes"]), Path(job["folder"], "attempt_0", str(rank))
     own.mkdir(parents=True)
     return {

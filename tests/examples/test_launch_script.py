@@ -302,7 +302,7 @@ def test_time_limit_ends_a_job_that_waits_for_a_node(slurm, tmp_path, paths):
     output = paths["OUTPUT"]
     job = slurm(paths["CHECKPOINT"], output, "--allow-repeat")
     log = output / "logs" / f"{os.getpid()}-node0.log"
-    wait_for(lambda: answers(20_000 + os.getpid() % 20_000), job)
+    wait_for(lambda: answers(20_000 + os.getpid() % 12_000), job)
     job.send_signal(signal.SIGUSR1)
     text, _ = job.communicate(timeout=600)
     assert job.returncode == 0, text

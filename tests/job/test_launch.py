@@ -58,8 +58,13 @@ class Child:
 
 @pytest.mark.parametrize(
     ("environment", "is_told"),
-    [({"TORCHELASTIC_RUN_ID": "none"}, True), ({}, True), (psutil.ZombieProcess(1), False)],
-    ids=["rank", "rank that starts another program", "rank that has just ended"],
+    [
+        ({"TORCHELASTIC_RUN_ID": "none"}, True),
+        ({}, True),
+        (psutil.ZombieProcess(1), False),
+        (psutil.NoSuchProcess(1), False),
+    ],
+    ids=["rank", "rank that starts another program", "rank that has ended", "rank that is ending"],
 )
 def test_the_launcher_stays_while_a_rank_leaves(environment, is_told, monkeypatch):
     """Torchrun then meets the other nodes, which would wait for this one for five minutes."""
@@ -72,9 +77,9 @@ def test_the_launcher_stays_while_a_rank_leaves(environment, is_told, monkeypatc
     assert child.signals == ([signal.SIGTERM] if is_told else [])
 
 
-@pytest.mark.parametrize("environment", [{"PATH": "/bin"}, psutil.NoSuchProcess(1)])
-def test_the_launcher_leaves_where_no_rank_runs(environment, monkeypatch, capfd):
-    parent = SimpleNamespace(children=lambda: [Child(environment)])
+@pytest.mark.parametrize("children", [[], [Child({"PATH": "/bin"})]], ids=["none", "monitor"])
+def test_the_launcher_leaves_where_no_rank_runs(children, monkeypatch, capfd):
+    parent = SimpleNamespace(children=lambda: children)
     monkeypatch.setattr(
         launch, "psutil", SimpleNamespace(**vars(psutil) | {"Process": lambda: parent})
     )
