@@ -47,6 +47,23 @@ def write_corpus(path: Path, num_documents: int = 120, seed: int = 0) -> Path:
     return path
 
 
+def write_tiny_llama(folder: Path, tokenizer: Path) -> None:
+    """A Hugging Face folder: two layers of random weights, and a tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+
+
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     """`guard_checkpoints`, undone afterwards."""

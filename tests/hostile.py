@@ -86,7 +86,7 @@ def was_run(content: bytes, marker: Path) -> bool:
 
 
 def plant_everywhere(folder: Path, readers: Sequence[Callable[[], object]]) -> int:
-    """Put every form in the place of every file of a folder, and read; nothing may be run.
+    """Put every form instead of every file of a folder, and read; nothing may be run.
 
     Args:
         readers: Each opens the folder; what it raises does not matter here.
@@ -107,7 +107,7 @@ def plant_everywhere(folder: Path, readers: Sequence[Callable[[], object]]) -> i
 
 
 def plant_object(iteration: Path, key: str, content: bytes) -> None:
-    """Put this in the place of an object or tensor of a `torch_dist` checkpoint; its index says so."""
+    """Put this instead of an object or tensor of a `torch_dist` checkpoint; its index says so."""
     index = pickle.loads((iteration / ".metadata").read_bytes())
     (item,) = [item for item in index.storage_data if item.fqn == key][:1]
     place = index.storage_data[item]

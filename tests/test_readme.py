@@ -1,4 +1,4 @@
-"""Every command of README.md runs, with a small model in the place of the large one."""
+"""Every command of README.md runs, with a small model instead of the large one."""
 
 import os
 import re
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import write_tiny_llama
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -27,7 +29,7 @@ SMALLER = {
     "--train-iters 10": "--train-iters 2",
     "--output-dir results/needle": "--output-dir results/needle --context-lengths 384 512 --num-depths 2",
 }
-"""What the test puts in the place of the README's words; each must still be there."""
+"""What the test puts instead of the README's words; each must still be there."""
 
 
 def shrink(block: str) -> str:
@@ -41,23 +43,11 @@ def shrink(block: str) -> str:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, tiny_corpus, tiny_tokenizer) -> Path:
     """A folder as a user has it: corpus, Hugging Face model with tokenizer, a long text, the repository."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("readme")
     for name in ("tools", "examples"):
         (folder / name).symlink_to(REPOSITORY / name)
     (folder / "corpus.jsonl").symlink_to(tiny_corpus)
-    config = LlamaConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    (folder / "model" / "tokenizer.model").write_bytes(tiny_tokenizer.read_bytes())
+    write_tiny_llama(folder / "model", tiny_tokenizer)
     sentence = "The token of the book is in the context of the model. "
     (folder / "haystack.txt").write_text(sentence * 400)
     return folder

@@ -103,7 +103,7 @@ def newest_iteration(folder: Path, flag: str = "--ckpt-step") -> tuple[int | Non
         except (DataError, KeyError) as error:
             reports.append(str(error))
     if recorded is not None and tracked != recorded:
-        seen = f"names {tracked}" if tracked is not None else "is no use"
+        seen = f"names {tracked}" if tracked is not None else "is not usable"
         reports.append(
             f"{folder / TRACKER_NAME} {seen}, and the newest checkpoint of this run is {recorded}, "
             f"which is used; to use an earlier one, give {flag}"

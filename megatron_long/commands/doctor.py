@@ -26,7 +26,7 @@ def main() -> int:
         help="what is to be trained: no room for one of its checkpoints is a problem (without: a note, for "
         "llama3_8b_128k)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON in the place of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     findings = examine(arguments.output, arguments.recipe)
     if arguments.json:

@@ -2,7 +2,7 @@
 
 Answers need true generation with a key-value cache, so the model is an exported one. Under torchrun every
 process holds the model and they share the questions. Questions that are done are kept: the same command
-goes on where it was stopped.
+resumes where it was stopped.
 
     torchrun --nproc-per-node 4 tools/evaluate_bookqa.py --checkpoint Llama-3-8B-128k \\
         --data longbook_qa_eng.jsonl --context-length 131072 --output-dir bookqa
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-questions", type=positive_int, help="take only the first so many")
     add("--tokenizer", type=Path, help="file or folder (default: the model's own)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on GPUs, fp32 without")
-    add("--stop-after-minutes", type=float, help="stop in time; the same command goes on later")
+    add("--stop-after-minutes", type=float, help="stop in time; the same command resumes later")
     add("--force", action="store_true", help="forget the questions that are done")
     return parser
 

@@ -8,7 +8,7 @@ listed here go to Megatron, such as --tensor-model-parallel-size and --context-p
         --context-length 131072 --output loss.json --plot loss.png --compare before.json \\
         --tensor-model-parallel-size 2 --context-parallel-size 2
 
-With --text in the place of --dataset, long texts are cut into rows of --context-length tokens.
+With --text instead of --dataset, long texts are cut into rows of --context-length tokens.
 """
 
 from __future__ import annotations

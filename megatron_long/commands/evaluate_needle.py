@@ -2,7 +2,7 @@
 
 The haystack is any long text file; the needle goes between two of its sentences. Each case is one
 row of a forward pass: greedy decoding gives the answer exactly if every answer token is the most
-likely one. Short cases share a pass. Cells that are done are kept: the same command goes on where
+likely one. Short cases share a pass. Cells that are done are kept: the same command resumes where
 it was stopped. Flags that are not listed here go to Megatron, such as --context-parallel-size.
 
     torchrun --nproc-per-node 4 tools/evaluate_needle.py --checkpoint CKPT --haystack book.txt \\
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output-dir", type=Path, required=True, help=f"folder for {CELLS}, {REPORT}, {HEATMAP}")
     add("--training-length", type=length_tokens, help="context trained at, in tokens: split there")
-    add("--stop-after-minutes", type=float, help="stop in time; the same command goes on later")
+    add("--stop-after-minutes", type=float, help="stop in time; the same command resumes later")
     add("--dry-run", action="store_true", help="check, say how much work it is, and end")
     add("--force", action="store_true", help="forget the cells that are done")
     return parser
@@ -137,7 +137,7 @@ def score(args: argparse.Namespace, choice: ModelChoice, plan: NeedlePlan) -> No
     scorer.close()
     num_left = len(plan.cases) - len(report.results)
     if is_writer and num_left:
-        print(f"stopped in time with {num_left} cells left; the same command goes on")
+        print(f"stopped in time with {num_left} cells left; the same command resumes")
 
 
 def publish(folder: Path, report: NeedleReport) -> None:

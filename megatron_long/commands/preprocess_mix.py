@@ -3,7 +3,7 @@
     python tools/preprocess_mix.py --input corpus/ --tokenizer tokenizer.model --output dataset \\
         --train-tokens 64M
 
-Killed and started again with the same command, it goes on where it was. docs/data_format.md describes what is
+Killed and started again with the same command, it resumes where it was. docs/data_format.md describes what is
 read and what is written, docs/preprocess_at_scale.md how to run it on a cluster.
 """
 

@@ -207,7 +207,7 @@ def warn_beyond_rope(choice: ModelChoice, context_length: int) -> None:
         base = Argv(choice.megatron_argv).value("--rotary-base")
         _log.warning(
             "--context-length %d is beyond the %d tokens that %s was made for (max_position_embeddings)"
-            "%s; going on: scores beyond that length show what the model does untrained",
+            "%s; continuing: scores beyond that length show what the model does untrained",
             context_length,
             limit,
             choice.folder.path,

@@ -1,4 +1,4 @@
-"""What an evaluation has done, one JSON line each, so that a stopped run goes on where it was.
+"""What an evaluation has done, one JSON line each, so that a stopped run resumes where it was.
 
 The first line holds the settings; a run with other settings does not touch the file. A line cut short by
 a kill is dropped, and so are damaged ones, with a warning: what they held is done again. One job at a time
@@ -139,7 +139,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror or error}); results that were written before are "
-            "kept: make room, or see who may write there, and the same command goes on from them"
+            "kept: make room, or see who may write there, and the same command resumes from them"
         ) from error
 
 

@@ -23,7 +23,7 @@ class LongContextArguments:
 
     hf_checkpoint: str | None = None
     """Start from this Hugging Face model folder (or GGUF file): each rank reads its slices of the weights.
-    A checkpoint in --load goes on instead."""
+    A checkpoint in --load is resumed instead."""
 
     export_hf: str | None = None
     """When training ends, write the model saved last as a Hugging Face folder here; needs --save."""

@@ -66,7 +66,7 @@ def keep_budget(
     length = user.parsed("--seq-length", length_tokens) or recipe.seq_length
     batch = user.parsed("--global-batch-size", int) or windows_of(recipe.tokens_per_batch, length)
     if min(length, batch) < 1:
-        return argv, None  # refused by name later
+        return argv, None  # rejected later
     changes: dict[str, tuple[int, int | None]] = {}
     if not has_schedule and not user.given("--global-batch-size"):
         changes["--global-batch-size"] = batch, recipe.global_batch_size

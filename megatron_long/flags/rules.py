@@ -1,7 +1,7 @@
 """What each flag of training may be: one table, applied before a GPU is taken.
 
 Out of range, torch or numpy end in a traceback after the start, or a flag silently does nothing: `--clip-grad
-nan` clips nothing. Others Megatron would drop without a word, or train what cannot be told: the model is
+nan` clips nothing. Megatron silently drops others, or trains what cannot be recorded: the model is
 written next to its checkpoints as a Hugging Face Llama, Mistral or Qwen2 (`hf_config.json`), and evaluation
 and export believe that file.
 """

@@ -1,7 +1,7 @@
 """Run the items of a stage: here in processes, or on a cluster through datatrove's executors.
 
-An item says itself whether it is done (its output is in place), so every executor runs the same code, an
-interrupted stage goes on with what is left, and neither the number of workers nor their order matters.
+Each item knows whether it is done (its output is in place), so every executor runs the same code, an
+interrupted stage continues with what is left, and neither the number of workers nor their order matters.
 """
 
 import multiprocessing
@@ -102,7 +102,7 @@ def _run_in_processes(stage: Stage, pending: Sequence[int], workers: int) -> Non
     except BrokenProcessPool:
         raise ConfigError(
             f"a worker of --workers {workers} died, most likely killed for want of memory; use fewer "
-            "workers: the same command goes on where it was"
+            "workers: the same command resumes where it was"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -152,7 +152,7 @@ def _run_on_cluster(stage: Stage, pending: list[int], options: ExecutorOptions) 
     if missing:
         raise ConfigError(
             f"--executor {options.executor}: {len(missing)} of {len(pending)} items of stage {stage.name} "
-            f"were not done; look into {logs}, and give the same command again to go on"
+            f"were not done; look into {logs}, and give the same command again to resume"
         )
 
 

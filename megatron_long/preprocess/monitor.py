@@ -1,4 +1,4 @@
-"""How far a run is, whoever does the work: tasks leave files, a thread of the waiting run reads them."""
+"""How far a run is, whichever machine works: tasks leave files, a thread of the waiting run reads them."""
 
 import threading
 import time

@@ -1,7 +1,7 @@
 """From a corpus to a dataset folder: tokenize each file, plan the mixture, write the parts, join them.
 
 Each step leaves its result in a work folder next to the dataset, whole or not at all, so a run that is killed
-goes on where it was. What is taken and in which order follows from keys made of (seed, file name, line): the
+resumes where it was. What is taken and in which order follows from keys made of (seed, file name, line): the
 bytes are the same for any number of workers and any executor.
 """
 
@@ -152,7 +152,7 @@ def _tokenize_and_plan(
             plan = make_plan(folders, request.mixture, admission, options.overhead, scratch)
             return plan, work / stage.name
         except UserError:
-            # The same command would end here again: nothing to go on with.
+            # The same command would end here again: nothing to resume.
             if not request.keep_work:
                 remove_folder(work)
             raise

@@ -40,7 +40,7 @@ def disk_errors(work: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(
                 f"{error.filename or work}: no space left ({error.strerror}); make room and give the same "
-                "command again, which goes on where it was"
+                "command again, which resumes where it was"
             ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise ConfigError(

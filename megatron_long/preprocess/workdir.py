@@ -1,6 +1,6 @@
 """The work folder of a run: what it was asked, of which corpus, and what is done so far.
 
-A run that was killed goes on when the same command is given again; another command, or a corpus that has
+A run that was killed resumes when the same command is given again; another command, or a corpus that has
 changed, is refused.
 """
 
@@ -34,7 +34,7 @@ INPUTS_FILE = "inputs.json"
 def open_work(
     work: Path, command: Mapping[str, Any], files: Sequence[InputFile], *, force: bool
 ) -> None:
-    """Start a work folder, or go on in one.
+    """Start a work folder, or resume one.
 
     Args:
         command: Everything that decides what the dataset will be, as plain data.
@@ -137,7 +137,7 @@ def _check_command(work: Path, command: Mapping[str, Any]) -> None:
     if found:
         raise ConfigError(
             f"{work} holds unfinished work of another command ({format_differences(found)}); give the "
-            "same command to go on, another --output, or --force to throw the work away"
+            "same command to resume, another --output, or --force to throw the work away"
         )
 
 
@@ -176,7 +176,7 @@ def _known_hashes(work: Path) -> dict[str, str]:
 
 def _changed(name: str, what: str) -> DataError:
     return DataError(
-        f"the corpus changed since this run was started: {name} {what}; put it back to go on, or start "
+        f"the corpus changed since this run was started: {name} {what}; put it back to resume, or start "
         "again with --force, which throws the unfinished work away"
     )
 

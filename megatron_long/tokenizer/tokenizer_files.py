@@ -72,7 +72,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             try:
                 merged.update(json.loads((folder / name).read_text("utf-8")))
             except (ValueError, TypeError, RecursionError) as error:
-                raise DataError(f"{folder / name} is no JSON object: {error}") from None
+                raise DataError(f"{folder / name} is not a JSON object: {error}") from None
     return merged
 
 

@@ -1,4 +1,4 @@
-"""A run goes on with the model that it trained; a start that is refused leaves its files as they are."""
+"""A resumed run keeps the model that it trained; a start that is refused leaves its files as they are."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def run(jobs, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(run, tmp_path) -> Path:
-    """A copy to go on in."""
+    """A copy to resume in."""
     return shutil.copytree(run, tmp_path / "ckpt")
 
 

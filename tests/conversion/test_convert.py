@@ -63,9 +63,9 @@ def test_round_trip_is_bit_equal(make_llama, read_weights, tmp_path, tied, dtype
             b"version https://git-lfs",
             r"no SentencePiece model .* b'version https",
         ),
-        ("tokenizer.json", b"<html>", "tokenizer.json is no JSON object .* b'<html>'"),
-        ("tokenizer.json", b"[" * 100_000, "tokenizer.json is no JSON object"),
-        ("tokenizer_config.json", b"[1]", "tokenizer_config.json is no JSON object"),
+        ("tokenizer.json", b"<html>", "tokenizer.json is not a JSON object .* b'<html>'"),
+        ("tokenizer.json", b"[" * 100_000, "tokenizer.json is not a JSON object"),
+        ("tokenizer_config.json", b"[1]", "tokenizer_config.json is not a JSON object"),
     ],
 )
 def test_a_damaged_tokenizer_is_refused(name, content, words, make_llama, tmp_path):

@@ -93,7 +93,7 @@ def test_a_longer_number_is_not_the_passkey(tokenizer):
 
     def go_on(tokens: np.ndarray) -> np.ndarray:
         predicted = copy_predictions(tokens)
-        predicted[-2] = digit  # in the place of the full stop
+        predicted[-2] = digit  # instead of the full stop
         return predicted
 
     (right,) = score_cases(FakeScorer(copy_predictions, 300), [case])

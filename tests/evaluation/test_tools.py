@@ -328,7 +328,7 @@ def test_a_full_disk_says_what_is_kept(
         assert run("needle", *flags) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "cells.jsonl cannot be written (No space left on device)" in message
-    assert "the same command goes on" in message
+    assert "the same command resumes" in message
     assert run("needle", *flags) == 0
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_long.engine import host_backend
 from megatron_long.flags.backend import GPU
-from tests.conftest import write_corpus
+from tests.conftest import write_corpus, write_tiny_llama
 from tests.fake_checkpoints import write_fake_checkpoint
 
 host_backend.install()
@@ -151,19 +151,9 @@ def test_it_stays_short():
 
 @pytest.mark.slow
 def test_the_whole_runs_on_a_tiny_model(tmp_path, tiny_tokenizer):
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "tokenizer.model").write_bytes(tiny_tokenizer.read_bytes())
+    write_tiny_llama(tmp_path / "model", tiny_tokenizer)
     write_corpus(tmp_path / "corpus.jsonl", num_documents=600)
     sentence = "The token of the book is in the context of the model. "
     (tmp_path / "book.txt").write_text(sentence * 400)

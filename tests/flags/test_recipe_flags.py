@@ -93,7 +93,7 @@ def test_a_paper_run_at_another_length_reads_as_much(recipe):
 
 @pytest.mark.slow
 def test_training_takes_them(jobs, read_log, tmp_path):
-    """A lower rate, and samples in the place of steps."""
+    """A lower rate, and samples instead of steps."""
     log = tmp_path / "log.jsonl"
     jobs.run(1, "--lr", 1e-4, "--min-lr", 1e-4, "--train-samples", 20, "--loss-log", log)
     assert [step["iteration"] for step in read_log(log)] == [1, 2, 3, 4, 5]

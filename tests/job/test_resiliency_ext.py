@@ -1,4 +1,4 @@
-"""nvidia-resiliency-ext: its launcher in the place of torchrun, its writer for saving in the background.
+"""nvidia-resiliency-ext: its launcher instead of torchrun, its writer for saving in the background.
 
 The tests of the package itself run where it is installed (`pip install 'nvidia-resiliency-ext>=0.6'`).
 """

@@ -1,4 +1,4 @@
-"""Nothing that lies in a dataset, or in the work folder of a run that goes on, is run by what reads it."""
+"""Nothing that lies in a dataset, or in the work folder of a resumed run, is run by what reads it."""
 
 import shutil
 from pathlib import Path

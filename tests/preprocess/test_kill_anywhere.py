@@ -25,7 +25,7 @@ fork = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def config(tmp_path, records, write_jsonl, model_file, monkeypatch):
-    """A dozen files and many parts, so that there is much to go on with."""
+    """A dozen files and many parts, so that there is much to resume."""
     monkeypatch.setattr(preprocess_module, "split_parts", lambda order: split_parts(order, 700))
     for index in range(12):
         rows = records[index * 50 : index * 50 + 50]

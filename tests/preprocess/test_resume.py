@@ -1,4 +1,4 @@
-"""A run that is killed goes on and gives the same bytes; another command or a changed corpus is refused."""
+"""A run that is killed resumes and gives the same bytes; another command or a changed corpus is refused."""
 
 import dataclasses
 import os

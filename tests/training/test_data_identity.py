@@ -1,4 +1,4 @@
-"""A run goes on only in the data that it was trained on; what differs is named."""
+"""A run resumes only on the data that it was trained on; what differs is named."""
 
 import json
 import random

@@ -18,7 +18,7 @@ TOLERANCE = 2e-6
 
 
 def read_state(folder: Path) -> dict:
-    """All tensors of a checkpoint by their names, and the rest of it that training goes on with."""
+    """All tensors of a checkpoint by their names, and the rest of it that training resumes from."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -106,7 +106,7 @@ def test_another_number_of_processes_goes_on_in_the_same_data(jobs, read_log, tm
 
 
 def test_another_schedule_is_refused(jobs, tmp_path):
-    """By name, in the place of Megatron's assertion; the flag that it names lets the run go on."""
+    """By name, instead of Megatron's assertion; the flag that it names lets the run resume."""
     save = ("--save", tmp_path, "--load", tmp_path)
     jobs.run(1, "--train-iters", 1, *save[:2])
     refused = jobs.run(1, "--train-iters", 2, *save, status=2)

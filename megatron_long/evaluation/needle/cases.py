@@ -187,7 +187,7 @@ def _warn_of_depths(cases: Sequence[NeedleCase], tolerance: float) -> None:
         worst = max(far, key=lambda case: abs(case.actual_depth - case.depth))
         _log.warning(
             "--haystack: %d of %d needles stand farther from their depth than half of the depths' spacing "
-            "(the worst at %.0f%% in the place of %.0f%%, context length %d), as sentences are long there; "
+            "(the worst at %.0f%% instead of %.0f%%, context length %d), as sentences are long there; "
             "use fewer depths, longer contexts or a text of shorter sentences",
             len(far),
             len(cases),
