@@ -235,4 +235,4 @@ def _check_content(file: Path) -> None:
             is_tokenizer = is_tiktoken(content)
     if not is_tokenizer:
         what = "JSON object" if file.suffix == ".json" else "SentencePiece model or tiktoken file"
-        raise DataError(f"{file} is no {what} (it begins with {content[:40]!r}); {remedy}")
+        raise DataError(f"{file} is not a {what} (it begins with {content[:40]!r}); {remedy}")

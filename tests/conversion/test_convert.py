@@ -61,7 +61,7 @@ def test_round_trip_is_bit_equal(make_llama, read_weights, tmp_path, tied, dtype
         (
             "tokenizer.model",
             b"version https://git-lfs",
-            r"no SentencePiece model .* b'version https",
+            r"not a SentencePiece model .* b'version https",
         ),
         ("tokenizer.json", b"<html>", "tokenizer.json is not a JSON object .* b'<html>'"),
         ("tokenizer.json", b"[" * 100_000, "tokenizer.json is not a JSON object"),
