@@ -6,6 +6,7 @@ makes all other readers in this process, those of torch, Megatron-Core and Trans
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -157,6 +158,8 @@ def guard_checkpoints() -> None:
     Three readers do, as released: torch 2.11's `FileSystemReader.read_metadata` (`pickle.load`) and
     `DefaultLoadPlanner.load_bytes` (`weights_only=False`, for every object of a checkpoint), which
     Megatron-Core 0.19.2 calls, and `set_extra_state` of Transformer Engine's modules (`pickle.loads`).
+    Transformer Engine 2.20 refuses states of delayed scaling unless NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE is
+    1; with the restricted unpickler they are read without it.
     """
     from torch.distributed.checkpoint import FileSystemReader
 
@@ -202,6 +205,24 @@ def _guard_transformer_engine(name: str) -> None:
     module: Any = sys.modules.get(name)
     if getattr(module, "pickle", None) is pickle:
         module.pickle = SimpleNamespace(**{**vars(pickle), "loads": _read_fp8_state})
+        _permit_transformer_engine(module)
+
+
+def _permit_transformer_engine(module: Any) -> None:
+    """Let a module whose unpickler is restricted use it; 2.20 asks first whether it may."""
+    may_load = getattr(module, "should_load_extra_state_pickle", None)
+    if may_load is None:
+        return
+
+    @functools.wraps(may_load)
+    def should_load_extra_state_pickle(data: bytes, context: str) -> bool:
+        try:
+            return may_load(data, context)  # False for a state without content
+        except RuntimeError:
+            return True
+
+    module.should_load_extra_state_pickle = should_load_extra_state_pickle
+    module.unsafe_pickle_extra_state_enabled = lambda: True
 
 
 def _read_fp8_state(data: bytes) -> Any:

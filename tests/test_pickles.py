@@ -13,8 +13,9 @@ import re
 import sys
 import zipfile
 from collections import OrderedDict
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -296,6 +297,49 @@ def with_program(saved: bytes, content: bytes) -> bytes:
         for item in old.namelist():
             new.writestr(item, content if item.endswith("/data.pkl") else old.read(item))
     return stream.getvalue()
+
+
+FP8_MODULE = "transformer_engine.pytorch.module.base"
+
+
+def make_fp8_module(monkeypatch) -> Any:
+    """A module that asks before it unpickles, as Transformer Engine 2.20 does, and then does it unguarded."""
+    for name in [FP8_MODULE.rsplit(".", number)[0] for number in (3, 2, 1)]:
+        package = ModuleType(name)
+        package.__spec__, package.__path__ = ModuleSpec(name, None), []
+        monkeypatch.setitem(sys.modules, name, package)
+    module: Any = ModuleType(FP8_MODULE)
+    module.pickle = pickle
+
+    def should_load_extra_state_pickle(data: bytes, context: str) -> bool:
+        if not data:
+            return False
+        raise RuntimeError(f"refused for {context}")
+
+    def set_extra_state(data: bytes) -> Any:
+        if not module.should_load_extra_state_pickle(data, "Linear"):
+            return None
+        return module.pickle.loads(data)
+
+    module.should_load_extra_state_pickle = should_load_extra_state_pickle
+    module.set_extra_state = set_extra_state
+    monkeypatch.setitem(sys.modules, FP8_MODULE, module)
+    return module
+
+
+def test_states_of_delayed_scaling_are_read_once_guarded(monkeypatch, request, tmp_path):
+    """Transformer Engine 2.20 refuses them as released, so that no run could be resumed."""
+    module = make_fp8_module(monkeypatch)
+    state = {"scale_fwd": 2.0, "extra_fp8_variables": {"fp8_checkpoint": True}}
+    with pytest.raises(RuntimeError, match="refused for Linear"):
+        module.set_extra_state(pickle.dumps(state))
+    request.getfixturevalue("guarded")
+    assert module.set_extra_state(pickle.dumps(state)) == state
+    assert module.set_extra_state(b"") is None
+    marker = tmp_path / "marker"
+    with pytest.raises(UnpicklingError):
+        module.set_extra_state(hostile.raw(marker))
+    assert not marker.exists()
 
 
 def test_torch_still_has_the_readers_that_are_guarded():

@@ -33,6 +33,7 @@ def check_flags(args: Namespace, world_size: int) -> None:
     for check in RELATIONS:
         check(args)
     check_layout(args, world_size)
+    check_deterministic_attention(args)
 
 
 def check_warmup(args: Namespace) -> None:
@@ -95,6 +96,53 @@ def check_random_weights(args: Namespace) -> None:
                 f"{flag_of(name)} 0 gives random weights that are all 0, whose gradients are 0 at every "
                 "step; give one above 0, or start from a checkpoint"
             )
+
+
+def check_deterministic_attention(args: Namespace) -> None:
+    """cuDNN's deterministic backward pass of attention needs memory that grows with the square of the length.
+
+    Measured with cuDNN 9.19 on an H200: 513.01 GiB requested for 16 heads and 131,072 tokens, which is two
+    bytes per head and pair of tokens, and 1 GiB.
+    """
+    is_cudnn = args.transformer_impl == "transformer_engine" and args.attention_backend.name in (
+        "auto",
+        "fused",
+    )
+    memory_bytes = gpu_memory_bytes()
+    if not (args.deterministic_mode and is_cudnn and memory_bytes):
+        return
+    by_heads, by_tokens = _split_of_attention(args)
+    heads = args.num_attention_heads // (args.tensor_model_parallel_size * by_heads)
+    tokens = args.seq_length // by_tokens
+    workspace_bytes = 2 * args.micro_batch_size * heads * tokens**2
+    if workspace_bytes > memory_bytes:
+        raise ConfigError(
+            "--deterministic-mode makes cuDNN's attention request a workspace of "
+            f"{workspace_bytes / 2**30:,.0f} GiB for {tokens:,} tokens and {heads} heads on each GPU, "
+            f"and this GPU has {memory_bytes / 2**30:.0f} GiB; give --attention-backend flash with "
+            "FlashAttention installed, a shorter --seq-length, or a larger --context-parallel-size with "
+            "--cp-comm-type p2p"
+        )
+
+
+def _split_of_attention(args: Namespace) -> tuple[int, int]:
+    """Over how many context-parallel ranks attention splits the heads, and over how many the tokens."""
+    size, kind = args.context_parallel_size, (args.cp_comm_type or ["p2p"])[0]
+    if kind == "a2a":
+        return size, 1
+    if kind == "a2a+p2p":
+        heads = args.hierarchical_context_parallel_sizes[0]
+        return heads, size // heads
+    return 1, size
+
+
+def gpu_memory_bytes() -> int | None:
+    """Memory of this process's GPU; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
 RELATIONS = (check_warmup, check_samples, check_random_weights, check_data, check_start, check_rope)

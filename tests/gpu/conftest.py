@@ -1,7 +1,7 @@
 """A small Llama with its Megatron checkpoint, and a way to train it on GPUs.
 
-`GPU_RESULTS=results.jsonl pytest tests/gpu -n 14` writes each result as it comes, so that a time limit loses
-none of them.
+`GPU_RESULTS=results.jsonl pytest tests/gpu -n 14 --dist load --maxschedchunk 1` writes each result as it
+comes, so that a time limit loses none of them, and gives each worker that is free the longest test left.
 """
 
 import json
@@ -10,6 +10,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+LONGEST = (
+    "test_fp8_follows_bf16_on_real_text",
+    "test_the_rate_can_be_changed_on_resume",
+    "test_resume_is_bit_exact",
+    "test_saving_in_the_background_gives_the_same_checkpoints",
+    "test_later_tokens_leave_earlier_losses",
+    "test_checkpoint_of_transformer_engine_scores_and_exports",
+    "test_flash_attention_agrees_with_cudnn",
+)
+"""Tests that take 100 to 400 s on two GPUs shared by 14 workers, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest tests of this folder first."""
+    folder = Path(__file__).parent
+    places = [place for place, item in enumerate(items) if item.path.is_relative_to(folder)]
+
+    def position(item: pytest.Item) -> int:
+        name = item.name.partition("[")[0]
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    ordered = sorted((items[place] for place in places), key=position)
+    for place, item in zip(places, ordered, strict=True):
+        items[place] = item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
