@@ -9,6 +9,8 @@ from benchmarks.walk import logs
 from benchmarks.walk.children import Child, Ended, PhaseFailed
 from benchmarks.walk.context import Context, read_records
 from benchmarks.walk.settings import (
+    CALM_FLAGS,
+    DETERMINISTIC_ATTENTION,
     DETERMINISTIC_FLAGS,
     FP8_FLAGS,
     LAST_STEP,
@@ -41,6 +43,9 @@ def training_flags(work: Work, layout: tuple[int, int]) -> list[str]:
         flags += FP8_FLAGS
     if settings.deterministic:
         flags += DETERMINISTIC_FLAGS
+    if settings.is_full:
+        flags += CALM_FLAGS
+        flags += DETERMINISTIC_ATTENTION if settings.deterministic else ()
     return flags
 
 

@@ -71,9 +71,13 @@ class FileWriter:
 
     A disk error is kept until `raise_error` or the end of the `with` block: raising it inside
     torch's saving would hide it behind torch's own error.
+
+    Args:
+        sync: Whether the data is on the disk at the end of the `with` block.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, sync: bool = False) -> None:
+        self._sync = sync
         self._file = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._thread = ThreadPoolExecutor(1)
         self._pending: deque[tuple[Future[None], mmap.mmap]] = deque()
@@ -143,12 +147,20 @@ class FileWriter:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self._hand_over()
+            if self._sync:
+                self._pending.append((self._thread.submit(self._flush_to_disk), self._block))
         self._thread.shutdown(cancel_futures=kind is not None)
         os.close(self._file)
         if kind is None:
             for done, _block in self._pending:
                 done.result()
             self.raise_error()
+
+    def _flush_to_disk(self) -> None:
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            self._error = self._error or error.with_traceback(None)
 
 
 def _open(path: Path, flags: int) -> int:

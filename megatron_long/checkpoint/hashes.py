@@ -72,6 +72,34 @@ def write_hashes(
         temporary.write_bytes(_serialize(content))
 
 
+def leave_shard_hashes(folder: Path, rank: int, infos: Mapping[str, FileInfo]) -> None:
+    """Record what a process has written and hashed, in a hidden file of an unfinished checkpoint.
+
+    Args:
+        rank: The process; another one may take it over.
+    """
+    content = {name: asdict(info) for name, info in infos.items()}
+    _shard_hashes(folder, rank).write_text(json.dumps(content), encoding="utf-8")
+
+
+def take_shard_hashes(folder: Path, rank: int) -> dict[str, FileInfo] | None:
+    """Read and remove that file.
+
+    Returns: Size and hash of each shard by its name; None if the writer left none.
+    """
+    path = _shard_hashes(folder, rank)
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    path.unlink()
+    return {name: FileInfo(**info) for name, info in content.items()}
+
+
+def _shard_hashes(folder: Path, rank: int) -> Path:
+    return folder / f".hashes_of_{rank}.json"
+
+
 def write_sidecar_hashes(folder: Path, latest: int | str | None) -> None:
     """Record the files next to the checkpoints, and which checkpoint is the newest.
 

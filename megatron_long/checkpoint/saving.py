@@ -25,6 +25,7 @@ from megatron_long.checkpoint.choosing import (
 from megatron_long.checkpoint.hashes import (
     files_within,
     hash_files,
+    take_shard_hashes,
     write_hashes,
     write_sidecar_hashes,
 )
@@ -222,9 +223,7 @@ class CheckpointKeeper:
     def _finish(self, partial: Path, final: Path, facts: Mapping[str, Any]) -> None:
         self._together(lambda: _write_facts(partial, facts), only_first=True)
         hashed: dict[str, FileInfo] = {}
-        self._together(
-            lambda: hashed.update(hash_files(partial, _written_by(partial, self.job.rank)))
-        )
+        self._together(lambda: hashed.update(_shards_of(partial, self.job.rank)))
         shares = self.job.gather(hashed)
         infos = {name: info for share in shares for name, info in share.items()}
         self._together(lambda: _publish(partial, final, infos), only_first=True)
@@ -267,6 +266,12 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def _shards_of(folder: Path, rank: int) -> dict[str, FileInfo]:
+    """Size and hash of each shard that a process wrote; another writer's are read again."""
+    recorded = take_shard_hashes(folder, rank)
+    return hash_files(folder, _written_by(folder, rank)) if recorded is None else recorded
+
+
 def _written_by(folder: Path, rank: int) -> list[str]:
     """Names of the shards that a process wrote: they are in its node's cache, and always visible to it.
 
@@ -301,8 +306,10 @@ def _publish(partial: Path, final: Path, infos: Mapping[str, FileInfo]) -> None:
 
 
 def _first_words(error: BaseException) -> str:
-    """The error message; torch's exception contains whole tracebacks."""
-    return " ".join(str(error).split())[:500]
+    """The error message; torch's exception contains whole tracebacks, of which the errors are used."""
+    failures = getattr(error, "failures", None)
+    causes = [str(cause) for cause, _ in failures.values()] if failures else [str(error)]
+    return " ".join("; ".join(sorted(set(causes))).split())[:500]
 
 
 def _number(folder: Path) -> int:

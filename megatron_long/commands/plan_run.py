@@ -68,8 +68,8 @@ def storage(run: RunShape) -> str:
     size = checkpoint_bytes(run.parameters)
     host = host_memory_of_save(size, run.num_gpus, min(run.num_gpus, GPUS_PER_NODE))
     return (
-        f"\nA checkpoint with optimizer takes {gigabytes(size)} of disk; a save copies {gigabytes(host)} to "
-        "the host memory of each node."
+        f"\nA checkpoint with optimizer takes {gigabytes(size)} of disk; --async-save copies "
+        f"{gigabytes(host)} to the host memory of each node."
     )
 
 

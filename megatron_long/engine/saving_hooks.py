@@ -12,18 +12,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_long.checkpoint import shard_writer
 from megatron_long.checkpoint.saving import FAULT_STATUS, CheckpointKeeper, ErrorKeepingStream
 from megatron_long.engine.callback import Callback, Step
 from megatron_long.job import signals
+
+MEGATRON_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+NVRX_WRITER = "nvidia_resiliency_ext.checkpointing.async_ckpt.filesystem_async"
+"""Modules whose `FileSystemWriterAsync` writes the shards; with --async-save Megatron can use the second."""
 
 CHANGED_SYMBOLS = {
     "megatron.training.training": ("maybe_finalize_async_save",),
     "megatron.training.checkpointing": ("ensure_directory_exists",),
     "megatron.core.dist_checkpointing": ("save",),
     "megatron.core.dist_checkpointing.serialization": ("save_config",),
-    "megatron.core.dist_checkpointing.strategies.filesystem_async": (
+    MEGATRON_WRITER: (
         "FileSystemWriterAsync.finish",
-        "_write_item",
+        "FileSystemWriterAsync.get_save_function_and_args",
         "get_write_results_queue",
     ),
     "megatron.training.initialize": ("init_persistent_async_worker",),
@@ -45,10 +50,13 @@ class KeptSaves:
 
     def install(self) -> None:
         """Replace functions called by `save_checkpoint`."""
-        writers = ["megatron.core.dist_checkpointing.strategies.filesystem_async"]
+        writers = [MEGATRON_WRITER]
         if self.args.async_save and self.args.async_strategy == "nvrx":
-            writers.append("nvidia_resiliency_ext.checkpointing.async_ckpt.filesystem_async")
-        _patch_writers(self.keeper, writers)
+            writers.append(NVRX_WRITER)
+        _patch_saving(self.keeper, writers)
+        _write_own_shards(self.keeper, in_background=self.args.async_save)
+        if NVRX_WRITER in writers:
+            _keep_errors(self.keeper, NVRX_WRITER)
         _shield_helpers(writers)
         training: Any = importlib.import_module("megatron.training.training")
         self._finalize = training.maybe_finalize_async_save
@@ -130,26 +138,73 @@ def _shield_results(files: Any) -> None:
     files.get_write_results_queue = get_write_results_queue
 
 
-def _patch_writers(keeper: CheckpointKeeper, writers: Sequence[str]) -> None:
+def _noting(keeper: CheckpointKeeper, function: Callable) -> Callable:
+    """Keep an error of this process, to be exchanged with the others."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except OSError as error:
+            return keeper.note(error)
+
+    return call
+
+
+def _patch_saving(keeper: CheckpointKeeper, writers: Sequence[str]) -> None:
     """Write to the keeper's folder; an error on one process is kept, not raised only there."""
     checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
     package: Any = importlib.import_module("megatron.core.dist_checkpointing")
     serialization: Any = importlib.import_module("megatron.core.dist_checkpointing.serialization")
     save = package.save
-    write_item = importlib.import_module(writers[0])._write_item  # torch's, in both
-
-    def noting(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def call(*args, **kwargs):
-            try:
-                return function(*args, **kwargs)
-            except OSError as error:
-                return keeper.note(error)
-
-        return call
 
     def save_beside(state, folder, *args, **kwargs):
         return keeper.write(Path(folder), lambda path: save(state, str(path), *args, **kwargs))
+
+    def ensure_directory_exists(filename, check_parent=True):
+        # Megatron would create the checkpoint's own folder, empty until the save is complete.
+        if check_parent:
+            make_parent(filename)
+
+    package.save = save_beside
+    make_parent = _noting(keeper, checkpointing.ensure_directory_exists)
+    checkpointing.ensure_directory_exists = ensure_directory_exists
+    serialization.save_config = _noting(keeper, serialization.save_config)
+    for name in writers:
+        writer: Any = importlib.import_module(name).FileSystemWriterAsync
+        writer.finish = _noting(keeper, writer.finish)
+
+
+def _write_own_shards(keeper: CheckpointKeeper, *, in_background: bool) -> None:
+    """Stage and write with `checkpoint.shard_writer` what Megatron's writer plans."""
+    writer_class: Any = importlib.import_module(MEGATRON_WRITER).FileSystemWriterAsync
+    stock = writer_class.get_save_function_and_args
+
+    def write_noting(*args: Any) -> None:
+        error = shard_writer.write_shards(*args)
+        if error is not None:
+            keeper.note(error)  # torch passes on only its message
+
+    @functools.wraps(stock)
+    def get_save_function_and_args(writer: Any) -> tuple:
+        if not writer.write_buckets or writer.use_msc:  # an object store has no files to write to
+            return stock(writer)
+        # In the background they run in another process, which finds them by name.
+        write = shard_writer.write_shards if in_background else write_noting
+        prepare = shard_writer.stage if in_background else shard_writer.leave
+        return (
+            functools.partial(write, getattr(writer, "transforms", None)),
+            functools.partial(prepare, writer.write_buckets),
+            [keeper.job.rank, writer.write_buckets, writer.results_queue],
+        )
+
+    writer_class.get_save_function_and_args = get_save_function_and_args
+
+
+def _keep_errors(keeper: CheckpointKeeper, name: str) -> None:
+    """Let another writer's disk errors end neither Python nor only this process."""
+    files: Any = importlib.import_module(name)
+    write_item = files._write_item
 
     @functools.wraps(write_item)
     def write_whole_item(transforms, stream, *args, **kwargs):
@@ -160,16 +215,4 @@ def _patch_writers(keeper: CheckpointKeeper, writers: Sequence[str]) -> None:
             raise kept.error
         return result
 
-    def ensure_directory_exists(filename, check_parent=True):
-        # Megatron would create the checkpoint's own folder, empty until the save is complete.
-        if check_parent:
-            make_parent(filename)
-
-    package.save = save_beside
-    make_parent = noting(checkpointing.ensure_directory_exists)
-    checkpointing.ensure_directory_exists = ensure_directory_exists
-    serialization.save_config = noting(serialization.save_config)
-    for name in writers:
-        files: Any = importlib.import_module(name)
-        files._write_item = write_whole_item
-        files.FileSystemWriterAsync.finish = noting(files.FileSystemWriterAsync.finish)
+    files._write_item = write_whole_item

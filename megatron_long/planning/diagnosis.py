@@ -254,8 +254,8 @@ def _host_memory(run: RunShape) -> Iterator[Finding]:
         "host memory",
         "ok" if room.free_bytes >= size else "note",
         f"{gigabytes(room.free_bytes)} ({room.where})",
-        f"a save of {run.parameters / 1e9:.1f}B parameters on {run.num_gpus} GPUs copies {gigabytes(size)} "
-        "to the host memory of each node; SLURM gives all of it with --mem=0",
+        f"with --async-save a save of {run.parameters / 1e9:.1f}B parameters on {run.num_gpus} GPUs copies "
+        f"{gigabytes(size)} to the host memory of each node; SLURM gives all of it with --mem=0",
     )
 
 

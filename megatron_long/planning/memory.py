@@ -111,11 +111,11 @@ def checkpoint_bytes(
 
 
 def host_memory_of_save(checkpoint: float, num_ranks: int, ranks_of_node: int) -> float:
-    """Host memory that a save takes on one node, bytes: each rank copies its own share once.
+    """Host memory that `--async-save` takes on one node, bytes: each rank copies its own share once.
 
-    `checkpoint / num_ranks * ranks_of_node`. Written files stay in the page cache, which is reclaimable
-    and not counted; neither is the memory of the processes themselves. For 8B on one node of four GPUs it
-    predicts 112.4 GB; 106 were measured (docs/results.md).
+    `checkpoint / num_ranks * ranks_of_node`, until it is written. The memory of the processes themselves is
+    not counted. For 8B on one node of four GPUs it predicts 112.4 GB; 106 were measured (docs/results.md).
+    Other saves copy one tensor of each file at a time (`checkpoint.shard_writer`).
 
     Args:
         checkpoint: Bytes, see `checkpoint_bytes`.

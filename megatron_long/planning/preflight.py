@@ -58,14 +58,14 @@ class Needs:
     """Of one GPU."""
     checkpoint_bytes: float
     host_bytes: float
-    """Copied to the host memory of this node by each save."""
+    """Copied to the host memory of this node by each save with `--async-save`."""
     ranks_of_node: int
 
     def __str__(self) -> str:
         return (
             f"{self.run.parameters / 1e9:.2f}B parameters: a checkpoint takes "
-            f"{gigabytes(self.checkpoint_bytes)}, of which a save copies {gigabytes(self.host_bytes)} to the "
-            f"host memory of a node; predicted peak of a GPU: {self.memory.total_gib:.0f} GiB"
+            f"{gigabytes(self.checkpoint_bytes)}, of which --async-save copies {gigabytes(self.host_bytes)} "
+            f"to the host memory of a node; predicted peak of a GPU: {self.memory.total_gib:.0f} GiB"
         )
 
 
@@ -125,7 +125,7 @@ def check_machine(args: Namespace, world_size: int, gpu: Gpu | None) -> list[str
     if args.save:
         disk, host = free_disk(Path(args.save)), host_memory()
         warnings += check_disk(args, needs, disk) if disk else []
-        warnings += check_host_memory(needs, host) if host else []
+        warnings += check_host_memory(needs, host) if host and args.async_save else []
     return warnings
 
 
@@ -191,15 +191,16 @@ def check_disk(args: Namespace, needs: Needs, room: Room) -> list[str]:
 
 
 def check_host_memory(needs: Needs, room: Room) -> list[str]:
-    """Compare the host memory that a save needs with the memory that is available."""
+    """Compare the host memory that a save in the background needs with the memory that is available."""
     if needs.host_bytes <= room.free_bytes:
         return []
     times = math.ceil(needs.host_bytes / max(room.free_bytes, 1.0))
     ranks = needs.run.num_gpus
     return [
-        f"each save copies {gigabytes(needs.host_bytes)} to the host memory of a node "
+        f"with --async-save each save copies {gigabytes(needs.host_bytes)} to the host memory of a node "
         f"({needs.ranks_of_node} of {ranks} ranks), and {gigabytes(room.free_bytes)} are available here "
-        f"({room.where}); ask for more (SLURM: --mem=0), or spread the run over {times} times as many nodes"
+        f"({room.where}); leave --async-save out, ask for more (SLURM: --mem=0), or spread the run over "
+        f"{times} times as many nodes"
     ]
 
 

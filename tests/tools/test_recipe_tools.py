@@ -59,7 +59,10 @@ def test_check_layout_tells_what_a_run_takes(run_job, tmp_path):
     command += ["--tokenizer-type", "NullTokenizer", "--vocab-size", 128255, "--gpu", "h100"]
     cut = ["--tensor-model-parallel-size", 1, "--context-parallel-size", 8]
     result = run_job(1, [*command, *cut])
-    assert "a checkpoint takes 112 GB, of which a save copies 112 GB to the host" in result.stdout
+    assert (
+        "a checkpoint takes 112 GB, of which --async-save copies 112 GB to the host"
+        in result.stdout
+    )
     assert "predicted peak of a GPU: 87 GiB" in result.stdout
     assert "warning: --tensor-model-parallel-size 1" in result.stderr
     assert "this fits, 65 GiB: --tensor-model-parallel-size 2" in result.stderr

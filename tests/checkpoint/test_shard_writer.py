@@ -1,0 +1,136 @@
+"""Our shards are torch's, byte for byte; what the writer records is what lies on the disk."""
+
+import errno
+import io
+import multiprocessing
+import os
+import queue
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import (
+    SerializationFormat,
+    _StorageWriterTransforms,
+    _write_item,
+)
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+from megatron_long.checkpoint import shard_writer
+from megatron_long.checkpoint.hashes import hash_files, leave_shard_hashes, take_shard_hashes
+from megatron_long.checkpoint.shard_writer import (
+    Bucket,
+    HostMemory,
+    copy_in_blocks,
+    leave,
+    stage,
+    write_shards,
+)
+
+
+def tensor_item(name: str) -> WriteItem:
+    return WriteItem(MetadataIndex(name), WriteItemType.TENSOR)
+
+
+def make_buckets(folder: Path) -> list[Bucket]:
+    """Two files: of objects and tensors, one of them empty, one without axes."""
+    values = {
+        "a": torch.arange(5000, dtype=torch.bfloat16).view(50, 100),
+        "b": torch.tensor(3.0),
+        "c": torch.empty(0, 4),
+        "d": torch.randn(7, 3, generator=torch.Generator().manual_seed(0)),
+    }
+    items = [(tensor_item(name), value) for name, value in values.items()]
+    objects = [(WriteItem(MetadataIndex("o"), WriteItemType.BYTE_IO), io.BytesIO(b"object"))]
+    names = ("__3_0.distcp", "__3_1.distcp")
+    return [
+        (str(folder / names[0]), names[0], (objects, items[:3])),
+        (str(folder / names[1]), names[1], ([], items[3:])),
+    ]
+
+
+def write_with_torch(bucket: Bucket) -> tuple[bytes, list]:
+    stream = io.BytesIO()
+    _, name, (objects, tensors) = bucket
+    transforms, form = _StorageWriterTransforms(), SerializationFormat.TORCH_SAVE
+    results = [
+        _write_item(transforms, stream, data, item, name, form)
+        for item, data in (*objects, *tensors)
+    ]
+    return stream.getvalue(), results
+
+
+@pytest.mark.parametrize("prepare", [stage, leave])
+def test_files_and_results_are_those_of_torch(prepare, tmp_path):
+    buckets, results = make_buckets(tmp_path), queue.Queue()
+    assert write_shards(None, 3, prepare(buckets), results) is None
+    written = results.get_nowait()
+    for number, bucket in enumerate(make_buckets(tmp_path)):
+        content, expected = write_with_torch(bucket)
+        assert Path(bucket[0]).read_bytes() == content
+        assert written[number] == expected
+    recorded = take_shard_hashes(tmp_path, 3)
+    assert recorded == hash_files(tmp_path, [bucket[1] for bucket in buckets])
+    assert take_shard_hashes(tmp_path, 3) is None
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_ranks_take_their_own_records(tmp_path):
+    infos = hash_files(tmp_path, [])
+    leave_shard_hashes(tmp_path, 1, infos)
+    assert take_shard_hashes(tmp_path, 11) is None
+    assert take_shard_hashes(tmp_path, 1) == {}
+
+
+def test_a_full_disk_is_the_result(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    results: queue.Queue = queue.Queue()
+    error = write_shards(None, 3, make_buckets(tmp_path), results)
+    assert error is not None
+    assert error.errno == errno.ENOSPC
+    assert results.get_nowait() is error
+    assert results.empty()
+    assert take_shard_hashes(tmp_path, 3) is None
+
+
+def test_another_process_stages_and_writes(tmp_path):
+    """As Megatron's persistent writer does, which is started with "spawn" and gets a pickled request."""
+    context = multiprocessing.get_context("spawn")
+    results, buckets = context.Queue(), make_buckets(tmp_path)
+    for action in (partial(stage, buckets), partial(write_shards, None, 3, buckets, results)):
+        process = context.Process(target=action)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(results.get()) == [0, 1]
+    assert take_shard_hashes(tmp_path, 3) == hash_files(tmp_path, [name for _, name, _ in buckets])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8])
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 100])
+def test_blocks_of_any_size_copy_everything(dtype, count):
+    source = torch.randn(count, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+    target = torch.empty_like(source)
+    copy_in_blocks(source, target, torch.empty(16, dtype=torch.uint8))
+    assert target.view(torch.uint8).equal(source.view(torch.uint8))
+
+
+def test_memory_for_one_tensor_after_another():
+    """Each has a storage of its own size, because torch saves whole storages."""
+    memory = HostMemory()
+    for shape, dtype in (((3, 5), torch.float32), ((10_000,), torch.bfloat16), ((2,), torch.int64)):
+        source = torch.ones(shape, dtype=dtype)
+        held = memory.like(source)
+        held.copy_(source)
+        assert held.equal(source)
+        assert held.untyped_storage().nbytes() == source.nbytes
+
+
+def test_what_is_on_the_host_is_not_copied():
+    tensor = torch.ones(3)
+    assert shard_writer.to_host(tensor) is tensor
