@@ -182,6 +182,23 @@ def warm_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmJobs]:
 
 
 @pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A `python` that starts programs without their imports, for whole scripts (`warm_python.py`)."""
+    folder = tmp_path_factory.mktemp("python")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, Path(__file__).with_name("warm_python.py"), folder]
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    assert server.stdout.readline() == b"ready\n"
+    yield folder / "python"
+    server.stdin.close()
+    server.wait(30)
+
+
+@pytest.fixture(scope="session")
 def run_job(warm_jobs: WarmJobs) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Start a Python program on this many processes and wait: `run_job(2, ["-m", "pkg", ...])`.
 

@@ -1,8 +1,12 @@
 """Forked programs end as interpreters of their own do."""
 
+import platform
 import subprocess
 
+import psutil
 import pytest
+
+from tests.launched import wait_until
 
 RANK = "import os, sys, time; rank = os.environ.get('RANK')\n"
 
@@ -37,3 +41,50 @@ def test_a_job_without_end_is_killed_and_the_next_one_runs(run_job):
     assert run_job(1, ["-c", "print(1)"]).stdout == "1\n"
     with pytest.raises(AssertionError, match="exit status 3"):
         run_job(1, ["-c", "raise SystemExit(3)"])
+
+
+@pytest.fixture
+def python(warm_python):
+    """Start the quick `python`."""
+
+    def start(*words: str, **options) -> subprocess.Popen[str]:
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        return subprocess.Popen([warm_python, *words], text=True, **pipes, **options)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "stdout"),
+    [
+        (("-c", "import sys; print(sys.argv, sys.stdin.read())", "a b"), 0, "['-c', 'a b'] in\n"),
+        (("-u", "-m", "json.tool", "--no-such"), 2, ""),
+        (("-c", "import os; print(os.environ['MINE'], os.getcwd())"), 0, "yes /\n"),
+        (("-c", "import os; os.kill(os.getpid(), 9)"), -9, ""),
+        (("-c", "import os; os.kill(os.getpid(), 15)"), -15, ""),
+        (("-V",), 0, f"Python {platform.python_version()}\n"),
+    ],
+)
+def test_a_quick_python_is_a_python(words, status, stdout, python):
+    process = python(*words, cwd="/", env={"MINE": "yes"})
+    assert (process.communicate("in")[0], process.returncode) == (stdout, status)
+
+
+def test_what_a_quick_python_starts_is_quick(python, warm_python):
+    code = "import subprocess, sys; print(sys.executable, flush=True); "
+    code += "print('torch' in sys.modules, flush=True); "
+    code += "subprocess.run([sys.executable, '-c', 'import sys; print(\"torch\" in sys.modules)'])"
+    assert python("-c", code).communicate()[0] == f"{warm_python}\nTrue\nTrue\n"
+
+
+def test_signals_reach_the_program(python):
+    code = "import signal, time; signal.signal(15, lambda *_: exit(5)); print(1, flush=True); "
+    process = python("-c", code + "time.sleep(600)")
+    assert process.stdout.readline() == "1\n"
+    process.terminate()
+    assert process.wait() == 5
+    process = python("-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
+    pid = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    wait_until(lambda: not psutil.pid_exists(pid))

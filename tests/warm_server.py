@@ -20,7 +20,7 @@ import time
 import traceback
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 TERMINATION_SECONDS = 30
 """Between the two signals to the ranks of a job that has failed, as torchrun waits."""
@@ -128,12 +128,17 @@ def start(job: dict[str, Any], variables: dict[str, str]) -> int:
         with contextlib.suppress(OSError):  # it has done so itself, or has ended
             os.setpgid(child, child)
         return child
+    os.setpgid(0, 0)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        os.dup2(os.open(Path(job["folder"], name), flags), descriptor)
+    be(job, variables)
+
+
+def be(job: dict[str, Any], variables: dict[str, str]) -> NoReturn:
+    """Run the program of a job in this process, and end it."""
     status = 1
     try:
-        os.setpgid(0, 0)
-        for descriptor, name in ((1, "stdout"), (2, "stderr")):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            os.dup2(os.open(Path(job["folder"], name), flags), descriptor)
         os.environ.clear()
         os.environ.update(job["environment"] | variables)
         os.chdir(job["cwd"])

@@ -312,7 +312,7 @@ def tiny_model(tmp_path_factory, tiny_tokenizer) -> Path:
 
 
 @pytest.mark.slow
-def test_rehearsal(tiny_model, tmp_path):
+def test_rehearsal(tiny_model, warm_python, tmp_path):
     """From corpus and GGUF file to the summary: every kind of command, each once, on the host."""
     corpus = tmp_path / "corpus"
     (corpus / "heldout").mkdir(parents=True)
@@ -351,7 +351,7 @@ def test_rehearsal(tiny_model, tmp_path):
         "compare",
         "report",
     ]
-    command = [sys.executable, "examples/smollm2_128k/run.py", *phases, "--gpus", "0"]
+    command = [str(warm_python), "examples/smollm2_128k/run.py", *phases, "--gpus", "0"]
     command += ["--jobs-per-gpu", "2", "--work-dir", str(work), "--corpus", str(corpus)]
     command += ["--gguf", str(tiny_model), *(w for pair in numbers.items() for w in pair)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

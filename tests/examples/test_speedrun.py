@@ -150,7 +150,7 @@ def test_it_stays_short():
 
 
 @pytest.mark.slow
-def test_the_whole_runs_on_a_tiny_model(tmp_path, tiny_tokenizer):
+def test_the_whole_runs_on_a_tiny_model(warm_python, tmp_path, tiny_tokenizer):
     from transformers import AutoModelForCausalLM
 
     write_tiny_llama(tmp_path / "model", tiny_tokenizer)
@@ -171,8 +171,8 @@ def test_the_whole_runs_on_a_tiny_model(tmp_path, tiny_tokenizer):
         "NUM_LENGTHS": 2,
         "NUM_DEPTHS": 2,
         "MIN_LENGTH": 384,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHON": sys.executable,
+        "PATH": f"{warm_python.parent}:{os.environ['PATH']}",
+        "PYTHON": warm_python,
         "OMP_NUM_THREADS": 1,
         "PYTHONWARNINGS": "ignore",
     }

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -124,14 +123,14 @@ def test_precision_decides_what_is_allowed(flags, name):
 
 
 @pytest.mark.slow
-def test_tool_compares_layouts(tiny_dataset, tmp_path):
+def test_tool_compares_layouts(warm_python, tiny_dataset, tmp_path):
     """TP2 x CP2 with masked documents passes on random weights; another RoPE base is seen."""
     flags = ["--recipe", "tiny_debug", "--dataset", tiny_dataset, "--seq-length", 128]
     flags += ["--hidden-size", 64, "--kv-channels", 16, "--ffn-hidden-size", 128, "--num-layers", 2]
     flags += ["--padded-vocab-size", 512, "--global-batch-size", 2, "--document-masking"]
     flags += ["--allow-repeat"]
     layout = ["--tensor-model-parallel-size", 2, "--context-parallel-size", 2]
-    command = [sys.executable, REPOSITORY / "tools" / "check_layout.py", "--world-size", 4]
+    command = [warm_python, REPOSITORY / "tools" / "check_layout.py", "--world-size", 4]
     command += ["--compare", "--work-dir", tmp_path, *flags, *layout, "--save", tmp_path / "no"]
     command += ["--export-hf", tmp_path / "no", "--exit-interval", 1, "--train-iters", 100]
     command += ["--lr-warmup-iters", 10, "--keep-last", 1]
