@@ -1,6 +1,6 @@
 """A `python` for tests of whole scripts: it hands the command to a process that has imported everything.
 
-`warm_python.py FOLDER` is the server, which writes FOLDER/python (also as python3, and torchrun) and says that
+`warm_python.py FOLDER` is the server, which writes FOLDER/python (also as python3, torchrun) and says that
 it is ready. That program takes what follows `python` on a command line, and has the command's files,
 environment, signals and status. What Python's own options would change (but for -u) it leaves to the real
 interpreter.
