@@ -13,14 +13,19 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.filesystem import (
+    DEFAULT_SUFFIX,
+    SerializationFormat,
+    _StorageWriterTransforms,
+    _write_item,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -106,29 +111,19 @@ class _StreamedWriter(dcp.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         assert plan.storage_data is not None
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        transforms, form = _StorageWriterTransforms(), SerializationFormat.TORCH_SAVE
+        results = []
         with FileWriter(Path(self.path) / name) as file:
-            results = [self._write_one(file, name, item, planner) for item in plan.items]
+            stream: Any = file  # it has what torch calls of a stream
+            for item in plan.items:
+                data = planner.resolve_data(item)
+                data = _alone(data) if isinstance(data, Tensor) else data
+                results.append(_write_item(transforms, stream, data, item, name, form))
+                file.raise_error()
         self.written = {name: file.info}
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
-
-    @staticmethod
-    def _write_one(
-        file: FileWriter, name: str, item: WriteItem, planner: SavePlanner
-    ) -> WriteResult:
-        data, start = planner.resolve_data(item), file.tell()
-        if isinstance(data, io.BytesIO):
-            file.write(data.getvalue())
-        else:
-            torch.save(_alone(data), cast(IO[bytes], file))
-        file.raise_error()
-        length = file.tell() - start
-        return WriteResult(
-            index=item.index,
-            size_in_bytes=length,
-            storage_data=_StorageInfo(name, start, length),
-        )
 
 
 def _alone(tensor: Tensor) -> Tensor:
