@@ -50,6 +50,8 @@ class CorpusStats:
 
     sources: dict[str, SourceStats]
     documents_empty: int
+    documents_by_reference: int
+    """Tokenized by the reference because of characters that the engine classifies otherwise."""
     documents_bad: int
     bad: list[dict[str, Any]]
     text_bytes: int
@@ -64,7 +66,7 @@ def gather_stats(infos: Iterable[Mapping[str, Any]], max_listed: int = 1000) -> 
     """Add up the counts of the tasks."""
     strata: dict[str, BySize] = defaultdict(dict)
     lengths: dict[str, BySize] = defaultdict(dict)
-    empty = num_bad = text_bytes = 0
+    empty = by_reference = num_bad = text_bytes = 0
     bad: list[dict[str, Any]] = []
     for info in infos:
         names = info["sources"]
@@ -77,11 +79,12 @@ def gather_stats(infos: Iterable[Mapping[str, Any]], max_listed: int = 1000) -> 
             cells = mine.setdefault(key, np.zeros(NUM_BUCKETS, np.int64))
             cells[count.length_bucket] += count.tokens
         empty += info["documents_empty"]
+        by_reference += info["documents_by_reference"]
         num_bad += info["documents_bad"]
         text_bytes += info["text_bytes"]
         bad += info["bad"][: max_listed - len(bad)]
     sources = {name: _source_stats(strata[name], lengths[name]) for name in sorted(strata)}
-    return CorpusStats(sources, empty, num_bad, bad, text_bytes)
+    return CorpusStats(sources, empty, by_reference, num_bad, bad, text_bytes)
 
 
 def _source_stats(strata: BySize, lengths: BySize) -> SourceStats:

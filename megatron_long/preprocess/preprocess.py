@@ -202,15 +202,20 @@ def _manifest(
         documents_bad=plan.stats.documents_bad,
         bad_documents=plan.stats.bad,
         warnings=plan.warnings,
-        made_by=_made_by(tokenizer),
+        made_by=_made_by(tokenizer, plan.stats.documents_by_reference),
         tokenizer_files=hash_tokenizer_files(written.folder),
     )
 
 
-def _made_by(tokenizer: Tokenizer) -> dict[str, str]:
+def _made_by(tokenizer: Tokenizer, documents_by_reference: int) -> dict[str, str]:
     made_by = {"engine": tokenizer.engine_name, "engine_version": tokenizer.engine_version}
-    notes = {"engine_notes": "; ".join(tokenizer.engine_notes)} if tokenizer.engine_notes else {}
-    return made_by | notes
+    notes = list(tokenizer.engine_notes)
+    if documents_by_reference:
+        notes.append(
+            f"{documents_by_reference:,} documents were tokenized by the reference: they contain characters "
+            f"that {tokenizer.engine_name} classifies otherwise"
+        )
+    return made_by | ({"engine_notes": "; ".join(notes)} if notes else {})
 
 
 def _input_infos(infos: Iterable[dict[str, Any]]) -> list[InputInfo]:

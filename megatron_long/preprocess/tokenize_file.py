@@ -117,7 +117,7 @@ def tokenize_file(
     got, bad, state = _Gathered(), BadDocuments(options.skip_bad), FileState()
     if options.max_text_bytes is not None:  # in small steps, to end close to it
         state.batch_bytes = min(BATCH_BYTES, max(options.max_text_bytes // 8, 1))
-    progress = FileProgress(item.name)
+    progress, before = FileProgress(item.name), tokenizer.num_by_reference
     with atomic_path(folder, directory=True) as temporary:
         with (
             open(temporary / TOKENS_FILE, "wb", WRITE_BYTES) as tokens,
@@ -138,6 +138,7 @@ def tokenize_file(
         if options.max_text_bytes is None and not state.xxh3_128:
             state.xxh3_128 = hash_input(item)
         info = _info(got, bad, item, state, progress)
+        info["documents_by_reference"] = tokenizer.num_by_reference - before
         (temporary / INFO_FILE).write_bytes(orjson.dumps(info))
     progress.done, progress.read_bytes = True, item.read_bytes
     on_progress(progress)

@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_long.errors import ConfigError
+from megatron_long.tokenizer.character_classes import CharacterClasses, Encode
 from megatron_long.tokenizer.gigatoken_engine import GigatokenEngine
 from megatron_long.tokenizer.tokenizer_types import (
     AUTO,
@@ -100,7 +101,10 @@ ENGINES: dict[str, Callable[[str], Engine]] = {
 
 
 class FastTokenizer:
-    """A tokenizer that takes ids from a fast engine, and everything else from the reference."""
+    """A tokenizer that takes ids from a fast engine, and everything else from the reference.
+
+    Texts with characters that the engine classifies otherwise go to the reference, too.
+    """
 
     def __init__(
         self, reference: ReferenceTokenizer, engine: Engine, name: str, notes: Sequence[str] = ()
@@ -111,15 +115,31 @@ class FastTokenizer:
         self.vocabulary_sha256 = reference.vocabulary_sha256
         self.engine_name, self.engine_version = name, version(name)
         self.engine_notes = tuple(notes)
+        self.num_by_reference = 0
+        """Texts so far that the reference encoded."""
+        self._classes = CharacterClasses(self.encode_by_engine, reference.encode_batch)
 
     def encode(self, text: str) -> Tokens:
-        return self.engine.encode_flat([text])[0]
+        return self.encode_flat([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         return split_flat(*self.encode_flat(texts))
 
+    def encode_by_engine(self, texts: Sequence[str]) -> list[Tokens]:
+        """Return the ids of each text, whatever its characters."""
+        return split_flat(*self.engine.encode_flat(texts))
+
     def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
-        return self.engine.encode_flat(texts)
+        differing = [number for number, text in enumerate(texts) if self._classes.differ(text)]
+        if not differing:
+            return self.engine.encode_flat(texts)
+        self.num_by_reference += len(differing)
+        others = set(differing)
+        parts = self.encode_by_engine([t for n, t in enumerate(texts) if n not in others])
+        replaced = self.reference.encode_batch([texts[number] for number in differing])
+        for number, ids in zip(differing, replaced, strict=True):
+            parts.insert(number, ids)
+        return np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(parts))
 
     def encode_prompt(self, text: str) -> Tokens:
         return self.reference.encode_prompt(text)
@@ -145,7 +165,8 @@ def open_engine(reference: ReferenceTokenizer, engine: str) -> Tokenizer:
     for name in ENGINES if engine == AUTO else [engine]:
         try:
             fast = FastTokenizer(reference, ENGINES[name](plain_json(reference)), name, notes)
-            reason = find_difference(fast, reference, HARD_STRINGS + _special_strings(reference))
+            hard = HARD_STRINGS + _special_strings(reference)
+            reason = find_difference(fast.encode_by_engine, reference, hard)
         except ImportError:
             reason = f"it is not installed (pip install {name})"
         except Exception as error:
@@ -170,7 +191,7 @@ def check_sample(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
     """
     sample = _take_sample(texts)
     while isinstance(tokenizer, FastTokenizer):
-        reason = find_difference(tokenizer, tokenizer.reference, sample)
+        reason = find_difference(tokenizer.encode_batch, tokenizer.reference, sample)
         if not reason:
             break
         reference, name = tokenizer.reference, tokenizer.engine_name
@@ -188,9 +209,9 @@ def release_engine(tokenizer: Tokenizer) -> None:
         tokenizer.engine.release()
 
 
-def find_difference(fast: Tokenizer, reference: Tokenizer, texts: Sequence[str]) -> str:
-    """Describe on which text two tokenizers differ; an empty string if on none."""
-    pairs = zip(texts, fast.encode_batch(texts), reference.encode_batch(texts), strict=True)
+def find_difference(encode: Encode, reference: Tokenizer, texts: Sequence[str]) -> str:
+    """Describe on which text ids differ from the reference's; an empty string if on none."""
+    pairs = zip(texts, encode(texts), reference.encode_batch(texts), strict=True)
     for text, got, expected in pairs:
         if not np.array_equal(got, expected):
             same = np.minimum(len(got), len(expected))

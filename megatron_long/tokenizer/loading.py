@@ -45,6 +45,7 @@ class SentencePieceTokenizer:
     engine_name = "sentencepiece"
     engine_version = version("sentencepiece")
     engine_notes: tuple[str, ...] = ()
+    num_by_reference = 0
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -102,6 +103,7 @@ class HFTokenizer:
     engine_name = "tokenizers"
     engine_version = version("tokenizers")
     engine_notes: tuple[str, ...] = ()
+    num_by_reference = 0
 
     def __init__(self, path: Path) -> None:
         import tokenizers

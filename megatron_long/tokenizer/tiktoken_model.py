@@ -52,6 +52,7 @@ class TiktokenTokenizer:
     kind = "tiktoken"
     engine_name = "tiktoken"
     engine_notes: tuple[str, ...] = ()
+    num_by_reference = 0
 
     def __init__(self, path: Path) -> None:
         try:

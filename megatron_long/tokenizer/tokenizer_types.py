@@ -29,6 +29,8 @@ class Tokenizer(Protocol):
     engine_version: str
     engine_notes: tuple[str, ...]
     """Why faster engines are not used, one sentence each."""
+    num_by_reference: int
+    """Texts so far that a fast engine has left to the reference."""
 
     def encode(self, text: str) -> Tokens:
         """Return the ids of `text`, without special tokens."""

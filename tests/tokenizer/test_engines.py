@@ -14,11 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_long.dataset.manifest import read_manifest
 from megatron_long.errors import ConfigError
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess.preprocess import PreprocessConfig, preprocess
 from megatron_long.tokenizer import engines, gigatoken_engine
 from megatron_long.tokenizer.engines import (
     ENGINES,
     HARD_STRINGS,
+    FastTokenizer,
     check_sample,
     find_difference,
     unreadable,
@@ -95,7 +99,7 @@ def test_ids_of_real_text_are_those_of_the_reference(name, vocabulary, real_text
     fast, reference = load_tokenizer(vocabulary, name), load_tokenizer(vocabulary, "reference")
     assert fast.engine_name == name
     assert fast.engine_name != reference.engine_name
-    assert find_difference(fast, reference, real_texts) == ""
+    assert find_difference(fast.encode_batch, reference, real_texts) == ""
     tokens, lengths = fast.encode_flat(real_texts)
     assert tokens.dtype == np.int32
     assert lengths.dtype == np.int64
@@ -111,7 +115,7 @@ def test_ids_of_short_alphabets_are_those_of_the_reference(name, llama_like):
     @settings(max_examples=150, deadline=None, derandomize=True, database=None)
     @given(st.lists(texts, max_size=5))
     def check(batch):
-        assert find_difference(fast, reference, batch) == ""
+        assert find_difference(fast.encode_batch, reference, batch) == ""
 
     check()
 
@@ -153,6 +157,50 @@ def test_flat_batches_of_few_texts(texts, vocabulary):
         assert lengths.tolist() == [len(ids) for ids in expected]
         assert tokens.tolist() == list(chain.from_iterable(expected))
         assert (tokens.dtype, lengths.dtype) == (np.int32, np.int64)
+
+
+RECENT = {"gigatoken": "\U00032ed5", "tuetoken": "\u1c89"}
+"""Letters of Unicode 16 and 17 to tokenizers 0.23.3, and not to the engine."""
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_characters_that_an_engine_classifies_otherwise(name, llama3_like):
+    """Texts that contain them go to the reference, the others do not."""
+    fast, reference = load_tokenizer(llama3_like, name), load_tokenizer(llama3_like, "reference")
+    assert isinstance(fast, FastTokenizer)
+    odd = f"{RECENT[name]}(self"
+    assert not np.array_equal(fast.encode_by_engine([odd])[0], reference.encode(odd))
+    assert (
+        find_difference(fast.encode_batch, reference, ["plain", odd, "café", "", f"x {odd}"]) == ""
+    )
+    assert fast.encode(odd).tolist() == reference.encode(odd).tolist()
+    assert fast.num_by_reference == 3
+    blocks = ((0x800, 0x1000), (0x1C00, 0x1D00), (0xA700, 0xA800), (0x2EB00, 0x2EF00))
+    each = [
+        f"{chr(code)}(self 1{chr(code)}1 a{chr(code)}'{chr(code)} "
+        for block in (*blocks, (0x33000, 0x33600))
+        for code in range(*block)
+    ]
+    texts = ["".join(each[start : start + 8]) for start in range(0, len(each), 8)]
+    assert find_difference(fast.encode_batch, reference, texts) == ""
+    assert 3 < fast.num_by_reference < len(texts) // 2
+
+
+def test_the_manifest_counts_them(llama3_like, tmp_path):
+    odd, meta = f"{RECENT['gigatoken']}(self", {"redpajama_set_name": "RedPajamaBook"}
+    texts = [f"{'word ' * 50}{odd if number % 3 == 0 else number}" for number in range(30)]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(json.dumps({"text": text, "meta": meta}) for text in texts))
+    mixture = Mixture(train_tokens=600, short_keep_ratio=1.0, valid_tokens_per_source=0)
+    preprocess(
+        PreprocessConfig(inputs=[corpus], tokenizer=llama3_like, mixture=mixture), tmp_path / "out"
+    )
+    made_by = read_manifest(tmp_path / "out").made_by
+    assert made_by["engine"] == "gigatoken"
+    assert made_by["engine_notes"] == (
+        "10 documents were tokenized by the reference: they contain characters that gigatoken classifies "
+        "otherwise"
+    )
 
 
 class WrongEngine(engines.TuetokenEngine):
