@@ -285,7 +285,8 @@ def remove_leftovers(folder: Path) -> None:
     """Remove leftovers of a killed process that was writing, replacing or deleting checkpoints."""
     for path in folder.glob(".iter_*"):
         if path.name.endswith((PARTIAL_SUFFIX, DELETED_SUFFIX, REPLACED_SUFFIX)):
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
     for iteration in _folders(folder):
         with contextlib.suppress(OSError):
             iteration_folder(folder, iteration).rmdir()  # only where it is empty

@@ -24,7 +24,7 @@ from megatron_long.checkpoint.sidecars import (
     TOKENIZER_DIR_NAME,
 )
 from megatron_long.errors import DataError
-from megatron_long.files import atomic_path
+from megatron_long.files import atomic_path, remove_path
 from megatron_long.hashing import FileInfo, hash_file
 from megatron_long.job.rendezvous import is_first_process
 
@@ -73,10 +73,13 @@ def write_hashes(
 
 
 def leave_shard_hashes(folder: Path, rank: int, infos: Mapping[str, FileInfo]) -> None:
-    """Record what a process has written and hashed, in a hidden file of an unfinished checkpoint.
+    """Record what a process has written and hashed, in a hidden file next to an unfinished checkpoint.
+
+    Only that rank touches the file, so that a listing of the folder which is out of date names no file that
+    is gone.
 
     Args:
-        rank: The process; another one may take it over.
+        rank: The process; a helper of it may write the file.
     """
     content = {name: asdict(info) for name, info in infos.items()}
     _shard_hashes(folder, rank).write_text(json.dumps(content), encoding="utf-8")
@@ -97,7 +100,14 @@ def take_shard_hashes(folder: Path, rank: int) -> dict[str, FileInfo] | None:
 
 
 def _shard_hashes(folder: Path, rank: int) -> Path:
-    return folder / f".hashes_of_{rank}.json"
+    return folder.with_name(f"{folder.stem}.{rank}{folder.suffix}")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove an unfinished checkpoint with the records next to it, if they exist."""
+    remove_path(folder)
+    for record in folder.parent.glob(f"{folder.stem}.*{folder.suffix}"):
+        record.unlink(missing_ok=True)
 
 
 def write_sidecar_hashes(folder: Path, latest: int | str | None) -> None:

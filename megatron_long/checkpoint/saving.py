@@ -4,10 +4,10 @@ A failed save (a full disk) is reported and retried after some steps; training c
 processes make the same decisions: each error is first exchanged with the others.
 """
 
+import contextlib
 import itertools
 import json
 import logging
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -25,13 +25,14 @@ from megatron_long.checkpoint.choosing import (
 from megatron_long.checkpoint.hashes import (
     files_within,
     hash_files,
+    remove_unfinished,
     take_shard_hashes,
     write_hashes,
     write_sidecar_hashes,
 )
 from megatron_long.checkpoint.sidecars import TRACKER_NAME
 from megatron_long.errors import DataError
-from megatron_long.files import atomic_path, move_into_place, remove_path
+from megatron_long.files import atomic_path, move_into_place
 from megatron_long.hashing import FileInfo
 
 TRAINING_NAME = "training.json"
@@ -138,7 +139,8 @@ class CheckpointKeeper:
                 request.finalize_fns.append(lambda: self._arrive(partial, final, facts))
         except BaseException:  # torch's CheckpointException is not an Exception
             if self.job.rank == 0:  # the written part takes the space that the next try needs
-                shutil.rmtree(partial, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_unfinished(partial)
             raise
         return request
 
@@ -175,7 +177,8 @@ class CheckpointKeeper:
                 partial = self.in_flight.popleft()
                 self._owe(_number(partial), iteration, error)
                 if self.job.rank == 0:
-                    shutil.rmtree(partial, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        remove_unfinished(partial)
 
     def _owe(self, saved: int, now: int, error: BaseException) -> None:
         self.tries += 1
@@ -283,7 +286,7 @@ def _written_by(folder: Path, rank: int) -> list[str]:
 
 
 def _make_empty(folder: Path) -> None:
-    remove_path(folder)
+    remove_unfinished(folder)
     folder.mkdir(parents=True)
 
 

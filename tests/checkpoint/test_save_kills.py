@@ -12,6 +12,7 @@ import pytest
 
 from megatron_long.checkpoint import choosing
 from megatron_long.checkpoint.choosing import check_whole, has_checkpoint, saved_iterations
+from megatron_long.checkpoint.hashes import hash_files, leave_shard_hashes
 from megatron_long.checkpoint.saving import CheckpointKeeper
 
 STEPS = (2, 4, 6)
@@ -36,6 +37,7 @@ def write_checkpoint(folder: Path, text: str) -> None:
     for name in ("__0_0.distcp", ".metadata", "common.pt"):
         (folder / name).write_text(f"{text} in {name}")
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    leave_shard_hashes(folder, 0, hash_files(folder, ["__0_0.distcp"]))
 
 
 def save(out: Path, iteration: int, in_background: bool) -> None:

@@ -19,7 +19,12 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from megatron_long.checkpoint import shard_writer
-from megatron_long.checkpoint.hashes import hash_files, leave_shard_hashes, take_shard_hashes
+from megatron_long.checkpoint.hashes import (
+    hash_files,
+    leave_shard_hashes,
+    remove_unfinished,
+    take_shard_hashes,
+)
 from megatron_long.checkpoint.shard_writer import (
     Bucket,
     HostMemory,
@@ -32,6 +37,14 @@ from megatron_long.checkpoint.shard_writer import (
 
 def tensor_item(name: str) -> WriteItem:
     return WriteItem(MetadataIndex(name), WriteItemType.TENSOR)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An unfinished checkpoint."""
+    path = tmp_path / ".iter_0000004.partial"
+    path.mkdir()
+    return path
 
 
 def make_buckets(folder: Path) -> list[Bucket]:
@@ -63,52 +76,65 @@ def write_with_torch(bucket: Bucket) -> tuple[bytes, list]:
 
 
 @pytest.mark.parametrize("prepare", [stage, leave])
-def test_files_and_results_are_those_of_torch(prepare, tmp_path):
-    buckets, results = make_buckets(tmp_path), queue.Queue()
+def test_files_and_results_are_those_of_torch(prepare, folder):
+    buckets, results = make_buckets(folder), queue.Queue()
     assert write_shards(None, 3, prepare(buckets), results) is None
     written = results.get_nowait()
-    for number, bucket in enumerate(make_buckets(tmp_path)):
+    for number, bucket in enumerate(make_buckets(folder)):
         content, expected = write_with_torch(bucket)
         assert Path(bucket[0]).read_bytes() == content
         assert written[number] == expected
-    recorded = take_shard_hashes(tmp_path, 3)
-    assert recorded == hash_files(tmp_path, [bucket[1] for bucket in buckets])
-    assert take_shard_hashes(tmp_path, 3) is None
-    assert len(list(tmp_path.iterdir())) == 2
+    recorded = take_shard_hashes(folder, 3)
+    assert recorded == hash_files(folder, [bucket[1] for bucket in buckets])
+    assert take_shard_hashes(folder, 3) is None
+    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.parent.iterdir())) == 1
 
 
-def test_ranks_take_their_own_records(tmp_path):
-    infos = hash_files(tmp_path, [])
-    leave_shard_hashes(tmp_path, 1, infos)
-    assert take_shard_hashes(tmp_path, 11) is None
-    assert take_shard_hashes(tmp_path, 1) == {}
+def test_ranks_take_their_own_records(folder):
+    infos = hash_files(folder, [])
+    leave_shard_hashes(folder, 1, infos)
+    assert take_shard_hashes(folder, 11) is None
+    assert take_shard_hashes(folder, 1) == {}
 
 
-def test_a_full_disk_is_the_result(monkeypatch, tmp_path):
+def test_records_go_with_their_checkpoint(folder):
+    other = folder.with_name(".iter_0000008.partial")
+    other.mkdir()
+    for path, rank in ((folder, 0), (folder, 11), (other, 0)):
+        leave_shard_hashes(path, rank, {})
+    remove_unfinished(folder)
+    assert sorted(path.name for path in other.parent.iterdir()) == [
+        ".iter_0000008.0.partial",
+        ".iter_0000008.partial",
+    ]
+
+
+def test_a_full_disk_is_the_result(monkeypatch, folder):
     def refuse(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", refuse)
     results: queue.Queue = queue.Queue()
-    error = write_shards(None, 3, make_buckets(tmp_path), results)
+    error = write_shards(None, 3, make_buckets(folder), results)
     assert error is not None
     assert error.errno == errno.ENOSPC
     assert results.get_nowait() is error
     assert results.empty()
-    assert take_shard_hashes(tmp_path, 3) is None
+    assert take_shard_hashes(folder, 3) is None
 
 
-def test_another_process_stages_and_writes(tmp_path):
+def test_another_process_stages_and_writes(folder):
     """As Megatron's persistent writer does, which is started with "spawn" and gets a pickled request."""
     context = multiprocessing.get_context("spawn")
-    results, buckets = context.Queue(), make_buckets(tmp_path)
+    results, buckets = context.Queue(), make_buckets(folder)
     for action in (partial(stage, buckets), partial(write_shards, None, 3, buckets, results)):
         process = context.Process(target=action)
         process.start()
         process.join()
         assert process.exitcode == 0
     assert sorted(results.get()) == [0, 1]
-    assert take_shard_hashes(tmp_path, 3) == hash_files(tmp_path, [name for _, name, _ in buckets])
+    assert take_shard_hashes(folder, 3) == hash_files(folder, [name for _, name, _ in buckets])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8])
