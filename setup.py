@@ -1,10 +1,16 @@
 """Package of megatron_long; constraints.txt holds the exact versions that were tested."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+PACKAGE = Path(__file__).with_name("megatron_long") / "__init__.py"
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', PACKAGE.read_text(), flags=re.MULTILINE)
 
 setup(
     name="megatron-long",
-    version="0.1.0",
+    version=VERSION,
     description="Stretch Llama-class models to 128K tokens with Megatron-Core",
     license="Apache-2.0",
     python_requires=">=3.12",

@@ -4,4 +4,4 @@ The recipe is that of Fu et al. 2024, "Data Engineering for Scaling Language Mod
 (arXiv 2402.10171). README.md has the map of the package.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

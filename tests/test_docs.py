@@ -110,3 +110,11 @@ def test_changelog_is_kept():
         assert headings
         assert headings == [kind for kind in kinds if kind in headings]
         assert "\n- " not in section.partition("\n### ")[0]
+
+
+def test_the_newest_dated_version_is_the_package_s():
+    from megatron_long import __version__
+
+    changes = (REPOSITORY / "docs" / "CHANGELOG.md").read_text()
+    dated = re.findall(r"^## (\S+) - \d{4}-\d\d-\d\d$", changes, flags=re.MULTILINE)
+    assert dated[0] == __version__
