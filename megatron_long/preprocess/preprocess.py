@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_long.corpus.corpus_sample import sample_texts
-from megatron_long.corpus.inputs import find_inputs
+from megatron_long.corpus.listing import OnListing, no_listing
 from megatron_long.dataset.manifest import (
     TOKENIZER_FOLDER,
     InputInfo,
@@ -90,14 +90,20 @@ class Written:
 
 
 def preprocess(
-    config: PreprocessConfig, output: Path | str, on_progress: OnProgress = no_progress
+    config: PreprocessConfig,
+    output: Path | str,
+    on_progress: OnProgress = no_progress,
+    on_listing: OnListing = no_listing,
 ) -> Manifest:
     """Make a dataset folder; it appears whole or not at all.
 
     Args:
         output: A folder, or a URL to copy the finished dataset to (then `work_dir` must be given).
+        on_listing: Gets the files that will be read, and the others, before any is opened.
     """
-    files, executor = find_inputs(config.inputs), config.executor
+    listing, executor = config.list_inputs(), config.executor
+    on_listing(listing)
+    files = listing.files
     tokenizer = load_tokenizer(config.tokenizer, config.engine)
     tokenizer = check_sample(tokenizer, sample_texts(files, config.keys))
     options = tokenize_options(config, tokenizer)
@@ -122,7 +128,7 @@ def preprocess(
         manifest = _manifest(config, tokenizer, plan, written)
         write_manifest(written.folder, manifest)
         write_report(written.folder / REPORT_FOLDER, manifest)
-        check_unchanged(work, files, find_inputs(config.inputs))
+        check_unchanged(work, files, config.list_inputs().files)
         publish(written.folder, output)
         if not config.keep_work:
             remove_folder(work)

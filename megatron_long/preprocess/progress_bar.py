@@ -7,6 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from megatron_long.corpus.listing import Listing, describe_inputs
 from megatron_long.preprocess.monitor import RunProgress
 
 LINE_SECONDS = 30.0
@@ -56,6 +57,11 @@ class ProgressBars:
             self._tasks[name] = self._bars.add_task(name, text=text)
         total = None if total is None else max(total, done)
         self._bars.update(self._tasks[name], completed=done, total=total, text=text)
+
+
+def print_listing(listing: Listing) -> None:
+    """Print which files are read, and which are not."""
+    print(*describe_inputs(listing), sep="\n", file=sys.stderr, flush=True)
 
 
 def describe(progress: RunProgress, seconds: float) -> str:

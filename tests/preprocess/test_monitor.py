@@ -2,7 +2,7 @@
 
 import itertools
 
-from megatron_long.corpus.inputs import find_inputs
+from megatron_long.corpus.listing import find_inputs
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess import monitor as module
 from megatron_long.preprocess.preprocess import preprocess
