@@ -52,13 +52,12 @@ def _arrow_rows(
     with _open_arrow(item) as source:
         for batch in _arrow_batches(source):
             batch = batch.select(sorted(columns & set(batch.schema.names)))
+            _check(batch)  # not slices: the children of a struct are checked from end to end
             # A batch may hold gigabytes; of a local file, only the pages in use are in memory.
             rows = batch.num_rows * batch_bytes // max(batch.nbytes, 1)
             rows = max(min(rows, MAX_ROWS), 1)
             for start in range(0, batch.num_rows, rows):
-                some = batch.slice(start, rows)
-                _check(some)
-                yield _records(some), source.tell()
+                yield _records(batch.slice(start, rows)), source.tell()
 
 
 @contextmanager
