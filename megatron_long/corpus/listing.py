@@ -36,7 +36,7 @@ UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")
 HF_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 HF_CACHE = "cache-*.arrow"
 """Results of `map` and row numbers of `shuffle`, which `datasets` keeps next to its data."""
-HEAD_BYTES = 1 << 16
+HEAD_BYTES = 1 << 12
 MOST_FOLDERS, MOST_NAMES = 20, 3
 """Listed at the start."""
 
@@ -206,13 +206,7 @@ def _why_not(entry: _Entry, parts: dict[str, tuple[str, ...]]) -> tuple[str, ...
             "is empty (0 bytes), as no whole file of its kind is",
             "fetch it again",
         ) * is_damaged
-    if suffix == ".json" and not _is_lines(entry.item):
-        return (
-            "does not begin with a JSON object on one line",
-            "write one object a line (`jq -c .[]` does for an array), or move it away if it has no "
-            "documents",
-        )
-    return ()
+    return _why_no_lines(entry.item) if suffix == ".json" else ()
 
 
 def _is_known(name: str) -> bool:
@@ -223,17 +217,15 @@ def _is_known(name: str) -> bool:
     return name.endswith(tuple(kind + end for kind in SUFFIXES for end in ends[1:]))
 
 
-def _is_lines(item: InputFile) -> bool:
-    """Tell by its beginning whether a .json file has one object a line."""
+def _why_no_lines(item: InputFile) -> tuple[str, ...]:
+    """Tell by its beginning why a .json file does not have one object a line."""
     with open_seekable(item) as file:
         head = file.read(HEAD_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
-    line, end, _ = head.partition(b"\n")
-    if end and line.startswith(b"{"):
-        try:
-            orjson.loads(line)
-        except orjson.JSONDecodeError:
-            return False
-    return line[:1] in (b"{", b"")
+    if head.startswith(b"["):
+        return "is a JSON array", "write one object a line (`jq -c .[]`)"
+    if head.partition(b"\n")[0].strip() == b"{":
+        return ("is one JSON object over several lines",)
+    return ()
 
 
 def _saved_datasets(entries: list[_Entry]) -> tuple[dict[str, tuple[str, ...]], list[Skipped]]:

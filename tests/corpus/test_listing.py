@@ -76,28 +76,27 @@ def test_empty_files_of_lines_are_files_without_documents(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "is_lines"),
+    "content",
     [
-        (LINE * 2, True),
-        (b"\xef\xbb\xbf\n" + LINE, True),
-        (b'{"text": "' + b"x" * 100_000 + b'"}\n', True),
-        (b'{"text": "x"}', True),
-        (json.dumps([{"text": "x"}]).encode(), False),
-        (json.dumps({"text": "x"}, indent=1).encode(), False),
-        (b"{" + b"\n" * 70_000, False),
-        (b"null\n", False),
+        LINE * 2,
+        b"\xef\xbb\xbf\n" + LINE,
+        b'{"text": "' + b"x" * 100_000 + b'"}\n',
+        b"{damaged\n",  # told when it is read, with its line
     ],
 )
-def test_a_json_file_is_lines_or_is_refused(content, is_lines, tmp_path):
-    write(tmp_path, "a.jsonl")
+def test_a_json_file_of_lines_is_read(content, tmp_path):
     write(tmp_path, "b.json", content=content)
-    if is_lines:
-        assert names(tmp_path) == ["a.jsonl", "b.json"]
-    else:
-        with pytest.raises(
-            DataError, match=r"b\.json does not begin with a JSON object on one line"
-        ):
-            find_inputs([tmp_path])
+    assert names(tmp_path) == ["b.json"]
+
+
+def test_a_json_file_of_one_value_is_not_read(tmp_path):
+    write(tmp_path, "a.jsonl")
+    write(tmp_path, "stats.json", content=json.dumps({"files": 3}, indent=1).encode())
+    assert names(tmp_path) == ["a.jsonl"]
+    assert reasons(tmp_path) == {"stats.json": "is one JSON object over several lines"}
+    write(tmp_path, "b.json", content=json.dumps([{"text": "x"}], indent=1).encode())
+    with pytest.raises(DataError, match=r"b\.json is a JSON array; .*one object a line"):
+        find_inputs([tmp_path])
 
 
 def test_other_kinds_are_listed(tmp_path):
