@@ -21,6 +21,7 @@ import orjson
 from megatron_long.errors import ConfigError, DataError, UserError
 from megatron_long.files import atomic_path
 from megatron_long.job.signals import end_with_parent
+from megatron_long.preprocess.publish import disk_errors
 
 EXECUTORS = ("local", "slurm", "ray")
 POLL_SECONDS = 2.0
@@ -120,7 +121,8 @@ class ClusterStep:
         for index in self.pending[rank::world_size]:
             try:
                 if not self.stage.is_done(index):
-                    self.stage.run(index)
+                    with disk_errors(self.stage.work):
+                        self.stage.run(index)
             except Exception as error:
                 # The log of a task is far away; this is what the waiting run shows.
                 with atomic_path(self.errors / f"{index:06d}.json") as path:
