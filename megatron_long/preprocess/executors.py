@@ -97,6 +97,7 @@ def _run_in_processes(stage: Stage, pending: Sequence[int], workers: int) -> Non
     context = multiprocessing.get_context("spawn")
     # Without its run a worker would wait for work for ever.
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
+    others = set(multiprocessing.active_children())
     try:
         for future in as_completed([pool.submit(stage.run, index) for index in pending]):
             future.result()
@@ -105,6 +106,10 @@ def _run_in_processes(stage: Stage, pending: Sequence[int], workers: int) -> Non
             f"a worker of --workers {workers} died, most likely killed for want of memory; use fewer "
             "workers: the same command resumes where it was"
         ) from None
+    except KeyboardInterrupt:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()  # each would finish its file first, which may take hours
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -42,6 +42,15 @@ def _copy(folder: Path, copy: Path) -> None:
 
 
 @contextmanager
+def interrupts() -> Iterator[None]:
+    """Let Ctrl-C say that the work is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command resumes where it was") from None
+
+
+@contextmanager
 def disk_errors(work: Path) -> Iterator[None]:
     """Turn failures of the file system into errors of the user."""
     try:

@@ -1,16 +1,19 @@
 """A disk that is full, at every stage: one clear message, and the same command resumes."""
 
+import errno
 import os
 import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from megatron_long.errors import ConfigError
+from megatron_long.errors import ConfigError, DataError
 from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess.executors import ClusterStep, _raise_errors
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 from megatron_long.preprocess.publish import publish
@@ -90,6 +93,28 @@ def test_a_limit_of_file_sizes_is_named(corpus, model_file, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "out.work" / "tokens.0").is_dir()
     preprocess(config, tmp_path / "out")
+
+
+@dataclass
+class FullDisk:
+    """A stage whose items meet a full disk."""
+
+    work: Path
+    name: str = "tokens.0"
+
+    def is_done(self, index):
+        return False
+
+    def run(self, index):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_task_of_a_cluster_tells_the_cause(tmp_path):
+    step = ClusterStep(FullDisk(tmp_path), [3], tmp_path / "errors")
+    with pytest.raises(ConfigError, match="no space left"):
+        step(None)
+    with pytest.raises(DataError, match=r"no space left .* make room"):
+        _raise_errors(tmp_path / "errors")
 
 
 COPY_TO_FULL_DISK = """
