@@ -80,8 +80,8 @@ def run_tool(main: Callable[[], int | None], *, prints_result: bool = True) -> i
         if error.errno != errno.ENAMETOOLONG:
             raise
         return _tell(f"{error.filename} is too long for a file's name; give a shorter path")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
         return 130
 
 

@@ -21,14 +21,14 @@ from megatron_long.preprocess.dry_run import plan_dataset
 from megatron_long.preprocess.executors import EXECUTORS
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import read_config
-from megatron_long.preprocess.progress_bar import ProgressBars
+from megatron_long.preprocess.progress_bar import ProgressBars, print_listing
 
 
 def main() -> None:
     args = _parser().parse_args()
     config = read_config(args)
     if args.dry_run:
-        sources, fraction = plan_dataset(config)
+        sources, fraction = plan_dataset(config, on_listing=print_listing)
         print_sources(sources)
         read = "all" if fraction == 1 else f"an estimate from {fraction:.2%}"
         print(f"dry run: {read} of the corpus was read, nothing was written")
@@ -40,7 +40,7 @@ def main() -> None:
                 f"--output: {Path(args.output).absolute().parent} does not exist and will be made"
             )
     with ProgressBars() as bars:
-        manifest = preprocess(config, args.output, bars.update)
+        manifest = preprocess(config, args.output, bars.update, print_listing)
     print_sources(manifest.sources)
     for warning in manifest.warnings:
         print(f"warning: {warning}")
@@ -63,7 +63,9 @@ def _parser() -> ArgumentParser:
 
 
 def _add_corpus(add) -> None:  # type: ignore[no-untyped-def]
-    files = ".jsonl[.gz|.zst] and .parquet files, folders of them, or URLs (s3://, gs://, ...)"
+    files = (
+        ".jsonl, .json, .ndjson [.gz|.zst], .parquet, .arrow; folders of them; URLs (s3://, ...)"
+    )
     add("--input", nargs="+", required=True, help=files)
     add(
         "--tokenizer",
@@ -81,6 +83,8 @@ def _add_corpus(add) -> None:  # type: ignore[no-untyped-def]
     folder = "the source of a file is its first folder below --input (or the --input folder itself)"
     add("--source-from-folder", action="store_true", help=folder)
     add("--text-key", default=DEFAULT_TEXT_KEY, metavar="PATH", help="default: %(default)s")
+    unread = "skip leaves out files of other kinds that are likely to hold documents; default: %(default)s"
+    add("--on-unread-file", choices=("stop", "skip"), default="stop", help=unread)
     bad = "skip leaves out what cannot be read and lists it in the manifest; default: %(default)s"
     add("--on-bad-document", choices=("stop", "skip"), default="stop", help=bad)
 

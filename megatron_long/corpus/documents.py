@@ -1,4 +1,4 @@
-"""Documents from a file of the corpus: lines of JSON or rows of parquet, each validated.
+"""Documents from a file of the corpus: lines of JSON or rows of a table, each validated.
 
 Documents are read in batches and record their line (or row), so every error names `file:line`. A document
 that cannot be read ends the run, or is skipped and listed, depending on `BadDocuments`.
@@ -12,14 +12,17 @@ from urllib.parse import quote
 
 import orjson
 
+from megatron_long.corpus.columnar import read_rows
 from megatron_long.corpus.inputs import (
+    BYTE_ORDER_MARK,
+    TABLES,
     HashingReader,
     InputFile,
     decompressed,
     open_input,
-    open_seekable,
+    suffix_of,
 )
-from megatron_long.errors import ConfigError, DataError
+from megatron_long.errors import DataError
 
 LONGEST_SOURCE_BYTES = 200
 """Limit of a source's name in file names: file systems allow 255 bytes, including temporary suffixes."""
@@ -27,7 +30,6 @@ DEFAULT_SOURCE_KEYS = ("meta.redpajama_set_name", "source")
 SOURCE_FROM_FOLDER = "folder"
 DEFAULT_TEXT_KEY = "text"
 BATCH_BYTES = 4 << 20
-PARQUET_ROWS = 1024
 MAX_LISTED_PER_FILE = 20
 
 REDPAJAMA_SOURCES = {
@@ -47,7 +49,7 @@ class Document(NamedTuple):
     text: str
     source: str
     line: int = 0
-    """Its line in a .jsonl file or row in a parquet file, from 1."""
+    """Its line, or its row in a .parquet or .arrow file, from 1."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,14 @@ def read_documents(
     Raises: DataError: the file is damaged, or a document is bad and not to be skipped.
     """
     with open_input(item) as reader:
-        read = _read_parquet if item.path.endswith(".parquet") else _read_lines
+        is_table = suffix_of(item.path) in TABLES
+        read = _read_table if is_table else _read_lines
         for batch in read(item, reader, keys, bad, state):
             share = min(reader.used_share(state.used_bytes), 1.0)
             state.position_bytes = min(round(reader.position * share), item.read_bytes)
             yield batch
         state.position_bytes = item.read_bytes
-        if item.xxh3_128 or not item.path.endswith(".parquet"):  # which is not read from end to end
+        if item.xxh3_128 or not is_table:  # which is not read from end to end
             state.xxh3_128 = reader.finish()
 
 
@@ -149,7 +152,7 @@ def parse_line(line: bytes, item: InputFile, number: int, keys: RecordKeys) -> D
     Raises: ValueError: it is bad; the arguments are the reason and the remedy.
     """
     try:
-        record = orjson.loads(line)
+        record = orjson.loads(line.removeprefix(BYTE_ORDER_MARK))
     except orjson.JSONDecodeError as error:
         raise ValueError(
             f"is not JSON ({error}): every line must be one JSON object with a text and a source",
@@ -207,9 +210,10 @@ def _lacks(record: Any, what: str, flag: str, key: str) -> tuple[str, str]:
     found = (
         f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
     )
+    folder = ", or give --source-from-folder if each source has a folder" * (what == "source")
     return (
         f"has no {what} string at {key!r} ({found})",
-        f"fix the line, or name the key with {flag} (dots select keys of nested objects)",
+        f"fix the line, or name the key with {flag} (dots select keys of nested objects){folder}",
     )
 
 
@@ -249,61 +253,34 @@ def _is_damage(error: Exception) -> bool:
     return isinstance(error, OSError | EOFError) or package in ("zlib", "zstandard", "pyarrow")
 
 
-def _read_parquet(
+def _read_table(
     item: InputFile,
     reader: HashingReader,
     keys: RecordKeys,
     bad: BadDocuments,
     state: FileState,
 ) -> Iterator[list[Document]]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise ConfigError(f"{item.path}: reading .parquet needs `pip install pyarrow`") from None
     label = canonical_source(item.folder) if not keys.source_paths else None
-    number, fetch = item.first_line - 1, "fetch it again"
+    number = item.first_line - 1
+    columns = {key.partition(".")[0] for key in (keys.text, *keys.source_paths)}
     try:
-        # pyarrow seeks, so it gets a file of its own.
-        with open_seekable(item) as raw, parquet.ParquetFile(raw) as file:
-            names = set(file.schema_arrow.names)
-            wanted = {key.partition(".")[0] for key in (keys.text, *keys.source_paths)} & names
-            for group in range(*(item.groups or (0, file.num_row_groups))):
-                batches = file.iter_batches(PARQUET_ROWS, [group], sorted(wanted))
-                for table in batches:
-                    batch: list[Document] = []
-                    for record in _records(table):
-                        number += 1
-                        try:
-                            if isinstance(record, UnicodeDecodeError):
-                                raise ValueError(
-                                    f"is not UTF-8 ({record})", "fix or delete the row"
-                                )
-                            batch.append(_document(record, number, keys, label))
-                        except ValueError as error:
-                            bad.add(item, number, *error.args)
-                    share = number / max(file.metadata.num_rows, 1)
-                    reader.position = round(item.size_bytes * share) - item.start_bytes
-                    yield batch
+        # pyarrow seeks, so it opens the file itself.
+        for records, position in read_rows(item, columns, state.batch_bytes):
+            batch: list[Document] = []
+            for record in records:
+                number += 1
+                try:
+                    if isinstance(record, UnicodeDecodeError):
+                        raise ValueError(f"is not UTF-8 ({record})", "fix or delete the row")
+                    batch.append(_document(record, number, keys, label))
+                except ValueError as error:
+                    bad.add(item, number, *error.args)
+            reader.position = position - item.start_bytes
+            yield batch
     except DataError:
         raise
     except Exception as error:
         if not _is_damage(error):
             raise
-        bad.add(
-            item, number + 1, f"cannot be read ({error}): the file is cut off or damaged", fetch
-        )
-
-
-def _records(table: Any) -> list[Any]:
-    """Return the rows of a table; for one that is not UTF-8, the error."""
-    try:
-        return table.to_pylist()
-    except UnicodeDecodeError:
-        return [_record(table.slice(row, 1)) for row in range(table.num_rows)]
-
-
-def _record(row: Any) -> Any:
-    try:
-        return row.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return error
+        reason = f"cannot be read ({error}): the file is cut off or damaged"
+        bad.add(item, number + 1, reason, "fetch it again")

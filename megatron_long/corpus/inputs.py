@@ -1,12 +1,9 @@
-"""The files of a corpus: find them, open them by path or fsspec URL, read their bytes or lines.
-
-A file is identified by its name relative to the user's path, so a corpus keeps its keys when it is moved.
-"""
+"""The files of a corpus: open them by path or fsspec URL, read their bytes or lines."""
 
 import dataclasses
 import gzip
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +11,15 @@ from typing import IO, Any, cast
 
 import xxhash
 
-from megatron_long.errors import ConfigError, DataError
+from megatron_long.errors import ConfigError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+LINES = (".jsonl", ".ndjson", ".json")
+"""Suffixes of files with one JSON object a line."""
+COMPRESSIONS = (".gz", ".zst")
+TABLES = (".parquet", ".arrow")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""At the beginning of files from Windows, and of their parts where such files were joined."""
+SUFFIXES = (*LINES, *(lines + end for end in COMPRESSIONS for lines in LINES), *TABLES)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,15 @@ class InputFile:
         return self.size_bytes if self.piece_bytes is None else self.piece_bytes
 
 
+def suffix_of(path: str) -> str:
+    """Return the suffix in `SUFFIXES` that a path ends in; empty if none.
+
+    >>> suffix_of("s3://b/c4-train.00000.JSON.gz"), suffix_of("a.tar.gz")
+    ('.json.gz', '')
+    """
+    return next((suffix for suffix in SUFFIXES if path.lower().endswith(suffix)), "")
+
+
 def is_url(path: str | Path) -> bool:
     """Return whether a path is a URL.
 
@@ -73,30 +85,6 @@ def file_system(url: str) -> tuple[Any, str]:
         raise ConfigError(f"{url}: {error}; `pip install fsspec{package}`") from None
     except ValueError as error:
         raise ConfigError(f"{url}: {error}") from None
-
-
-def find_inputs(paths: Sequence[Path | str]) -> list[InputFile]:
-    """List the corpus files under `paths`, sorted by name.
-
-    The name is relative to the folder given, or the base name of a file given. Equal names from several
-    inputs get `#2`, `#3` in the order given.
-
-    Raises: DataError: a path is missing, holds no corpus file, has another suffix or is given twice.
-    """
-    inputs: dict[str, InputFile] = {}
-    seen: set[str] = set()
-    for root in paths:
-        for identity, item in _list_url(str(root)) if is_url(root) else _list_local(Path(root)):
-            if identity in seen:
-                raise DataError(f"--input names {item.path} twice; name every file once")
-            seen.add(identity)
-            name, count = item.name, 1
-            while name in inputs:
-                count += 1
-                name = f"{item.name}#{count}"
-            folder = item.name.partition("/")[0] if "/" in item.name else item.folder
-            inputs[name] = InputFile(name, item.path, item.size_bytes, item.version, folder)
-    return [inputs[name] for name in sorted(inputs)]
 
 
 class HashingReader(io.RawIOBase):
@@ -161,10 +149,11 @@ def hash_input(item: InputFile) -> str:
 
 
 def decompressed(item: InputFile, reader: HashingReader) -> IO[bytes]:
-    """Return the text of a .jsonl file, decompressed by its suffix."""
-    if item.path.endswith(".gz"):
+    """Return the text of a file of lines, decompressed by its suffix."""
+    suffix = suffix_of(item.path)
+    if suffix.endswith(".gz"):
         return cast(IO[bytes], io.BufferedReader(gzip.GzipFile(fileobj=reader), 1 << 16))
-    if item.path.endswith(".zst"):
+    if suffix.endswith(".zst"):
         try:
             import zstandard
         except ImportError:
@@ -216,52 +205,3 @@ class _ZstandardStream(io.RawIOBase):
             block = self._frame.unused_data if self._frame.eof else b""
             self._frame = None if self._frame.eof else self._frame
         return b"".join(parts)
-
-
-def _list_local(root: Path) -> Iterator[tuple[str, InputFile]]:
-    if not root.exists():
-        raise DataError(f"--input {root} does not exist; give existing files or folders")
-    if root.is_dir():
-        paths = sorted(path for path in root.rglob("*") if path.name.endswith(SUFFIXES))
-        _require_some(paths, root)
-    else:
-        _require_suffix(root)
-        paths = [root]
-    for path in paths:
-        name = path.relative_to(root).as_posix() if path != root else path.name
-        state = path.stat()
-        folder = root.resolve().name if path != root else path.resolve().parent.name
-        item = InputFile(name, str(path), state.st_size, str(state.st_mtime_ns), folder)
-        yield str(path.resolve()), item
-
-
-def _list_url(root: str) -> Iterator[tuple[str, InputFile]]:
-    system, top = file_system(root)
-    top = top.rstrip("/")
-    if not system.exists(top):
-        raise DataError(f"--input {root} does not exist; give existing files or folders")
-    if system.isdir(top):
-        found = system.find(top, detail=True)
-        details = [found[path] for path in sorted(found) if path.endswith(SUFFIXES)]
-        _require_some(details, root)
-    else:
-        _require_suffix(root)
-        details = [system.info(top)]
-    for detail in details:
-        path = detail["name"]
-        # A store without a tag or a time still has the size: changes of content alone are not detected.
-        version = detail.get("ETag") or detail.get("mtime") or detail.get("LastModified") or ""
-        name = path.removeprefix(top).lstrip("/") or path.rpartition("/")[2]
-        folder = top.rpartition("/")[2] if path != top else top.split("/")[-2]
-        url = system.unstrip_protocol(path)
-        yield url, InputFile(name, url, int(detail["size"]), str(version), folder)
-
-
-def _require_some(found: Sequence[object], root: Path | str) -> None:
-    if not found:
-        raise DataError(f"--input {root} holds no corpus file ({', '.join(SUFFIXES)})")
-
-
-def _require_suffix(root: Path | str) -> None:
-    if not str(root).endswith(SUFFIXES):
-        raise DataError(f"--input {root} has an unsupported suffix; use {', '.join(SUFFIXES)}")

@@ -1,11 +1,12 @@
 """Sort records that do not fit into memory: a counting sort by key prefix on disk, then bucket by bucket."""
 
 import mmap
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 PREFIX_BITS = 12
 CHUNK_ROWS = 1 << 18
@@ -38,7 +39,7 @@ def sort_on_disk(
     bounds = np.concatenate([[0], ends[(1 << PREFIX_BITS) - 1 :: 1 << PREFIX_BITS]])
     if total == 0:
         return np.zeros(0, dtype), bounds
-    records = np.memmap(path, dtype, "w+", shape=(total,))
+    records = new_rows(path, dtype, total)
     _scatter(chunks(), records, ends - counts.ravel(), groups_and_keys)
     for start, stop in _runs(ends, bounds):
         part = np.array(records[start:stop])
@@ -46,6 +47,18 @@ def sort_on_disk(
         release(records)
     records.flush()
     return records, bounds
+
+
+def new_rows(path: Path, dtype: DTypeLike, count: int) -> np.memmap:
+    """Map a new file of zeros whose space is reserved.
+
+    Without that, writing to the map while the disk is full would end the process with SIGBUS.
+
+    Raises: OSError: no space is left.
+    """
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(count, 1) * np.dtype(dtype).itemsize)
+    return np.memmap(path, dtype, "r+", shape=(max(count, 1),))
 
 
 def iterate_rows(rows: NDArray, start: int = 0, stop: int | None = None) -> Iterator[NDArray]:

@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_long.dataset.manifest import OrderInfo
-from megatron_long.mixture.external_sort import CHUNK_ROWS, iterate_rows, release, sort_on_disk
+from megatron_long.mixture.external_sort import (
+    CHUNK_ROWS,
+    iterate_rows,
+    new_rows,
+    release,
+    sort_on_disk,
+)
 from megatron_long.mixture.selection import CHOSEN_DTYPE
 
 WINDOW_TOKENS = 4_000_000
@@ -40,7 +46,7 @@ def order_documents(
     )
     starts = bounds[::num_passes].tolist()
     positions = _positions(shuffled, starts, folder / f"{name}.positions")
-    ordered = np.memmap(folder / f"{name}.rows", CHOSEN_DTYPE, "w+", shape=(max(len(chosen), 1),))
+    ordered = new_rows(folder / f"{name}.rows", CHOSEN_DTYPE, len(chosen))
     place = 0
     for rows in _merge(shuffled, positions, starts):
         ordered[place : place + len(rows)] = rows
@@ -84,7 +90,7 @@ def measure_evenness(
 
 def _positions(shuffled: NDArray, starts: list[int], path: Path) -> NDArray[np.float64]:
     """Return the middle of each document among the tokens of its source, from 0 to 1."""
-    positions = np.memmap(path, np.float64, "w+", shape=(max(len(shuffled), 1),))
+    positions = new_rows(path, np.float64, len(shuffled))
     for start, stop in itertools.pairwise(starts):
         total = sum(
             int(rows["length_tokens"].astype(np.int64).sum())

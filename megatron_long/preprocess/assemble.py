@@ -16,7 +16,7 @@ from megatron_long.dataset.manifest import (
     documents_path,
 )
 from megatron_long.hashing import FileInfo, hash_file
-from megatron_long.mixture.external_sort import iterate_rows, release
+from megatron_long.mixture.external_sort import iterate_rows
 from megatron_long.mixture.rows import ROW_DTYPE
 from megatron_long.preprocess.stages import WriteJob, gather_tokens
 
@@ -51,16 +51,18 @@ def write_train(
 
 def _write_documents(path: Path, order: NDArray, numbers: NDArray) -> int:
     """Write a `documents.npy`; give the number of its tokens."""
-    documents = np.lib.format.open_memmap(path, "w+", DOCUMENTS_DTYPE, shape=(len(order),))
-    place = num_tokens = 0
-    for rows in iterate_rows(order):
-        for name in ("source", "line", "length_tokens"):
-            documents[name][place : place + len(rows)] = rows[name]
-        documents["file"][place : place + len(rows)] = numbers[rows["file"]]
-        place += len(rows)
-        num_tokens += int(rows["length_tokens"].astype(np.int64).sum())
-        release(documents)
-    documents.flush()
+    shape, descr = (len(order),), np.lib.format.dtype_to_descr(DOCUMENTS_DTYPE)
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    num_tokens = 0
+    with open(path, "wb") as file:  # not a map, in which a full disk would end the process
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows in iterate_rows(order):
+            documents = np.empty(len(rows), DOCUMENTS_DTYPE)
+            for name in ("source", "line", "length_tokens"):
+                documents[name] = rows[name]
+            documents["file"] = numbers[rows["file"]]
+            file.write(documents.tobytes())
+            num_tokens += int(rows["length_tokens"].astype(np.int64).sum())
     return num_tokens
 
 

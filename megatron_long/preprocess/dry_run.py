@@ -4,7 +4,7 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
-from megatron_long.corpus.inputs import find_inputs
+from megatron_long.corpus.listing import OnListing, no_listing
 from megatron_long.dataset.manifest import SourceInfo
 from megatron_long.mixture.admission import Admission
 from megatron_long.mixture.plan import TooLittle, make_plan
@@ -18,13 +18,17 @@ SAMPLE_TEXT_BYTES = 64 << 20
 
 
 def plan_dataset(
-    config: PreprocessConfig, text_bytes: int = SAMPLE_TEXT_BYTES
+    config: PreprocessConfig,
+    text_bytes: int = SAMPLE_TEXT_BYTES,
+    on_listing: OnListing = no_listing,
 ) -> tuple[dict[str, SourceInfo], float]:
     """Tell what `preprocess` would make of each source, from a sample, writing nothing to keep.
 
     Returns: The sources, counts scaled to the whole corpus; and the share of the corpus that was read.
     """
-    files, tokenizer = find_inputs(config.inputs), load_tokenizer(config.tokenizer, config.engine)
+    listing = config.list_inputs()
+    on_listing(listing)
+    files, tokenizer = listing.files, load_tokenizer(config.tokenizer, config.engine)
     options = tokenize_options(config, tokenizer)
     with tempfile.TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         survey = survey_corpus(files, tokenizer, options, Path(scratch) / "tokens", text_bytes)

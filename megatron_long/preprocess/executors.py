@@ -21,6 +21,7 @@ import orjson
 from megatron_long.errors import ConfigError, DataError, UserError
 from megatron_long.files import atomic_path
 from megatron_long.job.signals import end_with_parent
+from megatron_long.preprocess.publish import disk_errors
 
 EXECUTORS = ("local", "slurm", "ray")
 POLL_SECONDS = 2.0
@@ -96,6 +97,7 @@ def _run_in_processes(stage: Stage, pending: Sequence[int], workers: int) -> Non
     context = multiprocessing.get_context("spawn")
     # Without its run a worker would wait for work for ever.
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
+    others = set(multiprocessing.active_children())
     try:
         for future in as_completed([pool.submit(stage.run, index) for index in pending]):
             future.result()
@@ -104,6 +106,10 @@ def _run_in_processes(stage: Stage, pending: Sequence[int], workers: int) -> Non
             f"a worker of --workers {workers} died, most likely killed for want of memory; use fewer "
             "workers: the same command resumes where it was"
         ) from None
+    except KeyboardInterrupt:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()  # each would finish its file first, which may take hours
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -120,7 +126,8 @@ class ClusterStep:
         for index in self.pending[rank::world_size]:
             try:
                 if not self.stage.is_done(index):
-                    self.stage.run(index)
+                    with disk_errors(self.stage.work):
+                        self.stage.run(index)
             except Exception as error:
                 # The log of a task is far away; this is what the waiting run shows.
                 with atomic_path(self.errors / f"{index:06d}.json") as path:

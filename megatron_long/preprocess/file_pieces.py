@@ -1,9 +1,9 @@
 """Large files in pieces, so that one file keeps many workers busy.
 
-Plain .jsonl files are divided at line ends, .parquet files between row groups; what is compressed from end
-to end (.gz, .zst) stays whole. A document keeps the number of its line (or row) in the file, so its keys, and
-with them the dataset, are the same whatever the pieces. To know the lines before each piece, a file
-is read once beforehand, which also gives its hash.
+Plain files of lines are divided at line ends, .parquet files between row groups; what is compressed from end
+to end (.gz, .zst) and .arrow files stay whole. A document keeps the number of its line (or row) in the file,
+so its keys, and with them the dataset, are the same whatever the pieces. To know the lines before each piece,
+a file is read once beforehand, which also gives its hash.
 """
 
 import dataclasses
@@ -15,7 +15,14 @@ from typing import Any
 
 import orjson
 
-from megatron_long.corpus.inputs import InputFile, hash_input, open_input, open_seekable
+from megatron_long.corpus.inputs import (
+    LINES,
+    InputFile,
+    hash_input,
+    open_input,
+    open_seekable,
+    suffix_of,
+)
 from megatron_long.errors import DataError
 from megatron_long.files import atomic_path
 from megatron_long.preprocess.executors import ExecutorOptions, run_stage
@@ -82,7 +89,7 @@ def split_inputs(
     if len(items) < options.workers:
         logger.warning(
             "--workers %d: the corpus has %d files or pieces of files to read, so only as many workers "
-            "have work; .gz and .zst files are never divided: make more of them, or decompress them",
+            "have work; .gz, .zst and .arrow files are never divided: make more of them",
             options.workers,
             len(items),
         )
@@ -94,7 +101,7 @@ def find_pieces(item: InputFile, piece_bytes: int) -> tuple[list[Piece], str]:
 
     Raises: DataError: the file changed meanwhile.
     """
-    if item.path.endswith(".parquet"):
+    if suffix_of(item.path) == ".parquet":
         try:
             return list(_row_groups(item, piece_bytes)), hash_input(item)
         except (OSError, ValueError):  # damaged: reading it as a whole tells what is wrong
@@ -152,4 +159,4 @@ def _pieces(item: InputFile, content: dict[str, Any]) -> Iterator[InputFile]:
 
 
 def _is_divisible(item: InputFile) -> bool:
-    return item.path.endswith((".jsonl", ".parquet"))
+    return suffix_of(item.path) in (*LINES, ".parquet")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_long.corpus.corpus_sample import sample_texts
-from megatron_long.corpus.inputs import find_inputs
+from megatron_long.corpus.listing import OnListing, no_listing
 from megatron_long.dataset.manifest import (
     TOKENIZER_FOLDER,
     InputInfo,
@@ -36,14 +36,20 @@ from megatron_long.mixture.rows import read_strata
 from megatron_long.preprocess.assemble import write_train, write_valid
 from megatron_long.preprocess.executors import ExecutorOptions, run_stage
 from megatron_long.preprocess.file_pieces import split_inputs
-from megatron_long.preprocess.monitor import Monitor, OnProgress, no_progress
+from megatron_long.preprocess.monitor import (
+    Monitor,
+    OnProgress,
+    TokenizeLook,
+    count_done,
+    no_progress,
+)
 from megatron_long.preprocess.preprocess_config import (
     PreprocessConfig,
     tokenize_job,
     tokenize_options,
     work_folder,
 )
-from megatron_long.preprocess.publish import disk_errors, publish
+from megatron_long.preprocess.publish import disk_errors, interrupts, publish
 from megatron_long.preprocess.stages import (
     TokenizeJob,
     TokenizeStage,
@@ -90,22 +96,29 @@ class Written:
 
 
 def preprocess(
-    config: PreprocessConfig, output: Path | str, on_progress: OnProgress = no_progress
+    config: PreprocessConfig,
+    output: Path | str,
+    on_progress: OnProgress = no_progress,
+    on_listing: OnListing = no_listing,
 ) -> Manifest:
     """Make a dataset folder; it appears whole or not at all.
 
     Args:
         output: A folder, or a URL to copy the finished dataset to (then `work_dir` must be given).
+        on_listing: Gets the files that will be read, and the others, before any is opened.
     """
-    files, executor = find_inputs(config.inputs), config.executor
+    listing, executor = config.list_inputs(), config.executor
+    on_listing(listing)
+    files = listing.files
     tokenizer = load_tokenizer(config.tokenizer, config.engine)
     tokenizer = check_sample(tokenizer, sample_texts(files, config.keys))
     options = tokenize_options(config, tokenizer)
     work = work_folder(config.work_dir, output)
-    with disk_errors(work), only_run(work):
+    with disk_errors(work), only_run(work), interrupts():
         open_work(work, config.command(), files, force=config.force)
-        items = split_inputs(files, work, executor)
-        set_limits(work, items, tokenizer, options, config.mixture)
+        with Monitor("prepare", on_progress):
+            items = split_inputs(files, work, executor)
+            set_limits(work, items, tokenizer, options, config.mixture)
         job = tokenize_job(items, config.tokenizer, tokenizer.engine_name, options)
         request = PlanRequest(job, config.mixture, config.keep_work)
         plan, tokens = _tokenize_and_plan(request, work, executor, on_progress)
@@ -117,13 +130,16 @@ def preprocess(
             tokenizer.bos_id,
             tokenizer.eod_id,
         )
-        written = _write(write, plan, [item.name for item in items], work, executor)
-        copy_tokenizer(config.tokenizer, written.folder / TOKENIZER_FOLDER)
-        manifest = _manifest(config, tokenizer, plan, written)
-        write_manifest(written.folder, manifest)
-        write_report(written.folder / REPORT_FOLDER, manifest)
-        check_unchanged(work, files, find_inputs(config.inputs))
-        publish(written.folder, output)
+        with Monitor("write", on_progress, count_done(WriteStage(work), len(write.parts))):
+            _write(write, work, executor)
+        with Monitor("finish", on_progress):
+            written = _join(write, plan, [item.name for item in items], work)
+            copy_tokenizer(config.tokenizer, written.folder / TOKENIZER_FOLDER)
+            manifest = _manifest(config, tokenizer, plan, written)
+            write_manifest(written.folder, manifest)
+            write_report(written.folder / REPORT_FOLDER, manifest)
+            check_unchanged(work, files, config.list_inputs().files)
+            publish(written.folder, output)
         if not config.keep_work:
             remove_folder(work)
     return manifest
@@ -142,14 +158,15 @@ def _tokenize_and_plan(
         stage, count = TokenizeStage(work, number), len(job.files)
         options = dataclasses.replace(job.options, admission=admission)
         write_pickle(stage.job_path, dataclasses.replace(job, options=options))
-        with Monitor(work, stage.name, job.files, on_progress):
+        with Monitor(stage.name, on_progress, TokenizeLook(work, stage.name, job.files)):
             run_stage(stage, count, executor)
         forget_tokenizers()
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         folders = [stage.folder(index) for index in range(count)]
         try:
-            plan = make_plan(folders, request.mixture, admission, options.overhead, scratch)
+            with Monitor("plan", on_progress):
+                plan = make_plan(folders, request.mixture, admission, options.overhead, scratch)
             return plan, work / stage.name
         except UserError:
             # The same command would end here again: nothing to resume.
@@ -161,18 +178,21 @@ def _tokenize_and_plan(
             remove_folder(work / stage.name)
 
 
-def _write(
-    job: WriteJob, plan: Plan, names: Sequence[str], work: Path, executor: ExecutorOptions
-) -> Written:
-    """Write the parts of the training tokens, and put the dataset folder together.
+def _write(job: WriteJob, work: Path, executor: ExecutorOptions) -> None:
+    """Write the parts of the training tokens."""
+    stage = WriteStage(work)
+    # The plan is made anew after a kill, and is the same: parts that are written stay valid.
+    write_pickle(stage.job_path, job)
+    run_stage(stage, len(job.parts), executor)
+
+
+def _join(job: WriteJob, plan: Plan, names: Sequence[str], work: Path) -> Written:
+    """Put the dataset folder together.
 
     Args:
         names: The file that each item of the first stage is, or is a piece of.
     """
     stage = WriteStage(work)
-    # The plan is made anew after a kill, and is the same: parts that are written stay valid.
-    write_pickle(stage.job_path, job)
-    run_stage(stage, len(job.parts), executor)
     parts = [stage.path(index) for index in range(len(job.parts))]
     folder = work / "dataset"
     shutil.rmtree(folder, ignore_errors=True)

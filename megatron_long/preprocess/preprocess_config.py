@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_long.corpus.documents import SOURCE_FROM_FOLDER, RecordKeys
 from megatron_long.corpus.inputs import InputFile, is_url
+from megatron_long.corpus.listing import Listing, list_inputs
 from megatron_long.dataset.indexed import token_dtype
 from megatron_long.errors import ConfigError
 from megatron_long.mixture.mixture import Mixture, named_sources
@@ -49,6 +50,8 @@ class PreprocessConfig:
     engine: str = "auto"
     on_bad_document: str = "stop"
     """`stop`, or `skip` to leave out documents that cannot be read and list them."""
+    on_unread_file: str = "stop"
+    """`stop`, or `skip` to leave out files that are likely to hold documents and cannot be read."""
     token_dtype: str = "auto"
     """`auto`, `uint16` or `int32`."""
     execution: ExecutorOptions | None = None
@@ -66,6 +69,8 @@ class PreprocessConfig:
             raise ConfigError(f"--seed {self.seed} is not within 0 and 2^64 - 1")
         if self.on_bad_document not in ("stop", "skip"):
             raise ConfigError(f"--on-bad-document {self.on_bad_document}: choose stop or skip")
+        if self.on_unread_file not in ("stop", "skip"):
+            raise ConfigError(f"--on-unread-file {self.on_unread_file}: choose stop or skip")
         if self.token_dtype not in ("auto", "uint16", "int32"):
             raise ConfigError(f"--token-dtype {self.token_dtype}: choose auto, uint16 or int32")
 
@@ -73,6 +78,10 @@ class PreprocessConfig:
     def executor(self) -> ExecutorOptions:
         """Where to run."""
         return self.execution or ExecutorOptions(workers=self.workers)
+
+    def list_inputs(self) -> Listing:
+        """List the files to read, and the others."""
+        return list_inputs(self.inputs, skip_unread=self.on_unread_file == "skip")
 
     def command(self) -> dict[str, Any]:
         """Give what decides which bytes come out, for the work folder to compare."""
@@ -120,6 +129,7 @@ def read_config(flags: Namespace) -> PreprocessConfig:
         workers=flags.workers,
         engine=flags.engine,
         on_bad_document=flags.on_bad_document,
+        on_unread_file=flags.on_unread_file,
         token_dtype=flags.token_dtype,
         execution=_read_execution(flags),
         work_dir=flags.work_dir,

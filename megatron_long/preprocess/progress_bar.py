@@ -5,8 +5,9 @@ import time
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from megatron_long.corpus.listing import Listing, describe_inputs
 from megatron_long.preprocess.monitor import RunProgress
 
 LINE_SECONDS = 30.0
@@ -21,13 +22,11 @@ class ProgressBars:
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
             console=Console(stderr=True),
             disable=not self._is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._stage = ""
-        self._start = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -38,16 +37,17 @@ class ProgressBars:
 
     def update(self, progress: RunProgress) -> None:
         """Show how far a run is."""
-        if progress.stage != self._stage:
-            self._stage, self._start = progress.stage, time.monotonic()
-        seconds = max(time.monotonic() - self._start, 1e-3)
-        text = describe(progress, seconds)
+        text = describe(progress)
         if self._is_terminal:
-            self._set("all", progress.read_bytes, progress.total_bytes, text)
+            is_measured = progress.is_finished or progress.total_bytes or progress.files_total
+            share = 1.0 if progress.is_finished else progress.share
+            self._set(progress.stage, share, 1.0 if is_measured else None, text)
+            seconds = max(progress.seconds, 1e-3)
             for name, tokens in progress.tokens_by_source.items():
-                rate = f"{tokens / 1e6:.1f}M tokens, {tokens / seconds / 1e6:.2f}M/s"
-                self._set(name, tokens, progress.expected_by_source.get(name), rate)
-        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+                rate = (tokens - progress.resumed_tokens_by_source.get(name, 0)) / seconds
+                counted = f"{tokens / 1e6:.1f}M tokens, {rate / 1e6:.2f}M/s"
+                self._set(name, tokens, progress.expected_by_source.get(name), counted)
+        elif progress.is_finished or time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
             print(text, file=sys.stderr, flush=True)
 
@@ -58,15 +58,42 @@ class ProgressBars:
         self._bars.update(self._tasks[name], completed=done, total=total, text=text)
 
 
-def describe(progress: RunProgress, seconds: float) -> str:
+def print_listing(listing: Listing) -> None:
+    """Print which files are read, and which are not."""
+    print(*describe_inputs(listing), sep="\n", file=sys.stderr, flush=True)
+
+
+def describe(progress: RunProgress) -> str:
     """Give one line on a run.
 
-    >>> describe(RunProgress("tokens.0", 1, 4, 10_000_000, 40_000_000, 30_000_000, 8_000_000), 2.0)
-    'tokens.0: 1 of 4 files, 10.0 of 40.0 MB, 4.00M tokens/s, 6 s left'
+    >>> describe(RunProgress("tokens.0", 1, 4, 10_000_000, 40_000_000, 30_000_000, 8_000_000, seconds=2.0))
+    'tokens.0: 1 of 4 files, 10.0 of 40.0 MB, 4.00M tokens/s, 2 s so far'
+    >>> describe(RunProgress("write", 1, 4, seconds=200.0, left_s=600.0))
+    'write: 1 of 4 files, 200 s so far, about 10 min left'
+    >>> describe(RunProgress("plan", seconds=31.0, is_finished=True))
+    'plan: done in 31 s'
     """
-    left = seconds * (progress.total_bytes - progress.read_bytes) / max(progress.read_bytes, 1)
-    return (
-        f"{progress.stage}: {progress.files_done} of {progress.files_total} files, "
-        f"{progress.read_bytes / 1e6:.1f} of {progress.total_bytes / 1e6:.1f} MB, "
-        f"{progress.tokens / seconds / 1e6:.2f}M tokens/s, {left:.0f} s left"
-    )
+    parts = []
+    if progress.files_total:
+        parts.append(f"{progress.files_done} of {progress.files_total} files")
+    if progress.total_bytes:
+        parts.append(f"{progress.read_bytes / 1e6:.1f} of {progress.total_bytes / 1e6:.1f} MB")
+    if progress.tokens:
+        made = progress.tokens - progress.resumed_tokens
+        parts.append(f"{made / max(progress.seconds, 1e-3) / 1e6:.2f}M tokens/s")
+    time_so_far = format_seconds(progress.seconds)
+    parts.append(f"done in {time_so_far}" if progress.is_finished else f"{time_so_far} so far")
+    if progress.left_s is not None and not progress.is_finished:
+        parts.append(f"about {format_seconds(progress.left_s)} left")
+    return f"{progress.stage}: {', '.join(parts)}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Give a time in a unit of its size.
+
+    >>> format_seconds(299.6), format_seconds(300), format_seconds(7_200), format_seconds(72_795)
+    ('300 s', '5 min', '2.0 h', '20.2 h')
+    """
+    if seconds < 300:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -20,7 +20,7 @@ def publish(folder: Path, output: Path | str) -> None:
             if error.errno != errno.EXDEV:
                 raise
             with atomic_path(Path(output), directory=True) as copy:
-                shutil.copytree(folder, copy, dirs_exist_ok=True)
+                _copy(folder, copy)
         return
     system, target = file_system(str(output))
     names = sorted(
@@ -29,6 +29,25 @@ def publish(folder: Path, output: Path | str) -> None:
     for name in sorted(names, key=lambda name: name == "manifest.json"):
         system.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
         system.put_file(str(folder / name), f"{target}/{name}")
+
+
+def _copy(folder: Path, copy: Path) -> None:
+    """Copy a folder; unlike `copytree`, an error tells its cause."""
+    for path in sorted(folder.rglob("*")):
+        target = copy / path.relative_to(folder)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            shutil.copy2(path, target)
+
+
+@contextmanager
+def interrupts() -> Iterator[None]:
+    """Let Ctrl-C say that the work is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command resumes where it was") from None
 
 
 @contextmanager
@@ -41,6 +60,12 @@ def disk_errors(work: Path) -> Iterator[None]:
             raise ConfigError(
                 f"{error.filename or work}: no space left ({error.strerror}); make room and give the same "
                 "command again, which resumes where it was"
+            ) from None
+        if error.errno == errno.EFBIG:
+            raise ConfigError(
+                f"{error.filename or work}: no file may grow that large ({error.strerror}); raise the "
+                "limit (ulimit -f, or another file system for --work-dir) and give the same command "
+                "again, which resumes where it was"
             ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise ConfigError(

@@ -132,7 +132,8 @@ class WriteStage:
         start, stop = job.parts[index]
         order = np.memmap(job.order, CHOSEN_DTYPE, "r")
         with atomic_path(self.path(index)) as temporary:
-            gather_tokens(np.array(order[start:stop]), job).tofile(temporary)
+            # Not `tofile`, whose error on a full disk does not tell the cause.
+            temporary.write_bytes(gather_tokens(np.array(order[start:stop]), job).data)
 
 
 def gather_tokens(rows: NDArray, job: WriteJob) -> NDArray:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 from megatron_long.corpus.corpus_sample import SAMPLE_FILES, TEXT_CHARS_PER_FILE, sample_texts
 from megatron_long.corpus.documents import RecordKeys
-from megatron_long.corpus.inputs import find_inputs
+from megatron_long.corpus.listing import find_inputs
 from megatron_long.dataset.manifest import read_manifest
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess.preprocess import preprocess

@@ -12,7 +12,8 @@ from megatron_long.corpus.documents import (
     parse_line,
     read_documents,
 )
-from megatron_long.corpus.inputs import InputFile, find_inputs, hash_input
+from megatron_long.corpus.inputs import InputFile, hash_input
+from megatron_long.corpus.listing import find_inputs
 from megatron_long.errors import DataError
 
 

@@ -1,6 +1,7 @@
 import pytest
 
-from megatron_long.corpus.inputs import find_inputs, hash_input
+from megatron_long.corpus.inputs import hash_input
+from megatron_long.corpus.listing import find_inputs
 from megatron_long.errors import ConfigError, DataError
 
 

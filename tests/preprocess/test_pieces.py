@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_long.corpus.documents import BadDocuments, FileState, RecordKeys, read_documents
-from megatron_long.corpus.inputs import find_inputs, hash_input
+from megatron_long.corpus.inputs import hash_input
+from megatron_long.corpus.listing import find_inputs
 from megatron_long.dataset.inspection import DatasetBrowser
 from megatron_long.dataset.manifest import read_manifest
 from megatron_long.errors import DataError

@@ -6,7 +6,7 @@ import numpy as np
 import orjson
 import pytest
 
-from megatron_long.corpus.inputs import find_inputs
+from megatron_long.corpus.listing import find_inputs
 from megatron_long.dataset.manifest import read_manifest
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess import survey as survey_module
