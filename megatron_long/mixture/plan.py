@@ -240,6 +240,8 @@ def _settle(
     given, target = mixture.keep_short, mixture.long_token_share
     for group in groups:
         limits = admission.limits(group.names[0])
+        if limits.valid == 1:  # every document was tokenized, whatever the other limits
+            limits = Limits()
         group.long_budget, group.trimmed = None, {}
         if given is None:
             needed = group.budget / mixture.allow_repeat
@@ -252,13 +254,16 @@ def _settle(
         passes = mixture.allow_repeat if limits.order == 1 else 1
         fills = got.tokens * passes >= group.budget
         needs_order = not fills and limits.order < 1
-        needs_short = given is None and group.keep_short >= limits.keep_short < 1
+        # A ratio above the limit is that of another command, which continues this work.
+        needs_short = limits.keep_short < (given or 0.0)
+        needs_short |= given is None and group.keep_short >= limits.keep_short < 1
         if target is not None and group.budget and fills and not needs_short:
             needs_order = not _meet_long_share(group, mixture, limits, _long_share(group, stats))
             needs_short = needs_order and limits.keep_short < 1
         if needs_order or needs_short:
+            keep_short = max(2 * limits.keep_short, given or 0.0) if needs_short else 0.0
             wider |= dict.fromkeys(
-                group.names, _widen(limits, got.tokens, group.budget, needs_short)
+                group.names, _widen(limits, got.tokens, group.budget, keep_short)
             )
     if wider:
         raise TooTight(wider)
@@ -290,9 +295,9 @@ def _long_share(group: Group, stats: CorpusStats) -> float:
     return sum(source.long_tokens for source in sources) / sum(source.tokens for source in sources)
 
 
-def _widen(limits: Limits, tokens: int, budget: int, needs_short: bool) -> Limits:
+def _widen(limits: Limits, tokens: int, budget: int, keep_short: float) -> Limits:
     order = min(limits.order * max(WIDER * budget / max(tokens, 1), WIDER), 1.0)
-    keep_short = min(2 * limits.keep_short, 1.0) if needs_short else limits.keep_short
+    keep_short = min(max(keep_short, limits.keep_short), 1.0)
     return Limits(order, keep_short, min(limits.valid, order))
 
 

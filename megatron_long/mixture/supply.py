@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +26,7 @@ class TooLittle(DataError):
         most: Training tokens that the corpus can fill; 0 where a source has nothing left.
         others: What else would help.
         fraction: Share of the corpus that all other counts are of.
+        kept: Folder of the work that a command with another mixture continues.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class TooLittle(DataError):
         most: int,
         others: Sequence[str],
         fraction: float = 1.0,
+        kept: Path | None = None,
     ) -> None:
         self.counts = train_tokens, short, most, others
         listed = "; ".join(
@@ -47,6 +50,7 @@ class TooLittle(DataError):
             f"--train-tokens {format_token_count(train_tokens)} is more than the corpus can fill after "
             f"holding out validation documents and dropping short ones ({estimate}{listed}); use "
             f"{', '.join(first)}{' or ' if first else ''}{last}"
+            + (f"; what was tokenized is kept for that in {kept}" if kept else "")
         )
 
 
@@ -101,8 +105,8 @@ def leave_out_tiny(
         out += source.tokens
         shares[name] = 0.0
         warnings.append(
-            f"{name}: left out of the mixture, because validation and dropped short documents leave {usable:,} "
-            f"of its {source.tokens:,} tokens and its share is {asked:,}"
+            f"{name}: left out of the mixture, because validation and dropped short documents leave "
+            f"{usable:,} of its {source.tokens:,} tokens and its share is {asked:,}"
         )
     total = sum(shares.values())
     for name in shares:
