@@ -222,9 +222,7 @@ def _fill_budgets(
             more = leave_out_tiny(shares, short, stats)
         if not more and is_natural(mixture):
             rough = [name for name, source in stats.sources.items() if not source.is_exact]
-            if (
-                rough
-            ):  # the shares are estimates: whether they can be filled is told from all tokens
+            if rough:  # estimates of the shares do not tell whether they can be filled
                 raise TooTight(dict.fromkeys(rough, Limits()))
         if not more:
             raise too_little(mixture, shares, available, short)
