@@ -4,8 +4,7 @@ Everything that grows with the corpus is on disk; arrays in memory hold a chunk 
 """
 
 import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,12 +25,22 @@ from megatron_long.mixture.selection import (
     Cut,
     Group,
     choose_valid,
+    count_apart,
     fill_budget,
     measure,
+    measure_long_share,
     solve_keep_short,
 )
 from megatron_long.mixture.shares import split_budget
 from megatron_long.mixture.summary import SourceCounts, source_info
+from megatron_long.mixture.supply import (
+    find_short,
+    is_natural,
+    leave_out_tiny,
+    share_warning,
+    stop_holding_out,
+    too_little,
+)
 
 ORDER_NAME = "order"
 POOL = "all sources"
@@ -44,39 +53,6 @@ class TooTight(Exception):
     def __init__(self, wider: dict[str, Limits]) -> None:
         super().__init__(", ".join(wider))
         self.wider = wider
-
-
-class TooLittle(DataError):
-    """Sources cannot fill their budgets.
-
-    Args:
-            short: Tokens available and asked, of each such source.
-        most: Training tokens that the corpus can fill; 0 where a source has nothing left.
-        others: What else would help.
-        fraction: Share of the corpus that all counts are of.
-    """
-
-    def __init__(
-        self,
-        train_tokens: int,
-        short: Mapping[str, tuple[int, int]],
-        most: int,
-        others: Sequence[str],
-        fraction: float = 1.0,
-    ) -> None:
-        self.counts = train_tokens, short, most, others
-        listed = "; ".join(
-            f"{name}: {round(usable / fraction):,} tokens available, {round(asked / fraction):,} asked"
-            for name, (usable, asked) in short.items()
-        )
-        estimate = f"by an estimate from {fraction:.2%} of it, " if fraction < 1 else ""
-        at_most = [f"at most --train-tokens {int(most / fraction)}"] if most else []
-        *first, last = [*at_most, *others]
-        super().__init__(
-            f"--train-tokens {round(train_tokens / fraction)} is more than the corpus can fill after "
-            f"holding out validation documents and dropping short ones ({estimate}{listed}); use "
-            f"{', '.join(first)}{' or ' if first else ''}{last}"
-        )
 
 
 @dataclass(frozen=True)
@@ -125,14 +101,14 @@ def make_plan(
     cut = Cut(overhead)
     if mixture.rules.cuts:
         cut = Cut(overhead, mixture.cut_length_tokens - overhead)
-    budgets = split_budget(mixture.train_tokens, pools)
     groups = [
-        Group(names if is_pooled else [name], mine, budget, mixture.long_threshold_tokens, cut)
-        for (name, budget), mine in zip(budgets.items(), rows, strict=True)
+        Group(names if is_pooled else [name], mine, 0, mixture.long_threshold_tokens, cut)
+        for name, mine in zip(pools, rows, strict=True)
     ]
     valid = _hold_out(groups, stats, admission, mixture.valid_tokens_per_source)
-    warnings, available = _settle(groups, mixture, admission)
-    _check_supply(budgets, dict(zip(pools, available, strict=True)), pools, mixture)
+    warnings = _fill_budgets(groups, pools, mixture, admission, stats)
+    for name in set(valid) & {group.names[0] for group in groups if not len(group.held_out)}:
+        del valid[name]
     order, used = _choose_and_order(groups, len(names), scratch)
     counts = [SourceCounts() for _ in names]
     for chunk in iterate_rows(order):
@@ -153,6 +129,8 @@ def make_plan(
             group.keep_short,
             used[index],
         )
+    for group in groups:
+        warnings += share_warning(group, [counts[names.index(n)] for n in group.names], mixture)
     evenness = measure_evenness(iterate_rows(order), kept)
     return Plan(names, order, valid, infos, stats, evenness, warnings)
 
@@ -207,16 +185,62 @@ def _hold_out(
     return valid
 
 
-def _settle(
-    groups: Sequence[Group], mixture: Mixture, admission: Admission
-) -> tuple[list[str], list[int]]:
-    """Determine how many short documents each group keeps; return warnings, and the tokens of each group."""
+def _fill_budgets(
+    groups: Sequence[Group],
+    shares: dict[str, float],
+    mixture: Mixture,
+    admission: Admission,
+    stats: CorpusStats,
+) -> list[str]:
+    """Settle what each group takes; return warnings.
+
+    A source that is too small to hold documents out holds none out, and with natural shares tiny sources that
+    cannot fill their budgets are left out (their shares become 0): one document does not decide about a
+    corpus.
+    """
     warnings: list[str] = []
+    while True:
+        for group, budget in zip(
+            groups, split_budget(mixture.train_tokens, shares).values(), strict=True
+        ):
+            group.budget = budget
+        tokens = _settle(groups, mixture, admission, stats)
+        available = dict(zip(shares, tokens, strict=True))
+        asked = {name: group.budget for name, group in zip(shares, groups, strict=True)}
+        short = find_short(asked, available, mixture.allow_repeat)
+        if not short:
+            return warnings
+        found = []
+        if not mixture.rules.is_pooled:
+            found = [
+                stop_holding_out(group, stats, mixture.allow_repeat)
+                for name, group in zip(shares, groups, strict=True)
+                if name in short
+            ]
+        more = [warning for warning in found if warning]
+        if not more and is_natural(mixture):
+            more = leave_out_tiny(shares, short, stats)
+        if not more and is_natural(mixture):
+            rough = [name for name, source in stats.sources.items() if not source.is_exact]
+            if rough:  # estimates of the shares do not tell whether they can be filled
+                raise TooTight(dict.fromkeys(rough, Limits()))
+        if not more:
+            raise too_little(mixture, shares, available, short)
+        warnings += more
+
+
+def _settle(
+    groups: Sequence[Group], mixture: Mixture, admission: Admission, stats: CorpusStats
+) -> list[int]:
+    """Determine which documents each group takes; return the tokens that each could take in one pass."""
     wider: dict[str, Limits] = {}
     available: list[int] = []
     given, target = mixture.keep_short, mixture.long_token_share
     for group in groups:
         limits = admission.limits(group.names[0])
+        if limits.valid == 1:  # every document was tokenized, whatever the other limits
+            limits = Limits()
+        group.long_budget, group.trimmed = None, {}
         if given is None:
             needed = group.budget / mixture.allow_repeat
             group.keep_short = solve_keep_short(group, target or 0.0, needed, limits.keep_short)
@@ -224,54 +248,55 @@ def _settle(
             group.keep_short = given
         got = measure(group, group.keep_short)
         available.append(got.tokens)
-        off = got.long_share - target if target is not None and group.budget else 0.0
-        needs_order = got.tokens * mixture.allow_repeat < group.budget and limits.order < 1
-        needs_short = given is None and group.keep_short >= limits.keep_short < 1
+        # No second pass before all documents are known.
+        passes = mixture.allow_repeat if limits.order == 1 else 1
+        fills = got.tokens * passes >= group.budget
+        needs_order = not fills and limits.order < 1
+        # A ratio above the limit is that of another command, which continues this work.
+        needs_short = limits.keep_short < (given or 0.0)
+        needs_short |= given is None and group.keep_short >= limits.keep_short < 1
+        if target is not None and group.budget and fills and not needs_short:
+            needs_order = not _meet_long_share(group, mixture, limits, _long_share(group, stats))
+            needs_short = needs_order and limits.keep_short < 1
         if needs_order or needs_short:
+            keep_short = max(2 * limits.keep_short, given or 0.0) if needs_short else 0.0
             wider |= dict.fromkeys(
-                group.names, _widen(limits, got.tokens, group.budget, needs_short)
-            )
-        elif off < -SHARE_TOLERANCE - got.grain:
-            warnings.append(
-                f"{', '.join(group.names)}: {100 * got.long_share:.1f}% of the tokens are in long "
-                f"documents, --long-token-share {target} is out of reach"
-                + (" (the budget needs the short ones)" if got.long_tokens else " (it has none)")
+                group.names, _widen(limits, got.tokens, group.budget, keep_short)
             )
     if wider:
         raise TooTight(wider)
-    return warnings, available
+    return available
 
 
-def _widen(limits: Limits, tokens: int, budget: int, needs_short: bool) -> Limits:
+def _meet_long_share(
+    group: Group, mixture: Mixture, limits: Limits, share_in_corpus: float
+) -> bool:
+    """Count long and short documents apart where one order of all misses the share and this meets it.
+
+    A group whose corpus is above the share may stay above it: long documents are not dropped for short ones.
+
+    Returns: False if wider limits may let more be met.
+    """
+    target = mixture.long_token_share
+    assert target is not None
+    off = measure_long_share(group) - target
+    if abs(off) <= SHARE_TOLERANCE or (off > 0 and share_in_corpus >= target):
+        return True
+    is_open = min(limits.order, limits.keep_short) == 1
+    passes = mixture.allow_repeat if is_open else 1
+    return count_apart(group, target, limits.keep_short, passes) or is_open
+
+
+def _long_share(group: Group, stats: CorpusStats) -> float:
+    """Return the share of long documents in the corpus of a group."""
+    sources = [stats.sources[name] for name in group.names]
+    return sum(source.long_tokens for source in sources) / sum(source.tokens for source in sources)
+
+
+def _widen(limits: Limits, tokens: int, budget: int, keep_short: float) -> Limits:
     order = min(limits.order * max(WIDER * budget / max(tokens, 1), WIDER), 1.0)
-    keep_short = min(2 * limits.keep_short, 1.0) if needs_short else limits.keep_short
+    keep_short = min(max(keep_short, limits.keep_short), 1.0)
     return Limits(order, keep_short, min(limits.valid, order))
-
-
-def _check_supply(
-    budgets: Mapping[str, int],
-    available: Mapping[str, int],
-    shares: Mapping[str, float],
-    mixture: Mixture,
-) -> None:
-    usable = {name: tokens * mixture.allow_repeat for name, tokens in available.items()}
-    short = {
-        name: (usable[name], budget) for name, budget in budgets.items() if budget > usable[name]
-    }
-    if not short:
-        return
-    most = min(int(usable[name] / share) for name, share in shares.items() if share > 0)
-    others = []
-    if not mixture.rules.is_pooled and any(available.values()):
-        empty = [name for name in short if not available[name]]
-        nothing = f" with 0 for {', '.join(empty)}" if empty else ""
-        others.append(f"other --source-shares{nothing}")
-    if mixture.keep_short is not None and mixture.keep_short < 1:
-        others.append("a higher --short-keep-ratio")
-    if all(available[name] for name in short):
-        passes = max(math.ceil(budgets[name] / available[name]) for name in short)
-        others.append(f"--allow-repeat {passes}")
-    raise TooLittle(mixture.train_tokens, short, most, others)
 
 
 def _choose_and_order(

@@ -5,7 +5,8 @@ the corpus. The order in which a source is used is independent of lengths, so th
 budget prefers neither short nor long documents.
 """
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,7 +30,11 @@ CHOSEN_DTYPE = np.dtype(
 start in the `tokens.bin` of its file; `key` orders the documents of a source within a pass."""
 VALID_MAX_SHARE = 0.1
 """No source gives more than this share of its tokens to validation (but see `choose_valid`)."""
-SHARE_TOLERANCE = 1e-3
+SHARE_TOLERANCE = 5e-3
+"""How far the share of long documents may be from the one asked for without a warning."""
+MOST_TRIMMED = 512
+"""Long documents of a budget where cutting one to the threshold matters: SHARE_TOLERANCE / 5 of it."""
+SOLVER_TOLERANCE = 1e-4
 SOLVER_STEPS = 40
 
 
@@ -57,6 +62,10 @@ class Group:
     """Probability with which a short document is kept: given, or solved for."""
     held_out: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """Sorted indices of rows that are used for validation."""
+    long_budget: int | None = None
+    """Tokens of long documents, if they and the short ones are counted apart (`count_apart`)."""
+    trimmed: dict[int, int] = field(default_factory=dict)
+    """Tokens left of long documents that are cut so that the last one stays long, by row."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,6 @@ class Supply:
     """Share of the tokens taken that is in long documents."""
     long_tokens: int
     """Tokens of long documents in one pass."""
-    grain: float
-    """Share of the budget that the longest document has: the limit of accuracy of shares."""
 
 
 def choose_valid(
@@ -132,9 +139,9 @@ def stored_lengths(cut: Cut, lengths: NDArray) -> NDArray[np.int64]:
 
 def measure(group: Group, keep_short: float) -> Supply:
     """Return what a group offers if short documents are kept with this probability."""
-    supply = taken = long_taken = long_supply = longest = 0
+    supply = taken = long_taken = long_supply = 0
     limit = group.budget
-    for chunk in _usable(group, keep_short):
+    for _, chunk in _usable(group, keep_short):
         lengths = stored_lengths(group.cut, chunk["length_tokens"])
         ends = supply + np.cumsum(lengths)
         inside = np.minimum(lengths, np.maximum(limit - (ends - lengths), 0))
@@ -143,9 +150,7 @@ def measure(group: Group, keep_short: float) -> Supply:
         long_taken += int(inside[is_long].sum())
         supply += int(lengths.sum())
         long_supply += int(lengths[is_long].sum())
-        longest = max(longest, int(lengths.max()))
-    grain = min(longest / limit, 1.0) if limit else 0.0
-    return Supply(supply, long_taken / taken if taken else 0.0, long_supply, grain)
+    return Supply(supply, long_taken / taken if taken else 0.0, long_supply)
 
 
 def solve_keep_short(group: Group, target: float, needed: float, highest: float) -> float:
@@ -175,9 +180,102 @@ def solve_keep_short(group: Group, target: float, needed: float, highest: float)
             low = middle
         else:
             high = middle
-        if got.tokens >= needed and abs(got.long_share - target) < SHARE_TOLERANCE / 10:
+        if got.tokens >= needed and abs(got.long_share - target) < SOLVER_TOLERANCE:
             return middle
     return min(high, highest)
+
+
+def count_apart(group: Group, target: float, highest: float, passes: int) -> bool:
+    """Give long documents the share `target` of the budget, and short ones the rest, each in key order.
+
+    For groups where one order of all documents misses the share: those with few long documents in
+    the budget. Short documents are those with the lowest drop keys that fill their part up to the place where
+    the last long document lies, so what lies behind it need not be known.
+
+    Args:
+        highest: Probability up to which short documents were tokenized.
+        passes: How many times a document may be used.
+    Returns: Whether there are enough documents; if not, the group stays as it is.
+    """
+    supply = measure(group, highest)
+    before, long_tokens = group.keep_short, round(target * group.budget)
+    if not 0 < long_tokens <= passes * supply.long_tokens:
+        return False
+    stop = _trim(group, long_tokens, supply.long_tokens)
+    assert group.long_budget is not None
+    wanted = group.budget - group.long_budget
+    if group.long_budget > supply.long_tokens:  # the same short documents in each pass
+        wanted = -(-wanted * supply.long_tokens // group.long_budget)
+
+    def short_tokens(keep_short: float, stop: int | None) -> int:
+        found = _usable(group, keep_short, is_long=False, stop=stop)
+        return sum(int(chunk["length_tokens"].astype(np.int64).sum()) for _, chunk in found)
+
+    group.keep_short = highest
+    if short_tokens(highest, stop) >= wanted:
+        group.keep_short = _lowest(lambda keep: short_tokens(keep, stop) >= wanted, highest)
+    elif highest < 1 or passes * short_tokens(1.0, None) < group.budget - group.long_budget:
+        group.keep_short, group.long_budget, group.trimmed = before, None, {}
+        return False
+    return True
+
+
+def _lowest(suffices: Callable[[float], bool], highest: float) -> float:
+    """Return the lowest probability that suffices; the same for any `highest`, which does."""
+    low, high = 0.0, 1.0
+    for _ in range(SOLVER_STEPS):
+        middle = (low + high) / 2
+        if middle > highest or suffices(middle):
+            high = middle
+        else:
+            low = middle
+    return min(high, highest)
+
+
+def _trim(group: Group, long_tokens: int, in_a_pass: int) -> int:
+    """Set `long_budget` and `trimmed` so that no long document is cut to a short one.
+
+    Returns: Index of the row behind the last long document of the first pass.
+    """
+    threshold = group.long_threshold_tokens
+    passes, left = divmod(long_tokens, in_a_pass)
+    group.long_budget, group.trimmed = long_tokens, {}
+    longest: list[tuple[int, int]] = []
+    taken = stop = 0
+    for rows, chunk in _usable(group, 0.0, is_long=True):
+        lengths = chunk["length_tokens"].astype(np.int64)
+        count = int(np.searchsorted(taken + np.cumsum(lengths), left))
+        best = np.argsort(lengths[:count])[-MOST_TRIMMED:]
+        found = zip(lengths[best].tolist(), rows[best].tolist(), strict=True)
+        longest = sorted([*longest, *found])[-MOST_TRIMMED:]
+        taken += int(lengths[:count].sum())
+        stop = int(rows[min(count, len(rows) - 1)]) + 1
+        if count < len(rows):
+            break
+    rest = left - taken
+    if 0 < rest < threshold:
+        missing = threshold - rest
+        near = min(rest, missing) <= SHARE_TOLERANCE / 5 * group.budget
+        spare = sum(length - threshold for length, _ in longest)
+        if passes == 0 and not near and spare >= missing:
+            for length, row in reversed(longest):
+                given = min(length - threshold, missing)
+                if given:
+                    group.trimmed[row], missing = length - given, missing - given
+        elif rest <= missing or long_tokens + missing > group.budget:
+            group.long_budget -= rest
+        else:
+            group.long_budget += missing
+    return len(group.rows) if passes else stop
+
+
+def measure_long_share(group: Group) -> float:
+    """Return the share of the budget that `fill_budget` gives to documents that are long in the dataset."""
+    long_tokens = 0
+    for pieces in fill_budget(group):
+        lengths = pieces["length_tokens"].astype(np.int64)
+        long_tokens += int(lengths[lengths >= group.long_threshold_tokens].sum())
+    return long_tokens / group.budget
 
 
 def fill_budget(group: Group) -> Iterator[NDArray]:
@@ -186,10 +284,19 @@ def fill_budget(group: Group) -> Iterator[NDArray]:
     Yields: CHOSEN_DTYPE; a later pass has another order, but the documents that the last, partial
         pass takes follow `order_key` too.
     """
-    left, repeat = group.budget, 0
+    if group.long_budget is None:
+        return _fill(group, group.budget)
+    return itertools.chain(
+        _fill(group, group.long_budget, is_long=True),
+        _fill(group, group.budget - group.long_budget, is_long=False),
+    )
+
+
+def _fill(group: Group, left: int, is_long: bool | None = None) -> Iterator[NDArray]:
+    repeat = 0
     while left > 0:
         before = left
-        for chunk in _usable(group, group.keep_short):
+        for _, chunk in _usable(group, group.keep_short, is_long):
             pieces = _pieces(chunk, group.cut, repeat)
             ends = np.cumsum(pieces["length_tokens"].astype(np.int64))
             count = int(np.searchsorted(ends, left)) + 1
@@ -205,16 +312,29 @@ def fill_budget(group: Group) -> Iterator[NDArray]:
         repeat += 1
 
 
-def _usable(group: Group, keep_short: float) -> Iterator[NDArray]:
-    """Yield rows that may be used for training, in chunks."""
+def _usable(
+    group: Group, keep_short: float, is_long: bool | None = None, stop: int | None = None
+) -> Iterator[tuple[NDArray[np.int64], NDArray]]:
+    """Yield the indices of rows that may be used for training, and the rows, in chunks.
+
+    Args:
+        is_long: Only long documents, or only short ones.
+        stop: Only rows before.
+    """
     start = 0
-    for chunk in iterate_rows(group.rows):
-        usable = chunk["length_tokens"] >= group.long_threshold_tokens
-        usable |= below(chunk["drop_key"], keep_short)
+    for chunk in iterate_rows(group.rows, stop=stop):
+        long = chunk["length_tokens"] >= group.long_threshold_tokens
+        usable = long | below(chunk["drop_key"], keep_short)
+        if is_long is not None:
+            usable &= long == is_long
         first, last = np.searchsorted(group.held_out, (start, start + len(chunk)))
         usable[group.held_out[first:last] - start] = False
+        for row, length_tokens in group.trimmed.items():
+            if start <= row < start + len(chunk):
+                chunk["length_tokens"][row - start] = length_tokens
         if usable.any():
-            yield chunk[usable]
+            places = np.flatnonzero(usable)
+            yield start + places, chunk[places]
         start += len(chunk)
 
 

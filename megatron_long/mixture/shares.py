@@ -52,6 +52,18 @@ def parse_token_count(text: str, flag: str = "--train-tokens") -> int:
     return int(count)
 
 
+def format_token_count(count: int) -> str:
+    """Write a count as it is typed: the reverse of `parse_token_count`.
+
+    >>> format_token_count(200_000), format_token_count(1_500_000), format_token_count(200_001)
+    ('200K', '1.5M', '200001')
+    """
+    for letter, factor in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= factor and count % (factor // 10) == 0:
+            return f"{count / factor:.1f}".removesuffix(".0") + letter
+    return str(count)
+
+
 def parse_shares(words: Sequence[str]) -> dict[str, float]:
     """Read the NAME=SHARE words after `--strategy upsample-sources`.
 

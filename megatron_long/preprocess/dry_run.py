@@ -7,8 +7,9 @@ from pathlib import Path
 from megatron_long.corpus.listing import OnListing, no_listing
 from megatron_long.dataset.manifest import SourceInfo
 from megatron_long.mixture.admission import Admission
-from megatron_long.mixture.plan import TooLittle, make_plan
+from megatron_long.mixture.plan import make_plan
 from megatron_long.mixture.scaling import scale_source
+from megatron_long.mixture.supply import TooLittle
 from megatron_long.preprocess.preprocess_config import PreprocessConfig, tokenize_options
 from megatron_long.preprocess.publish import disk_errors
 from megatron_long.preprocess.survey import survey_corpus
@@ -42,7 +43,8 @@ def plan_dataset(
             folder = Path(scratch) / "plan"
             plan = make_plan(survey.folders, mixture, Admission(), options.overhead, folder)
         except TooLittle as error:
-            raise TooLittle(*error.counts, survey.fraction) from None
+            asked = config.mixture.train_tokens
+            raise TooLittle(asked, *error.counts[1:], survey.fraction) from None
         sources = plan.sources
         if survey.fraction < 1:
             sources = {name: scale_source(info, survey.fraction) for name, info in sources.items()}

@@ -33,6 +33,7 @@ from megatron_long.mixture.corpus_stats import read_info
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.mixture.plan import Plan, TooTight, make_plan
 from megatron_long.mixture.rows import read_strata
+from megatron_long.mixture.supply import TooLittle
 from megatron_long.preprocess.assemble import write_train, write_valid
 from megatron_long.preprocess.executors import ExecutorOptions, run_stage
 from megatron_long.preprocess.file_pieces import split_inputs
@@ -59,7 +60,7 @@ from megatron_long.preprocess.stages import (
     item_folder,
     split_parts,
 )
-from megatron_long.preprocess.survey import set_limits
+from megatron_long.preprocess.survey import refuse_too_many_tokens, set_limits
 from megatron_long.preprocess.workdir import (
     check_unchanged,
     only_run,
@@ -113,6 +114,7 @@ def preprocess(
     tokenizer = load_tokenizer(config.tokenizer, config.engine)
     tokenizer = check_sample(tokenizer, sample_texts(files, config.keys))
     options = tokenize_options(config, tokenizer)
+    refuse_too_many_tokens(files, options, config.mixture)
     work = work_folder(config.work_dir, output)
     with disk_errors(work), only_run(work), interrupts():
         open_work(work, config.command(), files, force=config.force)
@@ -168,6 +170,8 @@ def _tokenize_and_plan(
             with Monitor("plan", on_progress):
                 plan = make_plan(folders, request.mixture, admission, options.overhead, scratch)
             return plan, work / stage.name
+        except TooLittle as error:
+            raise TooLittle(*error.counts, kept=work) from None
         except UserError:
             # The same command would end here again: nothing to resume.
             if not request.keep_work:

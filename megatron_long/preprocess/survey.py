@@ -8,6 +8,7 @@ import itertools
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from megatron_long.corpus.inputs import InputFile
@@ -15,7 +16,7 @@ from megatron_long.errors import ConfigError
 from megatron_long.mixture.admission import Admission, Limits
 from megatron_long.mixture.corpus_stats import CorpusStats, SourceStats, gather_stats, read_info
 from megatron_long.mixture.mixture import Mixture, source_shares
-from megatron_long.mixture.shares import split_budget
+from megatron_long.mixture.shares import format_token_count, split_budget
 from megatron_long.preprocess.monitor import EXPECTED_FILE
 from megatron_long.preprocess.tokenize_file import TokenizeOptions, tokenize_file
 from megatron_long.preprocess.workdir import write_json, write_limits
@@ -30,6 +31,40 @@ MARGIN = 1.5
 """How many times more than the estimate of what is needed is admitted."""
 MIN_DOCUMENTS = 200
 """A source with fewer documents in the sample is admitted whole: its estimate would be too rough."""
+
+MOST_TEXT_BYTES = {".jsonl": 1, ".jsonl.gz": 1032, ".jsonl.zst": 2**15}
+"""Most bytes of text for each byte of a file: JSON's escapes are longer than what they stand for; DEFLATE's
+shortest code has 2 bits for 258 bytes; Zstandard's smallest block has 4 bytes for 128 KiB."""
+
+
+def refuse_too_many_tokens(
+    files: Sequence[InputFile], options: TokenizeOptions, mixture: Mixture
+) -> None:
+    """Refuse a budget that the sizes of the files prove too large.
+
+    A token stands for at least one byte of text (`tokenizer.length_bound`), special tokens in a text are text
+    too, and what is added to it (a space, BOS, EOD) is less than its line holds besides.
+
+    Raises: ConfigError: no text that these files can hold has so many tokens.
+    """
+    found = [
+        file.size_bytes * most
+        for file in files
+        for suffix, most in MOST_TEXT_BYTES.items()
+        if file.name.partition("#")[0].endswith(suffix)
+    ]
+    if options.extra_tokens is None or len(found) < len(files):
+        return  # no bound is known
+    size_bytes, pieces = sum(found), Fraction(1)
+    if mixture.rules.cuts:
+        pieces = Fraction(mixture.cut_length_tokens, mixture.cut_length_tokens - options.overhead)
+    most = int(size_bytes * pieces * mixture.allow_repeat)
+    if mixture.train_tokens > most:
+        raise ConfigError(
+            f"--train-tokens {format_token_count(mixture.train_tokens)} is more than the corpus can hold: "
+            f"its files have at most {size_bytes:,} bytes of text, so at most {most:,} tokens "
+            f"(--allow-repeat {mixture.allow_repeat}); give fewer: --dry-run estimates how many it has"
+        )
 
 
 def set_limits(

@@ -28,6 +28,17 @@ from megatron_long.preprocess.file_pieces import known_hashes
 from megatron_long.tokenizer.tokenizer_files import CONFIG_FILES, tokenizer_file
 
 COMMAND_FILE = "command.json"
+OF_THE_PLAN = {
+    "train_tokens",
+    "short_keep_ratio",
+    "long_token_share",
+    "upsampled_shares",
+    "source_shares",
+    "missing_sources",
+    "valid_tokens_per_source",
+    "allow_repeat",
+}
+"""Options of a mixture that decide what is taken of the tokens: other values use the same tokens."""
 INPUTS_FILE = "inputs.json"
 
 
@@ -133,6 +144,12 @@ def _check_command(work: Path, command: Mapping[str, Any]) -> None:
     found = differences(before, command, sorted({*before, *command}))
     if [(item.name, item.now) for item in found] == [("on_bad_document", "skip")]:
         write_json(work / COMMAND_FILE, command)  # what is done so far held no bad document
+        return
+    changed = differences(before.get("mixture", {}), command.get("mixture", {}))
+    if [item.name for item in found] == ["mixture"] and {i.name for i in changed} <= OF_THE_PLAN:
+        for name in ("plan", "parts", "dataset"):
+            remove_path(work / name)
+        write_json(work / COMMAND_FILE, command)
         return
     if found:
         raise ConfigError(

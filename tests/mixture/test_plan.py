@@ -1,6 +1,7 @@
 """Plans made of metadata alone: no text is tokenized here."""
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import orjson
@@ -284,8 +285,10 @@ def test_a_source_above_the_long_share_stays_and_one_without_long_documents_is_r
     assert book.short_keep_ratio == c4.short_keep_ratio == 1.0
     assert book.long_share_after == pytest.approx(book.long_share_before, abs=0.1)
     assert plan.warnings == [
+        f"Book: {book.long_share_after:.1%} of the tokens are in long documents, --long-token-share 0.2 is "
+        "out of reach (it has 53.0% in all, and long ones are not dropped)",
         "C4: 0.0% of the tokens are in long documents, --long-token-share 0.2 is out of reach (it has "
-        "none)"
+        "none)",
     ]
 
 
@@ -353,3 +356,22 @@ def test_limits_change_nothing_else(plan_of):
     half = corpus[corpus["order_key"] < np.uint64(2**63)]
     limited = plan_of(half, mixture, admission=Admission(default=Limits(0.5, 0.1, 0.5)))
     assert places(limited.order) == places(plan_of(corpus, mixture).order)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "420e208cc9707f5f"),
+        ({"strategy": "original"}, "413deb1768cd8df6"),
+        ({"strategy": "cut", "cut_length_tokens": 300}, "7d814bbf1c3afb0f"),
+        ({"strategy": "global"}, "e3744195d5769f0e"),
+        ({"long_token_share": 0.6}, "a20f42b3c83b3a48"),
+        ({"long_token_share": 0.7, "strategy": "global"}, "3239bf1e082f5588"),
+        ({"train_tokens": 12_000_000, "allow_repeat": 9}, "43348e61cf0ebdd6"),
+    ],
+)
+def test_choices_are_those_of_version_0_1(changes, expected, plan_of):
+    mixture = dataclasses.replace(BASE, **{"train_tokens": 2_000_000, **changes})
+    plan = plan_of(make_corpus(40_000), mixture)
+    assert plan.warnings == []
+    assert hashlib.sha256(plan.order.tobytes()).hexdigest()[:16] == expected

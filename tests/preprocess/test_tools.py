@@ -73,7 +73,7 @@ def test_dry_run_prints_the_table_and_writes_nothing(words, tmp_path):
         ({"--input": "/nowhere/a.jsonl"}, "--input /nowhere/a.jsonl does not exist"),
         ({"--tokenizer": "/nowhere/t.model"}, "--tokenizer /nowhere/t.model: no tokenizer there"),
         ({"--train-tokens": "5X"}, "--train-tokens '5X' is not a number of tokens"),
-        ({"--train-tokens": "5B"}, "--train-tokens 5000000000 is more than the corpus can fill"),
+        ({"--train-tokens": "5B"}, "--train-tokens 5B is more than the corpus can hold"),
         ({"--source-shares": "slimpajama"}, "names CommonCrawl, Wikipedia, ArXiv"),
         ({"--source-shares": "/nowhere.yaml"}, "--source-shares /nowhere.yaml does not exist"),
         ({"--source-key": "meta.none"}, "a.jsonl:1 has no source"),

@@ -1,0 +1,186 @@
+"""Sources that cannot fill their budgets: what is done about tiny ones, and what to ask for instead."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_long.errors import DataError
+from megatron_long.mixture.corpus_stats import CorpusStats
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.mixture.selection import SHARE_TOLERANCE, VALID_MAX_SHARE, Group, measure
+from megatron_long.mixture.shares import NATURAL, format_token_count, split_budget
+from megatron_long.mixture.summary import SourceCounts
+
+TINY_DOCUMENTS, TINY_SHARE = 20, 0.01
+"""Sources of so few documents, together at most this share of the corpus, may be left out."""
+
+
+class TooLittle(DataError):
+    """Sources cannot fill their budgets.
+
+    Args:
+        train_tokens: As asked, of the whole corpus.
+        short: Tokens available and asked, of each such source.
+        most: Training tokens that the corpus can fill; 0 where a source has nothing left.
+        others: What else would help.
+        fraction: Share of the corpus that all other counts are of.
+        kept: Folder of the work that a command with another mixture continues.
+    """
+
+    def __init__(
+        self,
+        train_tokens: int,
+        short: Mapping[str, tuple[int, int]],
+        most: int,
+        others: Sequence[str],
+        fraction: float = 1.0,
+        kept: Path | None = None,
+    ) -> None:
+        self.counts = train_tokens, short, most, others
+        listed = "; ".join(
+            f"{name}: {round(usable / fraction):,} tokens available, {round(asked / fraction):,} asked"
+            for name, (usable, asked) in short.items()
+        )
+        estimate = f"by an estimate from {fraction:.2%} of it, " if fraction < 1 else ""
+        at_most = [f"at most --train-tokens {int(most / fraction)}"] if most else []
+        *first, last = [*at_most, *others]
+        super().__init__(
+            f"--train-tokens {format_token_count(train_tokens)} is more than the corpus can fill after "
+            f"holding out validation documents and dropping short ones ({estimate}{listed}); use "
+            f"{', '.join(first)}{' or ' if first else ''}{last}"
+            + (f"; what was tokenized is kept for that in {kept}" if kept else "")
+        )
+
+
+def find_short(
+    budgets: Mapping[str, int], available: Mapping[str, int], allow_repeat: int
+) -> dict[str, tuple[int, int]]:
+    """Return the tokens that can be used, and those asked, of each source that cannot fill its budget.
+
+    >>> find_short({"a": 10, "b": 30}, {"a": 10, "b": 14}, 2)
+    {'b': (28, 30)}
+    """
+    usable = {name: tokens * allow_repeat for name, tokens in available.items()}
+    return {
+        name: (usable[name], budget) for name, budget in budgets.items() if budget > usable[name]
+    }
+
+
+def stop_holding_out(group: Group, stats: CorpusStats, allow_repeat: int) -> str | None:
+    """Take back the held-out document of a source that is too small for one, if that fills its budget.
+
+    Returns: A warning; None if the source stays as it is.
+    """
+    (name,), held_out = group.names, group.held_out
+    held = int(group.rows["length_tokens"][held_out].astype(np.int64).sum())
+    source = stats.sources[name]
+    if held <= VALID_MAX_SHARE * source.tokens:
+        return None
+    group.held_out = held_out[:0]
+    if measure(group, group.keep_short).tokens * allow_repeat >= group.budget:
+        return (
+            f"{name}: nothing is held out for validation, because its budget needs all that it has "
+            f"({source.documents:,} documents, {source.tokens:,} tokens)"
+        )
+    group.held_out = held_out
+    return None
+
+
+def leave_out_tiny(
+    shares: dict[str, float], short: Mapping[str, tuple[int, int]], stats: CorpusStats
+) -> list[str]:
+    """Set the shares of tiny sources that cannot fill their budgets to 0, and scale the others up.
+
+    Returns: Warnings, one for each of them.
+    """
+    warnings = []
+    tokens = sum(source.tokens for source in stats.sources.values())
+    out = sum(source.tokens for name, source in stats.sources.items() if not shares[name])
+    for name in sorted(short, key=lambda name: (stats.sources[name].tokens, name)):
+        source, (usable, asked) = stats.sources[name], short[name]
+        if source.documents > TINY_DOCUMENTS or out + source.tokens > TINY_SHARE * tokens:
+            continue
+        out += source.tokens
+        shares[name] = 0.0
+        warnings.append(
+            f"{name}: left out of the mixture, because validation and dropped short documents leave "
+            f"{usable:,} of its {source.tokens:,} tokens and its share is {asked:,}"
+        )
+    total = sum(shares.values())
+    for name in shares:
+        shares[name] /= total
+    return warnings
+
+
+def too_little(
+    mixture: Mixture,
+    shares: Mapping[str, float],
+    available: Mapping[str, int],
+    short: Mapping[str, tuple[int, int]],
+) -> TooLittle:
+    """Return the error of sources that cannot fill their budgets, with remedies that work."""
+    others = []
+    if not mixture.rules.is_pooled and any(available.values()):
+        empty = [name for name in short if not available[name]]
+        nothing = f" with 0 for {', '.join(empty)}" if empty else ""
+        others.append(f"other --source-shares{nothing}")
+    if mixture.keep_short is not None and mixture.keep_short < 1:
+        others.append("a higher --short-keep-ratio")
+    if all(available[name] for name in short):
+        passes = max(math.ceil(asked / available[name]) for name, (_, asked) in short.items())
+        others.append(f"--allow-repeat {passes}")
+    most = most_tokens(shares, available, short, mixture.allow_repeat)
+    return TooLittle(mixture.train_tokens, short, most, others)
+
+
+def most_tokens(
+    shares: Mapping[str, float],
+    available: Mapping[str, int],
+    short: Mapping[str, tuple[int, int]],
+    allow_repeat: int = 1,
+) -> int:
+    """Return the largest budget that every source can fill; 0 if one has nothing to fill it with.
+
+    >>> most_tokens({"a": 0.75, "b": 0.25}, {"a": 100, "b": 20}, {"b": (20, 50)})
+    81
+    """
+    most = min(int(usable / shares[name]) + bool(usable) for name, (usable, _) in short.items())
+    while most > 0 and find_short(split_budget(most, shares), available, allow_repeat):
+        most -= 1
+    return most
+
+
+def is_natural(mixture: Mixture) -> bool:
+    """Return whether the tokens of the corpus decide the shares of the sources."""
+    return mixture.source_shares == NATURAL and not mixture.rules.is_pooled
+
+
+def share_warning(group: Group, counts: Sequence[SourceCounts], mixture: Mixture) -> list[str]:
+    """Return a warning, with figure and reason, if a group misses `--long-token-share`; else nothing."""
+    target, tokens = mixture.long_token_share, sum(count.tokens for count in counts)
+    if target is None or not tokens:
+        return []
+    share = sum(count.long_tokens for count in counts) / tokens
+    if abs(share - target) <= SHARE_TOLERANCE:
+        return []
+    full = measure(group, 1.0)
+    most, short_tokens = mixture.allow_repeat * full.long_tokens, full.tokens - full.long_tokens
+    if not full.long_tokens:
+        reason = "it has none"
+    elif share < target and most < (target - SHARE_TOLERANCE) * tokens:
+        reason = f"the budget needs the short ones: long ones have {most:,} of {tokens:,} tokens"
+    elif share > target and full.long_tokens >= target * full.tokens:
+        reason = (
+            f"it has {full.long_tokens / full.tokens:.1%} in all, and long ones are not dropped"
+        )
+    elif share > target and short_tokens * mixture.allow_repeat < (1 - target) * tokens:
+        reason = f"short ones have {short_tokens:,} of {tokens:,} tokens"
+    else:
+        threshold = group.long_threshold_tokens
+        reason = f"its budget is {tokens:,} tokens, and a long one has at least {threshold:,}"
+    return [
+        f"{', '.join(group.names)}: {share:.1%} of the tokens are in long documents, --long-token-share "
+        f"{target:g} is out of reach ({reason})"
+    ]
