@@ -25,7 +25,7 @@ from megatron_long.preprocess.workdir import write_json, write_limits
 from megatron_long.tokenizer.engines import release_engine
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
-SURVEY_TEXT_BYTES = 16 << 20
+SURVEY_TEXT_BYTES = 32 << 20
 SURVEY_FROM_BYTES = 64 << 20
 """Corpora with smaller files in all are tokenized without a survey."""
 MARGIN = 1.5
