@@ -99,8 +99,8 @@ def sample_blocks(files: Sequence[InputFile], text_bytes: int, seed: int) -> Blo
             inside = int(place - (ends[index] - counts[index]))
             chosen.append((group[index], inside, len(sizes), int(run)))
         sizes.append((sum(item.size_bytes for item in group), num_blocks))
-    num_streams = sum(not _has_blocks(item) for item, *_ in chosen)
-    limit = max(STREAM_FACTOR * text_bytes // max(num_streams, 1), MIN_BLOCK_BYTES)
+    streams = [item.size_bytes * EXPANSION for item, *_ in chosen if not _has_blocks(item)]
+    limit = _limit(streams, 1.5 * STREAM_FACTOR * text_bytes)
     blocks = [
         _block(item, inside, stratum, run, block_bytes, limit)
         for item, inside, stratum, run in chosen
@@ -130,6 +130,20 @@ def _strata(files: Sequence[InputFile], text_bytes: int) -> list[list[InputFile]
     return list(groups.values())
 
 
+def _limit(sizes: Sequence[float], budget: float) -> int | None:
+    """Return how much of each file may be read, so that all are read alike and within the budget.
+
+    >>> _limit([10, 40, 60], 70), _limit([10, 40], 70)
+    (30, None)
+    """
+    for place, size in enumerate(sorted(sizes)):
+        left = len(sizes) - place
+        if size * left > budget:
+            return max(int(budget / left), 1)
+        budget -= size
+    return None
+
+
 def _kind(item: InputFile) -> str:
     return item.path.rpartition(".")[2]
 
@@ -148,7 +162,7 @@ def _cost(item: InputFile) -> float:
 
 
 def _block(
-    item: InputFile, inside: int, stratum: int, run_blocks: int, block_bytes: int, limit: int
+    item: InputFile, inside: int, stratum: int, run_blocks: int, block_bytes: int, limit: int | None
 ) -> Block:
     piece = dataclasses.replace(item, xxh3_128=SAMPLED)
     start, end = inside * block_bytes, min((inside + 1) * block_bytes, item.size_bytes)

@@ -79,7 +79,10 @@ HEADER = (
 
 
 def expected_rows(expected: Mapping[str, SourceForecast]) -> Iterator[list[str]]:
-    """Yield the rows of the table of a forecast: each figure with its interval."""
+    """Yield the rows of the table of a forecast: each figure with its interval.
+
+    `~` marks figures that are the same in all that was read: their error is not known to be zero.
+    """
     for name, source in expected.items():
         corpus, after = source.corpus, source.long_share_after
         counts = [corpus.documents, corpus.tokens]
@@ -87,23 +90,27 @@ def expected_rows(expected: Mapping[str, SourceForecast]) -> Iterator[list[str]]
             name,
             *map(_count_text, counts),
             _share_text(corpus.share),
-            _count_text(source.tokens_asked),
+            _asked_text(source.tokens_asked),
             _count_text(source.tokens_usable),
             _share_text(corpus.long_share),
             _share_text(after) if after else "-",
         ]
 
 
+def _asked_text(interval: Interval) -> str:
+    return f"{interval.value:,.0f}" if interval.is_exact else _count_text(interval)
+
+
 def _count_text(interval: Interval) -> str:
     if interval.is_exact:
-        return f"{interval.value:,.0f}"
+        return f"~{short_count(interval.value)}"
     value, low, high = map(short_count, (interval.value, interval.low, interval.high))
     return f"{value} ({low}-{high})"
 
 
 def _share_text(interval: Interval) -> str:
     value, low, high = (100 * part for part in (interval.value, interval.low, interval.high))
-    return f"{value:.2f}%" if interval.is_exact else f"{value:.1f}% ({low:.1f}-{high:.1f})"
+    return f"~{value:.1f}%" if interval.is_exact else f"{value:.1f}% ({low:.1f}-{high:.1f})"
 
 
 def short_count(number: float) -> str:
