@@ -13,11 +13,11 @@ from pathlib import Path
 from megatron_long.cli import length_tokens, tool_parser
 from megatron_long.corpus.documents import DEFAULT_SOURCE_KEYS, DEFAULT_TEXT_KEY
 from megatron_long.corpus.inputs import is_url
-from megatron_long.dataset.tables import print_sources
+from megatron_long.dataset.tables import print_sources, print_table
 from megatron_long.files import refuse_overwrite
 from megatron_long.mixture.mixture import STRATEGIES
 from megatron_long.mixture.shares import NATURAL, SLIMPAJAMA
-from megatron_long.preprocess.dry_run import plan_dataset
+from megatron_long.preprocess.dry_run import HEADER, DryRun, expected_rows, plan_dataset
 from megatron_long.preprocess.executors import EXECUTORS
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import read_config
@@ -28,10 +28,7 @@ def main() -> None:
     args = _parser().parse_args()
     config = read_config(args)
     if args.dry_run:
-        sources, fraction = plan_dataset(config, on_listing=print_listing)
-        print_sources(sources)
-        read = "all" if fraction == 1 else f"an estimate from {fraction:.2%}"
-        print(f"dry run: {read} of the corpus was read, nothing was written")
+        _print_dry_run(plan_dataset(config, on_listing=print_listing))
         return
     if not is_url(args.output):
         refuse_overwrite(Path(args.output), force=args.force)
@@ -51,6 +48,20 @@ def main() -> None:
     print(
         f"{args.output}: {manifest.train.num_tokens:,} training tokens in "
         f"{manifest.train.num_documents:,} documents; fingerprint {manifest.fingerprint[:16]}"
+    )
+
+
+def _print_dry_run(found: DryRun) -> None:
+    if found.planned:
+        print_sources(found.planned)
+        print("dry run: all of the corpus was read, nothing was written")
+        return
+    print_table(HEADER, expected_rows(found.expected))
+    for note in found.notes:
+        print(f"note: {note}")
+    print(
+        f"dry run: {found.read_share:.2%} of the corpus was read, in parentheses are 95% intervals; "
+        "nothing was written"
     )
 
 

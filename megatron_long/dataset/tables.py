@@ -1,7 +1,8 @@
 """Human-readable summary of a dataset: the table by source and the figure of lengths and shares."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +49,17 @@ def print_sources(sources: Mapping[str, SourceInfo]) -> None:
     console.print(source_table(sources))
 
 
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table of text, wide enough for its columns when the output is a file."""
+    table = Table(*header[:1], box=None, pad_edge=False)
+    for column in header[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
+
+
 def add_sources(sources: Mapping[str, SourceInfo]) -> SourceInfo:
     """Add up all sources: counts and shares are summed, ratios are weighted by tokens.
 
@@ -70,7 +82,26 @@ def add_sources(sources: Mapping[str, SourceInfo]) -> SourceInfo:
             total[field.name] = weighted / max(sum(weights), 1)
         else:
             total[field.name] = values[0]
+    total["share_in_error"] = 0.0
+    total |= _errors_of_sum(infos, total["tokens_in"], total["long_share_before"])
     return SourceInfo(**total | {"index": -1})
+
+
+def _errors_of_sum(infos: Sequence[SourceInfo], tokens: int, long_share: float) -> dict[str, Any]:
+    """Return the bounds of the errors of all sources together: they are independent, so squares add up.
+
+    The share of long tokens also errs by the weights of the sources; a source's two errors may go together.
+    """
+    tokens_in = math.hypot(*(info.tokens_in_error for info in infos))
+    long_errors = [
+        info.tokens_in * info.long_share_before_error
+        + info.tokens_in_error * abs(info.long_share_before - long_share)
+        for info in infos
+    ]
+    return {
+        "tokens_in_error": round(tokens_in),
+        "long_share_before_error": math.hypot(*long_errors) / max(tokens, 1),
+    }
 
 
 def plot_sources(sources: Mapping[str, SourceInfo], threshold_tokens: int) -> "Figure":
@@ -117,17 +148,25 @@ def plot_sources(sources: Mapping[str, SourceInfo], threshold_tokens: int) -> "F
     return figure
 
 
+def share_text(share: float, error: float = 0.0) -> str:
+    """Write a share, with the bound of its error if it has one.
+
+    >>> share_text(0.614, 0.0021), share_text(1)
+    ('61.40% ±0.21', '100.00%')
+    """
+    return f"{100 * share:.2f}%" + (f" ±{100 * error:.2f}" if error else "")
+
+
 def _cells(info: SourceInfo, tokens_in: int) -> list[str]:
     counts = (info.documents_in, info.tokens_in, info.documents_kept, info.tokens_kept)
-    shares = (
-        info.tokens_in / max(tokens_in, 1),
-        info.share_asked,
-        info.share_got,
-        info.long_share_before,
-        info.long_share_after,
-    )
-    numbers = [f"{count:,}" for count in (*counts, info.tokens_valid)]
-    return numbers + [f"{100 * share:.2f}%" for share in shares]
+    return [
+        *(f"{count:,}" for count in (*counts, info.tokens_valid)),
+        share_text(info.tokens_in / max(tokens_in, 1), info.share_in_error),
+        share_text(info.share_asked),
+        share_text(info.share_got),
+        share_text(info.long_share_before, info.long_share_before_error),
+        share_text(info.long_share_after),
+    ]
 
 
 def _add_padded(rows: list[list[int]]) -> list[int]:

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -22,6 +25,22 @@ class Limits:
     """Short documents with a drop key beyond are not used for training."""
     valid: float = 1.0
     """Documents below may be held out for validation, so they are tokenized regardless of the drop key."""
+    measure: float = 0.0
+    """How many documents are tokenized only to be measured; see `measured_share`."""
+
+
+def measured_share(measure: float | NDArray, size_bucket: int | NDArray) -> NDArray[np.float64]:
+    """Return which share of documents of 2^k bytes and more is tokenized to estimate the tokens of others.
+
+    It grows with the root of the size, up to 1: the errors of documents grow with their sizes, and so does
+    what tokenizing them costs. Then this allocation has the least error for its cost.
+
+    Source: Cochran 1977, "Sampling Techniques", section 5.5 (n_h proportional to N_h S_h / sqrt(c_h)).
+
+    >>> measured_share(0.25, np.array([0, 2, 4, 20])).tolist()
+    [0.25, 0.5, 1.0, 1.0]
+    """
+    return np.minimum(measure * np.exp2(np.asarray(size_bucket) / 2), 1.0)
 
 
 @dataclass(frozen=True)

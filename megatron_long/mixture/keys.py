@@ -43,6 +43,15 @@ def below(keys: NDArray[np.uint64], probability: float) -> NDArray[np.bool_]:
     return keys <= threshold(probability)
 
 
+def below_each(keys: NDArray[np.uint64], probabilities: NDArray) -> NDArray[np.bool_]:
+    """Mark the keys of documents that are taken with a probability of their own.
+
+    >>> below_each(np.array([0, 2**63, 2**64 - 1], np.uint64), np.array([0.0, 0.6, 1.0])).tolist()
+    [False, True, True]
+    """
+    return (keys / KEY_END <= probabilities) & (probabilities > 0)
+
+
 def mix_keys(keys: NDArray[np.uint64], number: NDArray | int) -> NDArray[np.uint64]:
     """Scramble keys (splitmix64's finalizer), differently for each number: the pass, or the piece.
 

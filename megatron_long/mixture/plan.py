@@ -3,8 +3,9 @@
 Everything that grows with the corpus is on disk; arrays in memory hold a chunk of rows at a time.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from megatron_long.mixture.selection import (
     measure_long_share,
     solve_keep_short,
 )
-from megatron_long.mixture.shares import split_budget
+from megatron_long.mixture.shares import NATURAL, NATURAL_ERROR, split_budget
 from megatron_long.mixture.summary import SourceCounts, source_info
 from megatron_long.mixture.supply import (
     find_short,
@@ -115,7 +116,9 @@ def make_plan(
         for index, count in enumerate(counts):
             count.add(chunk[chunk["source"] == index], mixture.long_threshold_tokens)
     kept = [count.tokens for count in counts]
-    infos = {}
+    errors, infos = stats.share_errors(), {}
+    if mixture.source_shares == NATURAL and not is_pooled:
+        warnings += _rough_shares(shares, errors)
     for index, name in enumerate(names):
         group = next(group for group in groups if name in group.names)
         asked = kept[index] / mixture.train_tokens if is_pooled else shares[name]
@@ -128,11 +131,22 @@ def make_plan(
             kept[index] / mixture.train_tokens,
             group.keep_short,
             used[index],
+            errors[name],
         )
     for group in groups:
         warnings += share_warning(group, [counts[names.index(n)] for n in group.names], mixture)
     evenness = measure_evenness(iterate_rows(order), kept)
     return Plan(names, order, valid, infos, stats, evenness, warnings)
+
+
+def _rough_shares(shares: Mapping[str, float], errors: Mapping[str, float]) -> Iterator[str]:
+    """Tell of natural shares that are less well known than they should be."""
+    for name, share in shares.items():
+        if errors[name] > NATURAL_ERROR * share:
+            yield (
+                f"{name}: its natural share of {share:.3%} may be off by {errors[name]:.3%} (95%): "
+                "its documents differ more than the survey showed; --source-shares sets it exactly"
+            )
 
 
 def _sorted_rows(
@@ -179,7 +193,8 @@ def _hold_out(
             held_tokens = int(mine["length_tokens"].astype(np.int64).sum())
             if held_tokens < target_tokens and limit.valid < 1:
                 share = min(4 * limit.valid, 1.0)
-                wider[name] = Limits(max(limit.order, share), limit.keep_short, share)
+                order = max(limit.order, share)
+                wider[name] = dataclasses.replace(limit, order=order, valid=share)
     if wider:
         raise TooTight(wider)
     return valid
@@ -296,7 +311,8 @@ def _long_share(group: Group, stats: CorpusStats) -> float:
 def _widen(limits: Limits, tokens: int, budget: int, keep_short: float) -> Limits:
     order = min(limits.order * max(WIDER * budget / max(tokens, 1), WIDER), 1.0)
     keep_short = min(max(keep_short, limits.keep_short), 1.0)
-    return Limits(order, keep_short, min(limits.valid, order))
+    valid = min(limits.valid, order)
+    return dataclasses.replace(limits, order=order, keep_short=keep_short, valid=valid)
 
 
 def _choose_and_order(

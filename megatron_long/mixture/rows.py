@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 ROW_DTYPE = np.dtype(
     [
@@ -40,6 +41,13 @@ class StratumCounts[Value](NamedTuple):
     size_bytes_tokenized: Value
     long_tokens: Value
     """Tokens of long documents among those tokenized."""
+    tokens: Value
+    """Tokens of those tokenized; the rest are sums over them too, for the errors of estimates."""
+    bytes_squared: Value
+    tokens_squared: Value
+    tokens_times_bytes: Value
+    long_tokens_squared: Value
+    long_tokens_times_bytes: Value
 
 
 class LengthCount(NamedTuple):
@@ -53,7 +61,16 @@ class LengthCount(NamedTuple):
     tokens: int
 
 
-def read_strata(info: Mapping[str, Any]) -> Iterator[tuple[Stratum, StratumCounts[int]]]:
+def size_buckets(sizes: NDArray) -> NDArray[np.int64]:
+    """Return log2 of sizes, rounded down; 0 for none.
+
+    >>> size_buckets(np.array([0, 1, 3, 4])).tolist()
+    [0, 0, 1, 2]
+    """
+    return np.frexp(np.maximum(sizes, 1).astype(np.float64))[1].astype(np.int64) - 1
+
+
+def read_strata(info: Mapping[str, Any]) -> Iterator[tuple[Stratum, StratumCounts[float]]]:
     """Yield the rows of `strata` in an `info.json`."""
     for source, is_proven_short, size_bucket, *counts in info["strata"]:
         yield Stratum(source, is_proven_short, size_bucket), StratumCounts(*counts)

@@ -62,12 +62,14 @@ def source_info(
     share_got: float,
     keep_short: float,
     documents_used: int,
+    share_error: float,
 ) -> SourceInfo:
     """Build the manifest's entry of a source.
 
     Args:
         valid: Held-out rows.
         documents_used: Documents of the corpus that are in the training set, each counted once.
+        share_error: Bound of the error of its share of the corpus.
     """
     tokens_valid = int(valid["length_tokens"].astype(np.int64).sum())
     after = np.trim_zeros(counts.by_length, "b").tolist()
@@ -81,7 +83,7 @@ def source_info(
         tokens_valid=tokens_valid,
         documents_kept=counts.documents,
         tokens_kept=counts.tokens,
-        long_share_before=stats.long_tokens / stats.tokens if stats.tokens else 0.0,
+        long_share_before=stats.long_share,
         long_share_after=counts.long_tokens / counts.tokens if counts.tokens else 0.0,
         tokens_by_length_before=stats.tokens_by_length,
         tokens_by_length_after=after,
@@ -99,4 +101,7 @@ def source_info(
         short_keep_ratio=keep_short,
         token_share_from_length_before=shares_from_length(stats.tokens_by_length),
         token_share_from_length_after=shares_from_length(after),
+        tokens_in_error=round(stats.tokens_error),
+        share_in_error=round(share_error, 9),
+        long_share_before_error=round(stats.long_share_error, 9),
     )

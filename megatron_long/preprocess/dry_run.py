@@ -2,50 +2,231 @@
 
 import dataclasses
 import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_long.corpus.inputs import InputFile
 from megatron_long.corpus.listing import OnListing, no_listing
 from megatron_long.dataset.manifest import SourceInfo
+from megatron_long.errors import ConfigError
 from megatron_long.mixture.admission import Admission
+from megatron_long.mixture.estimates.block_estimates import CorpusEstimate
+from megatron_long.mixture.estimates.forecast import SourceForecast, forecast
+from megatron_long.mixture.estimates.intervals import Interval
+from megatron_long.mixture.mixture import Mixture, named_sources
 from megatron_long.mixture.plan import make_plan
-from megatron_long.mixture.scaling import scale_source
-from megatron_long.mixture.supply import TooLittle
 from megatron_long.preprocess.preprocess_config import PreprocessConfig, tokenize_options
 from megatron_long.preprocess.publish import disk_errors
 from megatron_long.preprocess.survey import survey_corpus
+from megatron_long.preprocess.tokenize_file import TokenizeOptions, tokenize_file
 from megatron_long.tokenizer.loading import load_tokenizer
+from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 SAMPLE_TEXT_BYTES = 64 << 20
+"""Text that is tokenized; more is read (`survey.READ_FACTOR`)."""
+WHOLE_BYTES = 16 << 20
+"""Corpora with smaller files in all are planned exactly as a run does."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would make of each source: exact figures, or a forecast."""
+
+    planned: dict[str, SourceInfo] = field(default_factory=dict)
+    expected: dict[str, SourceForecast] = field(default_factory=dict)
+    read_share: float = 1.0
+    """Share of the corpus that was read, by bytes of its files."""
+    notes: list[str] = field(default_factory=list)
+    """What the sample leaves open, and what a run may refuse."""
 
 
 def plan_dataset(
     config: PreprocessConfig,
     text_bytes: int = SAMPLE_TEXT_BYTES,
+    whole_bytes: int = WHOLE_BYTES,
     on_listing: OnListing = no_listing,
-) -> tuple[dict[str, SourceInfo], float]:
-    """Tell what `preprocess` would make of each source, from a sample, writing nothing to keep.
+) -> DryRun:
+    """Tell what `preprocess` would make of each source, writing nothing to keep.
 
-    Returns: The sources, counts scaled to the whole corpus; and the share of the corpus that was read.
+    A small corpus is planned as a run does, and refused as a run refuses it; a large one is sampled, and
+    what a run may refuse is a note.
     """
     listing = config.list_inputs()
     on_listing(listing)
     files, tokenizer = listing.files, load_tokenizer(config.tokenizer, config.engine)
     options = tokenize_options(config, tokenizer)
+    if sum(file.size_bytes for file in files) <= whole_bytes:
+        return DryRun(planned=_plan_whole(files, tokenizer, options, config.mixture))
+    estimate = survey_corpus(files, tokenizer, options, text_bytes)
+    _check_named(estimate, config.mixture)
+    mixture, unseen = _without_unseen(config.mixture, estimate)
+    try:
+        expected = forecast(estimate, mixture)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (by a sample of {estimate.read_share:.2%} of it)") from None
+    notes = [*_sample_notes(estimate, config), *_unseen_notes(unseen, config.mixture)]
+    notes += _supply_notes(expected, config.mixture)
+    return DryRun(expected=expected, read_share=estimate.read_share, notes=notes)
+
+
+HEADER = (
+    "source",
+    "docs in",
+    "tokens in",
+    "share in",
+    "tokens asked",
+    "tokens usable",
+    "long before",
+    "long after",
+)
+
+
+def expected_rows(expected: Mapping[str, SourceForecast]) -> Iterator[list[str]]:
+    """Yield the rows of the table of a forecast: each figure with its interval.
+
+    `~` marks figures that are the same in all that was read: their error is not known to be zero.
+    """
+    for name, source in expected.items():
+        corpus, after = source.corpus, source.long_share_after
+        counts = [corpus.documents, corpus.tokens]
+        yield [
+            name,
+            *map(_count_text, counts),
+            _share_text(corpus.share),
+            _asked_text(source.tokens_asked),
+            _count_text(source.tokens_usable),
+            _share_text(corpus.long_share),
+            _share_text(after) if after else "-",
+        ]
+
+
+def _asked_text(interval: Interval) -> str:
+    return f"{interval.value:,.0f}" if interval.is_exact else _count_text(interval)
+
+
+def _count_text(interval: Interval) -> str:
+    if interval.is_exact:
+        return f"~{short_count(interval.value)}"
+    value, low, high = map(short_count, (interval.value, interval.low, interval.high))
+    return f"{value} ({low}-{high})"
+
+
+def _share_text(interval: Interval) -> str:
+    value, low, high = (100 * part for part in (interval.value, interval.low, interval.high))
+    return f"~{value:.1f}%" if interval.is_exact else f"{value:.1f}% ({low:.1f}-{high:.1f})"
+
+
+def short_count(number: float) -> str:
+    """Write a count with three digits.
+
+    >>> short_count(627_312_000_000), short_count(1_234_567), short_count(12)
+    ('627B', '1.23M', '12')
+    """
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            digits = max(2 - len(f"{number / size:.0f}") + 1, 0)
+            return f"{number / size:.{digits}f}{unit}"
+    return f"{number:.0f}"
+
+
+def _plan_whole(
+    files: list[InputFile], tokenizer: Tokenizer, options: TokenizeOptions, mixture: Mixture
+) -> dict[str, SourceInfo]:
     with tempfile.TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
-        survey = survey_corpus(files, tokenizer, options, Path(scratch) / "tokens", text_bytes)
-        tokens = max(round(config.mixture.train_tokens * survey.fraction), 1)
-        valid = round(config.mixture.valid_tokens_per_source * survey.fraction)
-        mixture = dataclasses.replace(
-            config.mixture, train_tokens=tokens, valid_tokens_per_source=valid
+        folder = Path(scratch)
+        options = dataclasses.replace(options, admission=Admission())
+        folders = [folder / f"{index:06d}" for index in range(len(files))]
+        for index, file in enumerate(files):
+            tokenize_file(file, index, tokenizer, options, folders[index])
+        (folder / "plan").mkdir()
+        return make_plan(folders, mixture, Admission(), options.overhead, folder / "plan").sources
+
+
+def _check_named(estimate: CorpusEstimate, mixture: Mixture) -> None:
+    """Refuse what is certain: a source that the sample holds is in the corpus.
+
+    Raises: ConfigError: it has no share.
+    """
+    allowed = named_sources(mixture)
+    unnamed = [
+        name for name in estimate.stats.sources if allowed is not None and name not in allowed
+    ]
+    if unnamed and allowed is not None:
+        raise ConfigError(
+            f"--source-shares gives no share to {', '.join(unnamed)} of the corpus (it names "
+            f"{', '.join(sorted(allowed))}); give a YAML file with a share for each (0 excludes a source)"
         )
-        (Path(scratch) / "plan").mkdir()
-        try:
-            folder = Path(scratch) / "plan"
-            plan = make_plan(survey.folders, mixture, Admission(), options.overhead, folder)
-        except TooLittle as error:
-            asked = config.mixture.train_tokens
-            raise TooLittle(asked, *error.counts[1:], survey.fraction) from None
-        sources = plan.sources
-        if survey.fraction < 1:
-            sources = {name: scale_source(info, survey.fraction) for name, info in sources.items()}
-    return sources, survey.fraction
+
+
+def _without_unseen(mixture: Mixture, estimate: CorpusEstimate) -> tuple[Mixture, list[str]]:
+    """Leave out the sources that the command names and the sample lacks; give their names too."""
+    seen = estimate.stats.sources
+    allowed = named_sources(mixture) or frozenset()
+    unseen = sorted((allowed | set(mixture.upsampled_shares)) - set(seen))
+    kept = {name: share for name, share in mixture.upsampled_shares.items() if name in seen}
+    changes: dict[str, object] = {"missing_sources": "drop"}
+    if kept != mixture.upsampled_shares:
+        changes |= {"upsampled_shares": kept}
+        changes |= {} if kept else {"strategy": "original"}
+    return dataclasses.replace(mixture, **changes), unseen  # type: ignore[arg-type]
+
+
+def _sample_notes(estimate: CorpusEstimate, config: PreprocessConfig) -> Iterator[str]:
+    stats, most = estimate.stats, estimate.most_unseen()
+    if most.high:
+        yield (
+            f"a source that is not listed holds less than {most.high / 1e6:,.0f} MB of the "
+            "files (95%), if its documents are spread over them"
+        )
+    if estimate.unread_share > 0.0005:
+        yield (
+            f"{estimate.unread_share:.1%} of the corpus is the rest of compressed files, which can only be "
+            "read from their beginnings: the figures take it to be like them, the intervals do not cover it"
+        )
+    if stats.documents_bad:
+        first = stats.bad[0]
+        what = "skips" if config.on_bad_document == "skip" else "stops at"
+        yield (
+            f"{stats.documents_bad:,} documents of the sample are bad, which a run {what} "
+            f"(first: {first['file']}: {first['reason']})"
+        )
+
+
+def _unseen_notes(unseen: list[str], mixture: Mixture) -> Iterator[str]:
+    if unseen:
+        then = (
+            "a run refuses them"
+            if mixture.missing_sources == "error"
+            else "a run drops their shares"
+        )
+        yield (
+            f"{', '.join(unseen)}: named, but not in the sample; if the corpus lacks them, {then}, and if "
+            "it has them, the others get less than the table says"
+        )
+
+
+def _supply_notes(expected: dict[str, SourceForecast], mixture: Mixture) -> Iterator[str]:
+    """Say where the budget may be more than a source has."""
+    asked = {name: (s.tokens_asked.value, s.tokens_asked.high) for name, s in expected.items()}
+    usable = {name: (s.tokens_usable.low, s.tokens_usable.high) for name, s in expected.items()}
+    if mixture.rules.is_pooled:  # the sources share a budget
+        asked = {"the corpus": (mixture.train_tokens,) * 2}
+        usable = {
+            "the corpus": (
+                sum(low for low, _ in usable.values()),
+                sum(high for _, high in usable.values()),
+            )
+        }
+    for name, (value, most) in asked.items():
+        low, high = usable[name]
+        if most > low:
+            yield _short(name, value, low, high)
+
+
+def _short(name: str, asked: float, low: float, high: float) -> str:
+    sure = "is refused" if asked > high else "may be refused"
+    return (
+        f"{name}: {asked:,.0f} tokens asked, {low:,.0f} to {high:,.0f} available after holding out "
+        f"validation documents and dropping short ones: the run {sure}"
+    )

@@ -248,7 +248,7 @@ def _input_infos(infos: Iterable[dict[str, Any]]) -> list[InputInfo]:
     for _, pieces in itertools.groupby(infos, lambda info: info["name"]):
         documents = bad = 0
         for info in pieces:
-            documents += sum(counts.documents for _, counts in read_strata(info))
+            documents += round(sum(counts.documents for _, counts in read_strata(info)))
             bad += info["documents_bad"]
         files.append(InputInfo(info["name"], info["size_bytes"], documents, info["xxh3_128"], bad))
     return files

@@ -5,6 +5,7 @@ document that may be used) and `info.json` (what was seen, also of documents tha
 It is renamed into place at the end, so its presence says that the file is done.
 """
 
+import io
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ from megatron_long.corpus.inputs import InputFile, hash_input
 from megatron_long.dataset.indexed import MAX_LENGTH
 from megatron_long.errors import DataError
 from megatron_long.files import atomic_path
-from megatron_long.mixture.admission import Admission, Limits
-from megatron_long.mixture.keys import batch_keys, below
+from megatron_long.mixture.admission import Admission, Limits, measured_share
+from megatron_long.mixture.keys import batch_keys, below, below_each
 from megatron_long.mixture.rows import (
     INFO_FILE,
     ROW_DTYPE,
@@ -36,6 +37,7 @@ from megatron_long.mixture.rows import (
     TOKENS_FILE,
     Stratum,
     StratumCounts,
+    size_buckets,
 )
 from megatron_long.tokenizer.tokenizer_types import Tokenizer, Tokens
 
@@ -85,10 +87,10 @@ class _Gathered:
 
     def __init__(self) -> None:
         self.sources: dict[str, int] = {}
-        self.strata: dict[Stratum, NDArray[np.int64]] = defaultdict(
-            lambda: np.zeros(len(StratumCounts._fields), np.int64)
+        self.strata: dict[Stratum, NDArray[np.float64]] = defaultdict(
+            lambda: np.zeros(len(StratumCounts._fields))
         )
-        """`StratumCounts` of each."""
+        """`StratumCounts` of each: exact below 2^53, as squares need more than 64 bits."""
         self.lengths: dict[tuple[int, int, int, int], int] = defaultdict(int)
         """Tokens by stratum and log2 of the length."""
         self.tokens_by_source: dict[str, int] = defaultdict(int)
@@ -114,34 +116,51 @@ def tokenize_file(
         index: Number of the file among the inputs.
     Raises: DataError: the file or a document is bad, changed while it was read, or has an odd source.
     """
-    got, bad, state = _Gathered(), BadDocuments(options.skip_bad), FileState()
-    if options.max_text_bytes is not None:  # in small steps, to end close to it
-        state.batch_bytes = min(BATCH_BYTES, max(options.max_text_bytes // 8, 1))
-    progress, before = FileProgress(item.name), tokenizer.num_by_reference
     with atomic_path(folder, directory=True) as temporary:
         with (
             open(temporary / TOKENS_FILE, "wb", WRITE_BYTES) as tokens,
             open(temporary / ROWS_FILE, "wb", WRITE_BYTES) as rows,
         ):
-            for documents in read_documents(item, options.keys, bad, state):
-                progress.text_bytes += _add(got, documents, item, index, tokenizer, options)
-                if got.pending_tokens >= RUN_TOKENS:
-                    _flush(got, tokens, rows)
-                progress.read_bytes = state.position_bytes
-                progress.tokens_by_source = dict(got.tokens_by_source)
-                progress.tokens = sum(progress.tokens_by_source.values())
-                on_progress(progress)
-                limit = options.max_text_bytes
-                if limit is not None and progress.text_bytes >= limit:
-                    break
-            _flush(got, tokens, rows)
-        if options.max_text_bytes is None and not state.xxh3_128:
-            state.xxh3_128 = hash_input(item)
-        info = _info(got, bad, item, state, progress)
-        info["documents_by_reference"] = tokenizer.num_by_reference - before
+            info = _read_file(item, index, tokenizer, options, tokens, rows, on_progress)
         (temporary / INFO_FILE).write_bytes(orjson.dumps(info))
-    progress.done, progress.read_bytes = True, item.read_bytes
-    on_progress(progress)
+    on_progress(FileProgress(item.name, item.read_bytes, info["text_bytes"], done=True))
+
+
+def measure_file(item: InputFile, tokenizer: Tokenizer, options: TokenizeOptions) -> dict[str, Any]:
+    """Return what `tokenize_file` would write about a file, without keeping any tokens."""
+    nowhere = io.BytesIO()
+    return _read_file(item, 0, tokenizer, options, nowhere, nowhere, lambda progress: None)
+
+
+def _read_file(
+    item: InputFile,
+    index: int,
+    tokenizer: Tokenizer,
+    options: TokenizeOptions,
+    tokens: BinaryIO,
+    rows: BinaryIO,
+    on_progress: Progress,
+) -> dict[str, Any]:
+    got, bad, state = _Gathered(), BadDocuments(options.skip_bad), FileState()
+    if options.max_text_bytes is not None:  # in small steps, to end close to it
+        state.batch_bytes = min(BATCH_BYTES, max(options.max_text_bytes // 8, 1))
+    progress, before = FileProgress(item.name), tokenizer.num_by_reference
+    for documents in read_documents(item, options.keys, bad, state):
+        progress.text_bytes += _add(got, documents, item, index, tokenizer, options)
+        if got.pending_tokens >= RUN_TOKENS:
+            _flush(got, tokens, rows)
+        progress.read_bytes = state.position_bytes
+        progress.tokens_by_source = dict(got.tokens_by_source)
+        progress.tokens = sum(progress.tokens_by_source.values())
+        on_progress(progress)
+        limit = options.max_text_bytes
+        if limit is not None and progress.text_bytes >= limit:
+            break
+    _flush(got, tokens, rows)
+    if options.max_text_bytes is None and not state.xxh3_128:
+        state.xxh3_128 = hash_input(item)
+    info = _info(got, bad, item, state, progress)
+    return info | {"documents_by_reference": tokenizer.num_by_reference - before}
 
 
 def _add(
@@ -167,7 +186,7 @@ def _add(
     proven = np.zeros(len(sizes), np.bool_)
     if options.extra_tokens is not None:
         proven = sizes + options.extra_tokens + options.overhead < options.long_threshold_tokens
-    wanted = _admitted(limits, sources, keys, ~proven)
+    wanted = _admitted(limits, sources, keys, ~proven) | _measured(limits, sources, keys, sizes)
     chosen = np.flatnonzero(wanted)
     ids, counts = tokenizer.encode_flat([documents[i].text for i in chosen.tolist()])
     _check_ids(ids, counts, tokenizer.vocab_size, item.path, lines[chosen])
@@ -204,6 +223,14 @@ def _admitted(
     return wanted
 
 
+def _measured(
+    limits: Sequence[Limits], sources: NDArray, keys: NDArray[np.uint64], sizes: NDArray
+) -> NDArray[np.bool_]:
+    """Mark documents that are tokenized to estimate the tokens of others."""
+    measure = np.array([limit.measure for limit in limits])
+    return below_each(keys[:, 1], measured_share(measure[sources], size_buckets(sizes)))
+
+
 def _count(
     got: _Gathered,
     sources: NDArray,
@@ -214,27 +241,38 @@ def _count(
     is_long: NDArray,
 ) -> None:
     """Count by source, by whether the size proves a document short, and by its size."""
-    buckets = np.frexp(np.maximum(sizes, 1).astype(np.float64))[1] - 1
+    buckets = size_buckets(sizes)
     strata = (sources.astype(np.int64) << 8) | (proven.astype(np.int64) << 7) | buckets
     found, place = np.unique(strata, return_inverse=True)
+    done, made, in_long = (
+        sizes * wanted.astype(np.float64),
+        lengths.astype(np.float64),
+        lengths * is_long,
+    )
     columns = StratumCounts(
         documents=np.ones(len(sizes)),
         size_bytes=sizes,
         documents_tokenized=wanted,
-        size_bytes_tokenized=sizes * wanted,
-        long_tokens=lengths * is_long,
+        size_bytes_tokenized=done,
+        long_tokens=in_long,
+        tokens=made,
+        bytes_squared=done**2,
+        tokens_squared=made**2,
+        tokens_times_bytes=made * done,
+        long_tokens_squared=in_long * made,
+        long_tokens_times_bytes=in_long * done,
     )
-    sums = np.stack([np.bincount(place, column) for column in columns], axis=1).astype(np.int64)
+    sums = np.stack([np.bincount(place, column) for column in columns], axis=1)
     for stratum, row in zip(found.tolist(), sums, strict=True):
         got.strata[Stratum(stratum >> 8, stratum >> 7 & 1, stratum & 127)] += row
-    length_buckets = np.frexp(np.maximum(lengths, 1).astype(np.float64))[1] - 1
+    length_buckets = size_buckets(lengths)
     cells = ((strata << 6) | length_buckets)[lengths > 0]
     found, place = np.unique(cells, return_inverse=True)
     tokens = np.bincount(place, lengths[lengths > 0]).astype(np.int64).tolist()
     for cell, count in zip(found.tolist(), tokens, strict=True):
         got.lengths[cell >> 14, cell >> 13 & 1, cell >> 6 & 127, cell & 63] += count
-    made = np.bincount(sources, lengths, len(got.sources)).astype(np.int64).tolist()
-    for name, count in zip(got.sources, made, strict=True):
+    by_source = np.bincount(sources, lengths, len(got.sources)).astype(np.int64).tolist()
+    for name, count in zip(got.sources, by_source, strict=True):
         got.tokens_by_source[name] += count
 
 

@@ -45,7 +45,9 @@ def write_folder(folder, rows, lengths, sources):
         mine = lengths[rows["source"] == source].astype(np.int64)
         long = int(mine[mine >= BASE.long_threshold_tokens].sum())
         count, size_bytes = len(mine), int(4 * mine.sum())
-        strata.append([source, 0, 12, count, size_bytes, count, size_bytes, long])
+        squares = [0] * 5  # only needed for errors, and there are none
+        row = [count, size_bytes, count, size_bytes, long, int(mine.sum()), *squares]
+        strata.append([source, 0, 12, *row])
         buckets = np.bincount(np.log2(mine).astype(int), mine).astype(int).tolist()
         by_length += [[source, 0, 12, k, n] for k, n in enumerate(buckets) if n]
     info = {"sources": sources, "strata": strata, "lengths": by_length, "bad": []}

@@ -125,7 +125,7 @@ def test_moved_corpus_gives_the_same_bytes(dataset, config, corpus, tmp_path):
 
 
 def test_plan_is_what_is_written(dataset, config):
-    assert plan_dataset(config) == (read_manifest(dataset).sources, 1.0)
+    assert plan_dataset(config).planned == read_manifest(dataset).sources
 
 
 def test_odd_source_labels_get_safe_file_names(config, tmp_path, write_jsonl):

@@ -7,10 +7,8 @@ import orjson
 import pytest
 
 from megatron_long.corpus.listing import find_inputs
-from megatron_long.dataset.manifest import read_manifest
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess import survey as survey_module
-from megatron_long.preprocess.dry_run import plan_dataset
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 
@@ -81,8 +79,10 @@ def test_a_survey_saves_work_and_changes_no_token(changes, config, tmp_path, mon
         assert not info.tokens_in_is_exact
         assert info.documents_in == before.documents_in
         assert info.documents_tokenized < before.documents_tokenized
-        assert info.tokens_in == pytest.approx(before.tokens_in, rel=0.05)
-        assert info.long_share_before == pytest.approx(before.long_share_before, abs=0.05)
+        assert abs(info.tokens_in - before.tokens_in) <= 1.5 * info.tokens_in_error
+        assert info.tokens_in_error < 0.1 * info.tokens_in
+        off = info.long_share_before - before.long_share_before
+        assert abs(off) <= 1.5 * info.long_share_before_error < 0.1
     tokenized = sum(info.tokens_tokenized for info in ours.sources.values())
     assert tokenized < 0.6 * sum(info.tokens_in for info in whole.sources.values())
 
@@ -121,19 +121,5 @@ def test_short_documents_are_dropped_before_they_are_tokenized(config, tmp_path)
     assert stats["none"].is_exact
     assert stats["bound"].documents_tokenized < 0.7 * stats["none"].documents_tokenized
     assert stats["bound"].tokens == pytest.approx(stats["none"].tokens, rel=0.02)
+    assert abs(stats["bound"].tokens - stats["none"].tokens) <= 1.5 * stats["bound"].tokens_error
     assert stats["bound"].long_tokens == stats["none"].long_tokens
-
-
-def test_dry_run_estimates_from_a_sample(config, tmp_path):
-    config = with_mixture(config, train_tokens=200_000)
-    manifest = preprocess(config, tmp_path / "out")
-    sources, fraction = plan_dataset(config, text_bytes=1 << 20)
-    size = sum(item.size_bytes for item in find_inputs(config.inputs))
-    assert fraction == pytest.approx((1 << 20) / size, rel=0.4)
-    for name, info in sources.items():
-        made = manifest.sources[name]
-        assert info.tokens_kept == pytest.approx(made.tokens_kept, rel=0.01)
-        assert info.tokens_in == pytest.approx(made.tokens_in, rel=0.1)
-        assert info.long_share_after == pytest.approx(made.long_share_after, abs=0.1)
-        assert not info.tokens_in_is_exact
-    assert read_manifest(tmp_path / "out") == manifest

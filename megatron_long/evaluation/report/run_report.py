@@ -104,7 +104,7 @@ def run_report_page(found: RunFiles) -> str:
 def _mixture_section(found: RunFiles) -> Section | None:
     if found.manifest is None:
         return None
-    from megatron_long.dataset.tables import plot_sources
+    from megatron_long.dataset.tables import plot_sources, share_text
 
     manifest = found.manifest
     section = Section(
@@ -117,9 +117,13 @@ def _mixture_section(found: RunFiles) -> Section | None:
     section.rows = [header.split(", ")]
     kept = max(1, sum(info.tokens_kept for info in manifest.sources.values()))
     for name, info in manifest.sources.items():
-        shares = (info.tokens_kept / kept, info.long_share_before, info.long_share_after)
         counts = [f"{info.documents_kept:,}", f"{info.tokens_kept:,}"]
-        section.rows.append([name, *counts, *(f"{share:.1%}" for share in shares)])
+        shares = [
+            share_text(info.tokens_kept / kept),
+            share_text(info.long_share_before, info.long_share_before_error),
+            share_text(info.long_share_after),
+        ]
+        section.rows.append([name, *counts, *shares])
     figure = plot_sources(manifest.sources, manifest.mixture["long_threshold_tokens"])
     section.add_figure("token shares by document length and by source", figure)
     return section

@@ -1,0 +1,253 @@
+"""Estimates from a part of a corpus, against the truth: do their intervals hold it?"""
+
+import dataclasses
+import itertools
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+
+from megatron_long.corpus.blocks import sample_blocks
+from megatron_long.corpus.documents import BadDocuments, FileState, RecordKeys, read_documents
+from megatron_long.corpus.inputs import find_inputs
+from megatron_long.errors import ConfigError
+from megatron_long.mixture.admission import Admission, Limits
+from megatron_long.mixture.corpus_stats import gather_stats, read_info
+from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess.dry_run import plan_dataset
+from megatron_long.preprocess.preprocess_config import PreprocessConfig
+from megatron_long.preprocess.survey import survey_corpus
+from megatron_long.preprocess.tokenize_file import TokenizeOptions, measure_file, tokenize_file
+from tests.preprocess.estimate_corpus import THRESHOLD, counting_tokenizer, write_corpus
+
+OPTIONS = TokenizeOptions(
+    0, RecordKeys(source="source"), THRESHOLD, Admission(), np.dtype("<u2"), 1, 2
+)
+
+
+@pytest.fixture(scope="module")
+def hard(tmp_path_factory):
+    """A corpus of 46 files and nine sources, and its truth."""
+    folder = tmp_path_factory.mktemp("hard")
+    return folder, write_corpus(folder, scale=0.4)
+
+
+def coverage(hits):
+    """The share of intervals that hold the truth: the mean of all figures, and the least of one."""
+    shares = [np.mean(found) for found in hits.values()]
+    return np.mean(shares), min(shares)
+
+
+def test_intervals_of_a_sample_hold_the_truth_and_no_source_is_missing(hard):
+    folder, truth = hard
+    files, total = find_inputs([folder]), sum(found.tokens for found in truth.values())
+    hits = defaultdict(list)
+    for seed in range(16):
+        options = dataclasses.replace(OPTIONS, seed=seed)
+        estimate = survey_corpus(files, counting_tokenizer(), options, 1 << 15)
+        assert set(estimate.stats.sources) == set(truth)
+        assert estimate.read_share < 0.3
+        for name, true in truth.items():
+            found = estimate.estimate(name)
+            pairs = {
+                "documents": (found.documents, true.documents),
+                "tokens": (found.tokens, true.tokens),
+                "share": (found.share, true.tokens / total),
+                "long": (found.long_share, true.long_tokens / true.tokens),
+            }
+            for key, (interval, value) in pairs.items():
+                hits[name, key].append(interval.low - 1e-9 <= value <= interval.high + 1e-9)
+    mean, least = coverage(hits)
+    assert mean > 0.93
+    assert least >= 0.8
+
+
+def test_a_sample_of_everything_is_exact(hard):
+    folder, truth = hard
+    estimate = survey_corpus(find_inputs([folder]), counting_tokenizer(), OPTIONS, 1 << 24)
+    assert estimate.read_share == 1
+    for name, true in truth.items():
+        found = estimate.estimate(name)
+        assert found.tokens.is_exact
+        assert found.long_share.is_exact
+        assert found.tokens.value == true.tokens
+        assert found.documents.value == true.documents
+        assert estimate.stats.sources[name].long_tokens == true.long_tokens
+
+
+def test_errors_of_a_run_hold_the_truth(hard):
+    """Of the tokens and of the share of long ones, where part of the documents was tokenized."""
+    folder, truth = hard
+    total = sum(found.tokens for found in truth.values())
+    hits = defaultdict(list)
+    limits = Limits(order=0.0, keep_short=0.0, valid=0.0, measure=0.005)
+    for seed in range(20):
+        options = dataclasses.replace(
+            OPTIONS, seed=seed, admission=Admission(default=limits), extra_tokens=None
+        )
+        infos = [
+            measure_file(item, counting_tokenizer(), options) for item in find_inputs([folder])
+        ]
+        stats = gather_stats(infos)
+        tokens = sum(found.tokens for found in stats.sources.values())
+        errors = stats.share_errors()
+        for name, true in truth.items():
+            found = stats.sources[name]
+            assert found.documents == true.documents
+            if found.documents_tokenized < 30:
+                continue  # too few for the normal distribution
+            hits[name, "tokens"].append(abs(found.tokens - true.tokens) <= found.tokens_error)
+            off = abs(found.tokens / tokens - true.tokens / total)
+            hits[name, "share"].append(off <= errors[name])
+            if 0.02 < true.long_tokens / true.tokens < 0.98:
+                off = abs(found.long_share - true.long_tokens / true.tokens)
+                hits[name, "long"].append(off <= found.long_share_error + 1e-6)
+    mean, least = coverage({key: found for key, found in hits.items() if len(found) > 10})
+    assert mean > 0.9
+    assert least >= 0.75
+
+
+def test_a_stratum_without_tokenized_documents_counts_in_every_figure():
+    """Large documents, all long, were left out of the share of long tokens, not out of the tokens."""
+    squares = [0.0] * 5
+    strata = [
+        [0, 0, 12, 100, 500_000, 10, 50_000, 8_000, 12_500, *squares],
+        [0, 0, 14, 10, 200_000, 0, 0, 0, 0, *squares],
+    ]
+    lengths = [[0, 0, 12, 11, 4_500], [0, 0, 12, 12, 8_000]]
+    info = {"sources": ["Book"], "strata": strata, "lengths": lengths, "bad": []}
+    info |= {"documents_empty": 0, "documents_bad": 0, "text_bytes": 700_000}
+    stats = gather_stats([info]).sources["Book"]
+    assert stats.tokens == 175_000
+    assert sum(stats.tokens_by_length[12:]) == stats.long_tokens
+    assert stats.long_share == 8_000 / 12_500
+
+
+def test_blocks_divide_the_documents(hard):
+    """Each belongs to one block, whatever its length."""
+    from megatron_long.corpus import blocks
+
+    item = max(find_inputs([hard[0]]), key=lambda item: item.size_bytes)
+    found = []
+    bounds = [*range(0, item.size_bytes, 5000), item.size_bytes]
+    for start, end in itertools.pairwise(bounds):
+        piece = dataclasses.replace(blocks._lines(item, start, end), xxh3_128="known")
+        for batch in read_documents(piece, OPTIONS.keys, BadDocuments(), FileState()):
+            found += [document.text for document in batch]
+    lines = Path(item.path).read_bytes().splitlines()
+    assert found == [orjson.loads(line)["text"] for line in lines]
+
+
+def test_the_sample_is_spread_over_sizes_and_positions(tmp_path):
+    for number in range(300):
+        lines = b'{"text": "a", "source": "b"}\n' * (400 if number % 3 else 20)
+        (tmp_path / f"{number:03d}.jsonl").write_bytes(lines)
+    sample = sample_blocks(find_inputs([tmp_path]), 1 << 20, 0)
+    strata = {block.stratum for block in sample.blocks}
+    assert len(sample.strata) == len(strata) == 2
+    for stratum in strata:
+        names = [block.item.name for block in sample.blocks if block.stratum == stratum]
+        assert min(names) < "060.jsonl"
+        assert max(names) > "240.jsonl"
+    runs = [sum(b.run_blocks for b in sample.blocks if b.stratum == s) for s in sorted(strata)]
+    assert runs == [stratum.num_blocks for stratum in sample.strata]
+
+
+def config(folder, model_file, **changes):
+    mixture = Mixture(
+        **{"train_tokens": 20_000, "long_threshold_tokens": 500, "valid_tokens_per_source": 500}
+        | changes
+    )
+    keys = RecordKeys(source="source")
+    return PreprocessConfig(
+        inputs=[folder], tokenizer=model_file, mixture=mixture, keys=keys, engine="reference"
+    )
+
+
+def sampled(asked):
+    return plan_dataset(asked, text_bytes=1 << 15, whole_bytes=0)
+
+
+def test_nothing_is_refused_on_the_word_of_a_sample(hard, model_file):
+    folder, truth = hard
+    shares = dict.fromkeys(truth, 1.0) | {"Rare": 1.0}
+    found = sampled(config(folder, model_file, source_shares=shares))
+    assert set(found.expected) == set(truth)
+    assert any(note.startswith("Rare: named, but not in the sample") for note in found.notes)
+    assert any("a source that is not listed holds less than" in note for note in found.notes)
+    found = sampled(config(folder, model_file, train_tokens=10**9))
+    assert sum("the run is refused" in note for note in found.notes) == len(truth)
+    named = {"strategy": "upsample-sources", "upsampled_shares": {"Rare": 0.2, "Lisp": 0.1}}
+    found = sampled(config(folder, model_file, **named))
+    assert any(note.startswith("Rare: named") for note in found.notes)
+
+
+def test_a_source_without_a_share_is_refused_as_it_is_certain(hard, model_file):
+    with pytest.raises(ConfigError, match=r"gives no share to .*Book"):
+        sampled(config(hard[0], model_file, source_shares={"Lisp": 1.0}))
+
+
+def test_bad_documents_of_a_sample_are_told(tmp_path, model_file):
+    good = b'{"text": "bocu dofa", "source": "Book"}\n' * 2000
+    (tmp_path / "a.jsonl").write_bytes(good + b"{}\n" * 50 + good)
+    found = sampled(config(tmp_path, model_file))
+    assert any("documents of the sample are bad, which a run stops at" in n for n in found.notes)
+
+
+def test_what_cannot_be_reached_in_compressed_files_is_told(tmp_path, model_file, write_jsonl):
+    rng = np.random.default_rng(0)
+    words = ["bocu", "dofa", "nulo", "rite"]
+    for number in range(3):
+        texts = (" ".join(rng.choice(words, 200)) for _ in range(800))
+        rows = [{"text": text, "source": "Book"} for text in texts]
+        write_jsonl(tmp_path / f"{number}.jsonl.zst", rows)
+    small = plan_dataset(config(tmp_path, model_file), text_bytes=1 << 12, whole_bytes=0)
+    assert any("is the rest of compressed files" in note for note in small.notes)
+    large = plan_dataset(config(tmp_path, model_file), text_bytes=1 << 16, whole_bytes=0)
+    assert not any("is the rest of compressed files" in note for note in large.notes)
+
+
+def test_row_groups_of_parquet_files_are_sampled(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rng = np.random.default_rng(0)
+    tokens = 0
+    for number in range(3):
+        counts = np.sort(rng.integers(10, 200, 20_000))  # long documents last
+        tokens += int((counts + 2).sum())
+        texts = [f"{count} {'ab ' * int(count)}" for count in counts]
+        table = pyarrow.table({"text": texts, "source": ["Book"] * len(texts)})
+        path = tmp_path / f"{number}.parquet"
+        parquet.write_table(
+            table, path, row_group_size=500, compression="none", use_dictionary=False
+        )
+    held = []
+    for seed in range(10):
+        options = dataclasses.replace(OPTIONS, seed=seed)
+        estimate = survey_corpus(find_inputs([tmp_path]), counting_tokenizer(), options, 1 << 18)
+        found = estimate.estimate("Book").tokens
+        held.append(found.low <= tokens <= found.high)
+        assert abs(found.value / tokens - 1) < 0.3
+    assert np.mean(held) >= 0.8
+
+
+def test_what_is_measured_changes_no_row(hard, tmp_path):
+    """Only counts: tokens and rows of what may be used are the same."""
+    item, made = find_inputs([hard[0]])[0], {}
+    for measure in (0.0, 0.02):
+        limits = Limits(order=0.3, keep_short=0.2, valid=0.05, measure=measure)
+        options = dataclasses.replace(OPTIONS, admission=Admission(default=limits))
+        folder = tmp_path / f"{measure}"
+        tokenize_file(item, 0, counting_tokenizer(), options, folder)
+        stats = gather_stats([read_info(folder)])
+        done = sum(found.documents_tokenized for found in stats.sources.values())
+        made[measure] = (
+            done,
+            (folder / "rows.npy").read_bytes(),
+            (folder / "tokens.bin").read_bytes(),
+        )
+    assert made[0.0][1:] == made[0.02][1:]
+    assert made[0.0][0] < made[0.02][0]
