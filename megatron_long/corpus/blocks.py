@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_long.corpus.inputs import InputFile, open_seekable
+from megatron_long.corpus.inputs import LINES, InputFile, open_seekable, suffix_of
 from megatron_long.errors import DataError
 
 MAX_STRATA = 256
@@ -145,11 +145,11 @@ def _limit(sizes: Sequence[float], budget: float) -> int | None:
 
 
 def _kind(item: InputFile) -> str:
-    return item.path.rpartition(".")[2]
+    return suffix_of(item.path)
 
 
 def _has_blocks(item: InputFile) -> bool:
-    return item.path.endswith((".jsonl", ".parquet"))
+    return suffix_of(item.path) in (*LINES, ".parquet")
 
 
 def _num_blocks(item: InputFile, block_bytes: int) -> int:
@@ -166,10 +166,10 @@ def _block(
 ) -> Block:
     piece = dataclasses.replace(item, xxh3_128=SAMPLED)
     start, end = inside * block_bytes, min((inside + 1) * block_bytes, item.size_bytes)
-    if item.path.endswith(".jsonl"):
+    if _kind(item) in LINES:
         piece = _lines(piece, start, end)
         return Block(piece, stratum, run_blocks, piece.read_bytes)
-    if item.path.endswith(".parquet"):
+    if _kind(item) == ".parquet":
         piece = _row_group(piece, (start + end) // 2)
         return Block(piece, stratum, run_blocks, end - start, 4 * block_bytes)
     return Block(piece, stratum, run_blocks, item.size_bytes, limit)

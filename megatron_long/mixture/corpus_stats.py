@@ -204,7 +204,7 @@ def gather_stats(
             cell = cells[names[count.source]][count.size_bucket, 1 - count.is_proven_short]
             cell.lengths[count.length_bucket] += weight * count.tokens
         empty += info["documents_empty"]
-        by_reference += info["documents_by_reference"]
+        by_reference += info.get("documents_by_reference", 0)
         num_bad += info["documents_bad"]
         text_bytes += info["text_bytes"]
         bad += info["bad"][: max_listed - len(bad)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_long.corpus.blocks import Block, sample_blocks
-from megatron_long.corpus.inputs import InputFile
+from megatron_long.corpus.inputs import LINES, InputFile, suffix_of
 from megatron_long.errors import ConfigError
 from megatron_long.mixture.admission import Admission, Limits, measured_share
 from megatron_long.mixture.corpus_stats import Group, SourceStats, gather_stats
@@ -45,7 +45,9 @@ MIN_DEVIATION = 0.05
 REPORT_ERROR = 0.05
 """As NATURAL_ERROR, where shares are given: it is only reported."""
 
-MOST_TEXT_BYTES = {".jsonl": 1, ".jsonl.gz": 1032, ".jsonl.zst": 2**15}
+MOST_TEXT_BYTES = {
+    lines + end: most for lines in LINES for end, most in (("", 1), (".gz", 1032), (".zst", 2**15))
+}
 """Most bytes of text for each byte of a file: JSON's escapes are longer than what they stand for; DEFLATE's
 shortest code has 2 bits for 258 bytes; Zstandard's smallest block has 4 bytes for 128 KiB."""
 
@@ -60,12 +62,8 @@ def refuse_too_many_tokens(
 
     Raises: ConfigError: no text that these files can hold has so many tokens.
     """
-    found = [
-        file.size_bytes * most
-        for file in files
-        for suffix, most in MOST_TEXT_BYTES.items()
-        if file.name.partition("#")[0].endswith(suffix)
-    ]
+    most_of = [MOST_TEXT_BYTES.get(suffix_of(file.path)) for file in files]
+    found = [file.size_bytes * most for file, most in zip(files, most_of, strict=True) if most]
     if options.extra_tokens is None or len(found) < len(files):
         return  # no bound is known
     size_bytes, pieces = sum(found), Fraction(1)

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_long.corpus.blocks import sample_blocks
 from megatron_long.corpus.documents import BadDocuments, FileState, RecordKeys, read_documents
-from megatron_long.corpus.inputs import find_inputs
+from megatron_long.corpus.listing import find_inputs
 from megatron_long.errors import ConfigError
 from megatron_long.mixture.admission import Admission, Limits
 from megatron_long.mixture.corpus_stats import gather_stats, read_info
