@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -53,11 +52,10 @@ def workplace(tmp_path_factory, tiny_corpus, tiny_tokenizer) -> Path:
     return folder
 
 
-def run(block: str, folder: Path) -> None:
-    binaries = Path(sys.executable).parent
+def run(block: str, folder: Path, python: Path) -> None:
     environment = {
         **os.environ,
-        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
         "NPROC_PER_NODE": "4",
         "PET_STANDALONE": "1",  # torchrun: a free port, not 29500
         "OMP_NUM_THREADS": "1",
@@ -81,8 +79,8 @@ def test_readme_has_the_blocks_and_words_that_are_tested():
 
 
 @pytest.mark.slow
-def test_six_commands_from_jsonl_to_heatmap(workplace):
-    run(BLOCKS[0], workplace)
+def test_six_commands_from_jsonl_to_heatmap(workplace, warm_python):
+    run(BLOCKS[0], workplace, warm_python)
     for result in (
         "data/mix/manifest.json",
         "ckpt/128k/iter_0000002",
@@ -100,10 +98,10 @@ def test_six_commands_from_jsonl_to_heatmap(workplace):
 
 
 @pytest.mark.slow
-def test_training_commands(workplace):
+def test_training_commands(workplace, warm_python):
     if not (workplace / "ckpt" / "base").exists():
-        run(BLOCKS[0], workplace)
-    run(BLOCKS[1], workplace)
+        run(BLOCKS[0], workplace, warm_python)
+    run(BLOCKS[1], workplace, warm_python)
     assert (workplace / "ckpt/mine/iter_0000002").exists()
 
 

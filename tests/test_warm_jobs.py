@@ -83,8 +83,13 @@ def test_signals_reach_the_program(python):
     assert process.stdout.readline() == "1\n"
     process.terminate()
     assert process.wait() == 5
-    process = python("-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
-    pid = int(process.stdout.readline())
+
+
+def test_a_killed_program_takes_along_what_it_has_started(python):
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    process = python("-c", f"import os; print(os.getpid(), flush=True); {start}")
+    started = [int(process.stdout.readline()) for _ in range(2)]
     process.kill()
     process.wait()
-    wait_until(lambda: not psutil.pid_exists(pid))
+    wait_until(lambda: not any(map(psutil.pid_exists, started)))

@@ -16,6 +16,8 @@ import socket
 import sys
 from pathlib import Path
 
+import psutil
+
 CLIENT = """#!{python} -ISE
 import array, json, os, signal, socket, sys
 words = sys.argv[1:]
@@ -88,8 +90,7 @@ def main(folder: Path) -> None:
                         answer(clients.pop(child), status)
                 else:  # the client was killed
                     ready.unregister(key.fileobj)
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(key.data, signal.SIGKILL)
+                    kill_all(key.data)
 
 
 def start(client: socket.socket, program: Path) -> int:
@@ -113,6 +114,15 @@ def start(client: socket.socket, program: Path) -> int:
         os.dup2(file, target)
     sys.executable = str(program)  # what it starts in turn is as quick
     warm_server.be(job, {})
+
+
+def kill_all(child: int) -> None:
+    """Kill a process and what it has started: with a client, a test kills all that descends from it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(child)
+        for process in (root, *root.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def ended() -> list[tuple[int, int]]:

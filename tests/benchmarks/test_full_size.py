@@ -314,9 +314,9 @@ def make_corpus(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_tiny_walk_on_two_processes(tmp_path):
+def test_a_tiny_walk_on_two_processes(warm_python, tmp_path):
     corpus, folder = make_corpus(tmp_path / "corpus"), tmp_path / "walk"
-    command = [sys.executable, "benchmarks/full_size.py", "--work", str(folder), "--size", "tiny"]
+    command = [str(warm_python), "benchmarks/full_size.py", "--work", str(folder), "--size", "tiny"]
     command += ["--layout", "1", "2", "--reshard-layout", "2", "1", "--seq-length", "512"]
     command += ["--deterministic-mode", "--corpus", str(corpus), "--phases", "data", "write-hf"]
     command += "convert+disk train resume reshard+export loss+needle+transformers async".split()
