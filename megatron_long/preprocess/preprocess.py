@@ -7,6 +7,7 @@ bytes are the same for any number of workers and any executor.
 
 import dataclasses
 import itertools
+import logging
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -70,8 +71,10 @@ from megatron_long.preprocess.workdir import (
 )
 from megatron_long.tokenizer.engines import check_sample
 from megatron_long.tokenizer.loading import load_tokenizer
-from megatron_long.tokenizer.tokenizer_files import copy_tokenizer
+from megatron_long.tokenizer.tokenizer_files import copy_tokenizer, explain_no_bos
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ def preprocess(
     files = listing.files
     tokenizer = load_tokenizer(config.tokenizer, config.engine)
     tokenizer = check_sample(tokenizer, sample_texts(files, config.keys))
+    if tokenizer.bos_id is None and (notice := explain_no_bos(config.tokenizer)):
+        logger.warning("--tokenizer %s: %s", config.tokenizer, notice)
     options = tokenize_options(config, tokenizer)
     work = work_folder(config.work_dir, output)
     with disk_errors(work), only_run(work), interrupts():
