@@ -90,6 +90,6 @@ def explain_no_bos(path: Path) -> str | None:
     why = (
         "it is not in the vocabulary"
         if config.get("add_bos_token")
-        else "the tokenizer does not add it; if the model was trained with it, set add_bos_token to true there"
+        else "the tokenizer does not add it; set add_bos_token to true there if the model needs it"
     )
     return f"documents get no BOS: tokenizer_config.json names the bos_token {bos!r}, but {why}"
