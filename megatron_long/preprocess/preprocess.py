@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_long.corpus.corpus_sample import sample_texts
-from megatron_long.corpus.listing import OnListing, no_listing
+from megatron_long.corpus.listing import OnListing, describe_skipped, no_listing
 from megatron_long.dataset.manifest import (
     TOKENIZER_FOLDER,
     InputInfo,
@@ -140,7 +140,8 @@ def preprocess(
         with Monitor("finish", on_progress):
             written = _join(write, plan, [item.name for item in items], work)
             copy_tokenizer(config.tokenizer, written.folder / TOKENIZER_FOLDER)
-            manifest = _manifest(config, tokenizer, plan, written)
+            lost = describe_skipped(listing.lost)
+            manifest = _manifest(config, tokenizer, plan, written, [*plan.warnings, *lost])
             write_manifest(written.folder, manifest)
             write_report(written.folder / REPORT_FOLDER, manifest)
             check_unchanged(work, files, config.list_inputs().files)
@@ -211,7 +212,11 @@ def _join(job: WriteJob, plan: Plan, names: Sequence[str], work: Path) -> Writte
 
 
 def _manifest(
-    config: PreprocessConfig, tokenizer: Tokenizer, plan: Plan, written: Written
+    config: PreprocessConfig,
+    tokenizer: Tokenizer,
+    plan: Plan,
+    written: Written,
+    warnings: list[str],
 ) -> Manifest:
     return Manifest(
         seed=config.seed,
@@ -226,7 +231,7 @@ def _manifest(
         documents_empty=plan.stats.documents_empty,
         documents_bad=plan.stats.documents_bad,
         bad_documents=plan.stats.bad,
-        warnings=plan.warnings,
+        warnings=warnings,
         made_by=_made_by(tokenizer),
         tokenizer_files=hash_tokenizer_files(written.folder),
     )

@@ -186,7 +186,9 @@ def test_every_kind_of_file_in_one_corpus(words, tmp_path, records, write_jsonl)
     assert "d.jsonl.xz is of a kind that cannot be read" in " ".join(refused.stderr.split())
     skipped = run_tool("preprocess_mix", *flags(words), "--force", "--on-unread-file", "skip")
     assert skipped.returncode == 0
-    assert "not read: 1 x d.jsonl.xz: is of a kind that cannot be read" in skipped.stderr
+    told = "not read: 1 x d.jsonl.xz: is of a kind that cannot be read"
+    assert told in skipped.stderr.splitlines()
+    assert manifest_of(words)["warnings"] == [told]
 
 
 def write_all(folder, records):
