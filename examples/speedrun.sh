@@ -12,7 +12,7 @@ set -euo pipefail
 
 # Required.
 : "${MODEL:?set it to the Hugging Face model folder, with its tokenizer}"
-: "${CORPUS:?set it to the folder of .jsonl, .jsonl.zst or .parquet files (docs/data_format.md)}"
+: "${CORPUS:?set it to the folder of the corpus (which files: docs/data_format.md)}"
 : "${BOOK:?set it to a long text file in UTF-8, in which needles are hidden}"
 : "${WORK:?set it to the folder for all output}"
 RECIPE=${RECIPE:-llama3_8b_128k}  # tools/show_recipe.py lists them

@@ -9,7 +9,7 @@ import functools
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -57,6 +57,11 @@ class Listing:
     files: list[InputFile]
     """By name."""
     skipped: list[Skipped]
+
+    @property
+    def lost(self) -> list[Skipped]:
+        """What is likely to hold documents and is not read."""
+        return [one for one in self.skipped if one.remedy]
 
 
 OnListing = Callable[[Listing], object]
@@ -137,8 +142,13 @@ def describe_inputs(listing: Listing) -> Iterator[str]:
         yield f"  {_printable(folder)}: {_count(items)} ({', '.join(sorted(kinds))})"
     if len(folders) > MOST_FOLDERS:
         yield f"  and {len(folders) - MOST_FOLDERS:,} more folders"
+    yield from describe_skipped(listing.skipped)
+
+
+def describe_skipped(skipped: Iterable[Skipped]) -> Iterator[str]:
+    """Yield a line for each reason why files are not read."""
     reasons: dict[str, list[str]] = defaultdict(list)
-    for path, reason, _ in listing.skipped:
+    for path, reason, _ in skipped:
         reasons[reason].append(path.rpartition("/")[2])
     for reason, names in sorted(reasons.items()):
         some = sorted(set(names))

@@ -7,6 +7,7 @@ bytes are the same for any number of workers and any executor.
 
 import dataclasses
 import itertools
+import logging
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_long.corpus.corpus_sample import sample_texts
-from megatron_long.corpus.listing import OnListing, no_listing
+from megatron_long.corpus.listing import OnListing, describe_skipped, no_listing
 from megatron_long.dataset.manifest import (
     TOKENIZER_FOLDER,
     InputInfo,
@@ -71,8 +72,10 @@ from megatron_long.preprocess.workdir import (
 )
 from megatron_long.tokenizer.engines import check_sample
 from megatron_long.tokenizer.loading import load_tokenizer
-from megatron_long.tokenizer.tokenizer_files import copy_tokenizer
+from megatron_long.tokenizer.tokenizer_files import copy_tokenizer, explain_no_bos
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ def preprocess(
     files = listing.files
     tokenizer = load_tokenizer(config.tokenizer, config.engine)
     tokenizer = check_sample(tokenizer, sample_texts(files, config.keys))
+    if tokenizer.bos_id is None and (notice := explain_no_bos(config.tokenizer)):
+        logger.warning("--tokenizer %s: %s", config.tokenizer, notice)
     options = tokenize_options(config, tokenizer)
     refuse_too_many_tokens(files, options, config.mixture)
     work = work_folder(config.work_dir, output)
@@ -137,7 +142,8 @@ def preprocess(
         with Monitor("finish", on_progress):
             written = _join(write, plan, [item.name for item in items], work)
             copy_tokenizer(config.tokenizer, written.folder / TOKENIZER_FOLDER)
-            manifest = _manifest(config, tokenizer, plan, written)
+            lost = describe_skipped(listing.lost)
+            manifest = _manifest(config, tokenizer, plan, written, [*plan.warnings, *lost])
             write_manifest(written.folder, manifest)
             write_report(written.folder / REPORT_FOLDER, manifest)
             check_unchanged(work, files, config.list_inputs().files)
@@ -210,7 +216,11 @@ def _join(job: WriteJob, plan: Plan, names: Sequence[str], work: Path) -> Writte
 
 
 def _manifest(
-    config: PreprocessConfig, tokenizer: Tokenizer, plan: Plan, written: Written
+    config: PreprocessConfig,
+    tokenizer: Tokenizer,
+    plan: Plan,
+    written: Written,
+    warnings: list[str],
 ) -> Manifest:
     return Manifest(
         seed=config.seed,
@@ -225,7 +235,7 @@ def _manifest(
         documents_empty=plan.stats.documents_empty,
         documents_bad=plan.stats.documents_bad,
         bad_documents=plan.stats.bad,
-        warnings=plan.warnings,
+        warnings=warnings,
         made_by=_made_by(tokenizer, plan.stats.documents_by_reference),
         tokenizer_files=hash_tokenizer_files(written.folder),
     )

@@ -79,3 +79,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 def token_text(token: Any) -> str | None:
     """Return the text of a token as configurations write it: a string, or an object with `content`."""
     return token.get("content") if isinstance(token, dict) else token
+
+
+def explain_no_bos(path: Path) -> str | None:
+    """Say why a tokenizer without BOS has none, if its configuration names a `bos_token`; else None."""
+    config = read_config(tokenizer_file(path).parent)
+    bos = token_text(config.get("bos_token"))
+    if bos is None:
+        return None
+    why = (
+        "it is not in the vocabulary"
+        if config.get("add_bos_token")
+        else "the tokenizer does not add it; set add_bos_token to true there if the model needs it"
+    )
+    return f"documents get no BOS: tokenizer_config.json names the bos_token {bos!r}, but {why}"

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -67,6 +68,25 @@ def test_state_ends_at_the_size_and_the_hash_of_the_file(corpus):
 def test_blank_lines_are_skipped_but_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text(f"\n{json.dumps(record())}\n  \n\n", encoding="utf-8")
     assert read_all(tmp_path)[0] == [("a.jsonl", 2, "x")]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_byte_order_marks_are_no_part_of_a_line(compress, tmp_path):
+    """Files from Windows begin with one, and so does each part where such files were joined."""
+    part = f"{json.dumps(record('a'))}\r\n{json.dumps(record('b'))}\r\n".encode("utf-8-sig")
+    name = "a.jsonl" + ".gz" * (compress is gzip.compress)
+    (tmp_path / name).write_bytes(compress(part * 2))
+    assert read_all(tmp_path)[0] == [(name, line, text) for line, text in enumerate("abab", 1)]
+
+
+def test_missing_labels_name_both_remedies(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}')
+    with pytest.raises(DataError, match=r"has no source .*--source-key .*--source-from-folder"):
+        read_all(tmp_path)
+    (tmp_path / "a.jsonl").write_bytes(b'{"source": "x"}')
+    with pytest.raises(DataError, match=r"has no text .*--text-key") as error:
+        read_all(tmp_path)
+    assert "--source-from-folder" not in str(error.value)
 
 
 def test_keys_of_text_and_source():

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -156,6 +157,28 @@ def test_tokenizer_without_bos(config, corpus, model_file, tmp_path):
     assert manifest.tokenizer.bos_id is None
     assert load_tokenizer(tmp_path / "out" / "tokenizer").bos_id is None
     assert (np.fromfile(tmp_path / "out" / "train.bin", np.uint16) != 1).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"bos_token": "<s>", "add_bos_token": False}, "does not add it; .*add_bos_token"),
+        ({"bos_token": {"content": "<s>"}, "add_bos_token": False}, "the bos_token '<s>'"),
+        ({"bos_token": None, "add_bos_token": False}, ""),
+        ({"bos_token": "<s>"}, ""),  # this tokenizer adds it
+    ],
+)
+def test_a_bos_token_that_is_not_added_is_told(
+    settings, told, config, model_file, tmp_path, caplog
+):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(model_file.read_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    preprocess(dataclasses.replace(config, tokenizer=folder), tmp_path / "out")
+    notices = [record.getMessage() for record in caplog.records]
+    assert bool(notices) == bool(told)
+    assert all(re.search(f"documents get no BOS.*{told}", notice) for notice in notices)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -152,6 +152,50 @@ def test_one_folder_per_source_and_parquet(words, tmp_path, records):
     assert "exclude each other" in both.stderr
 
 
+def test_every_kind_of_file_in_one_corpus(words, tmp_path, records, write_jsonl):
+    """As Dolma and `datasets` name their files; what is read and what is not is told first."""
+    arrow = pytest.importorskip("pyarrow")
+    corpus = tmp_path / "in"
+    write_jsonl(corpus / "web" / "a.json.gz", records[:100])
+    write_jsonl(corpus / "web" / "b.json.zst", records[100:200])
+    write_jsonl(corpus / "web" / "c.ndjson", records[200:300])
+    (tmp_path / "saved").mkdir()
+    for part, start in enumerate((300, 450)):
+        table = arrow.Table.from_pylist(records[start : start + 150])
+        name = f"data-0000{part}-of-00002.arrow"
+        with arrow.ipc.new_stream(tmp_path / "saved" / name, table.schema) as writer:
+            writer.write_table(table, max_chunksize=40)
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    (corpus / "linked").symlink_to(tmp_path / "saved")
+    words |= {"--input": corpus}
+    made = run_tool("preprocess_mix", *flags(words), "--workers", 2)
+    assert made.returncode == 0, made.stderr
+    assert made.stderr.splitlines()[0].startswith("--input: 5 files, ")
+    assert "not read: 1 x dataset_info.json: describes a dataset of Hugging Face" in made.stderr
+    sources = manifest_of(words)["sources"]
+    plain = run_tool(
+        "preprocess_mix", *flags(words | {"--input": write_all(tmp_path, records)}), "--force"
+    )
+    assert plain.returncode == 0, plain.stderr
+    for name, info in manifest_of(words)["sources"].items():
+        for field in ("documents_in", "tokens_in", "bytes_in"):
+            assert sources[name][field] == info[field]
+    (corpus / "web" / "d.jsonl.xz").touch()
+    refused = run_tool("preprocess_mix", *flags(words), "--force", "--dry-run")
+    assert refused.returncode == 2
+    assert "d.jsonl.xz is of a kind that cannot be read" in " ".join(refused.stderr.split())
+    skipped = run_tool("preprocess_mix", *flags(words), "--force", "--on-unread-file", "skip")
+    assert skipped.returncode == 0
+    told = "not read: 1 x d.jsonl.xz: is of a kind that cannot be read"
+    assert told in skipped.stderr.splitlines()
+    assert manifest_of(words)["warnings"] == [told]
+
+
+def write_all(folder, records):
+    (folder / "all.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder / "all.jsonl"
+
+
 def test_shares_from_yaml_and_repeats(words, tmp_path):
     (tmp_path / "shares.yaml").write_text("shares: {Book: 8, C4: 1, GitHub: 1}\n", "utf-8")
     words |= {"--source-shares": tmp_path / "shares.yaml", "--train-tokens": "90K"}
