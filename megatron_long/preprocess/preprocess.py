@@ -7,6 +7,7 @@ bytes are the same for any number of workers and any executor.
 
 import dataclasses
 import itertools
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_long.corpus.corpus_sample import sample_texts
-from megatron_long.corpus.inputs import find_inputs
+from megatron_long.corpus.inputs import find_inputs, is_url
 from megatron_long.dataset.manifest import (
     TOKENIZER_FOLDER,
     InputInfo,
@@ -123,7 +124,8 @@ def preprocess(
         copy_tokenizer(config.tokenizer, written.folder / TOKENIZER_FOLDER)
         manifest = _manifest(config, tokenizer, plan, written)
         write_manifest(written.folder, manifest)
-        write_report(written.folder / REPORT_FOLDER, manifest)
+        name = str(output) if is_url(output) else os.path.abspath(output)
+        write_report(written.folder / REPORT_FOLDER, manifest, os.path.basename(name.rstrip("/")))
         check_unchanged(work, files, find_inputs(config.inputs))
         publish(written.folder, output)
         if not config.keep_work:
