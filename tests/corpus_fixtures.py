@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,16 @@ def to_jsonl(records: Iterable[Any]) -> bytes:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """The content of every file under a folder, by its name there."""
-    return {
+    """The content of every file under a folder, by its name there; of a report without the dataset's name."""
+    found = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+    page = "report/index.html"
+    return found | (
+        {page: re.sub(rb"<(title|h1)>.*?</\1>", b"", found[page])} if page in found else {}
+    )
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def main() -> None:
         print(f"figure: {args.plot}")
     if args.report:
         with atomic_path(args.report, directory=True) as folder:
-            write_report(folder, manifest)
+            write_report(folder, manifest, args.dataset.resolve().name)
         print(f"report: {args.report / 'index.html'}")
 
 

@@ -8,6 +8,7 @@ bytes are the same for any number of workers and any executor.
 import dataclasses
 import itertools
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_long.corpus.corpus_sample import sample_texts
+from megatron_long.corpus.inputs import is_url
 from megatron_long.corpus.listing import OnListing, describe_skipped, no_listing
 from megatron_long.dataset.manifest import (
     TOKENIZER_FOLDER,
@@ -145,7 +147,9 @@ def preprocess(
             lost = describe_skipped(listing.lost)
             manifest = _manifest(config, tokenizer, plan, written, [*plan.warnings, *lost])
             write_manifest(written.folder, manifest)
-            write_report(written.folder / REPORT_FOLDER, manifest)
+            name = str(output) if is_url(output) else os.path.abspath(output)
+            name = os.path.basename(name.rstrip("/"))
+            write_report(written.folder / REPORT_FOLDER, manifest, name)
             check_unchanged(work, files, config.list_inputs().files)
             publish(written.folder, output)
         if not config.keep_work:

@@ -70,7 +70,7 @@ def refuse_too_many_tokens(
     if mixture.rules.cuts:
         pieces = Fraction(mixture.cut_length_tokens, mixture.cut_length_tokens - options.overhead)
     most = int(size_bytes * pieces * mixture.allow_repeat)
-    if mixture.train_tokens > most:
+    if mixture.train_tokens > most > 0:  # files without a byte have an error of their own
         raise ConfigError(
             f"--train-tokens {format_token_count(mixture.train_tokens)} is more than the corpus can hold: "
             f"its files have at most {size_bytes:,} bytes of text, so at most {most:,} tokens "

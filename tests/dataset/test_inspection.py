@@ -216,7 +216,7 @@ class Page(HTMLParser):
 
 def test_page_holds_the_numbers_and_needs_no_network(dataset, tmp_path):
     manifest = read_manifest(dataset)
-    write_report(tmp_path / "report", manifest)
+    write_report(tmp_path / "report", manifest, "mix")
     text = (tmp_path / "report" / "index.html").read_text("utf-8")
     page = Page()
     page.feed(text)
@@ -224,8 +224,8 @@ def test_page_holds_the_numbers_and_needs_no_network(dataset, tmp_path):
     assert [address[:22] for address in page.addresses] == ["data:image/png;base64,"]
     assert "http" not in text
     header, *rows = page.tables[0]
-    cells = next(row for row in rows if row[0] == "tokens kept")
-    tokens = {name: int(cells[header.index(name)].replace(",", "")) for name in header[1:]}
+    column = header.index("training tokens")
+    tokens = {row[0]: int(row[column].replace(",", "")) for row in rows}
     assert tokens == {name: info.tokens_kept for name, info in manifest.sources.items()} | {
         "all": manifest.train.num_tokens
     }
@@ -235,9 +235,52 @@ def test_page_holds_the_numbers_and_needs_no_network(dataset, tmp_path):
     assert manifest.tokenizer.vocabulary_sha256 in every_cell
 
 
+def test_page_says_in_words_what_became_of_the_corpus(dataset):
+    manifest = read_manifest(dataset)
+    text = report_page(manifest, "my-mix", b"")
+    assert "<title>my-mix: dataset</title>" in text
+    total = add_sources(manifest.sources)
+    assert (
+        f"Long documents (300 tokens and more): {total.long_share_before:.1%} → {total.long_share_after:.1%} "
+        "of the tokens, shares of the sources unchanged within 0.001."
+    ) in text
+    assert "≈" not in text
+    page = Page()
+    page.feed(text)
+    assert [row[0] for row in page.tables[0]] == ["source", "Book", "C4", "GitHub", "all"]
+    assert len(page.tables[0][0]) <= 11
+    first_cells = [row[0] for table in page.tables for row in table if row]
+    assert not [cell for cell in first_cells if re.fullmatch(r"[a-z]+(_[a-z]+)+", cell)]
+    headers = [cell for table in page.tables for cell in table[0]]
+    assert not [cell for cell in headers if "_" in cell and cell != "xxh3_128"]
+
+
+def test_page_marks_estimates_and_changed_shares_and_shows_warnings(dataset):
+    manifest = read_manifest(dataset)
+    book = manifest.sources["Book"]
+    manifest.sources["Book"] = dataclasses.replace(
+        book, tokens_in_is_exact=False, documents_tokenized=3, share_got=book.share_got + 0.02
+    )
+    manifest = dataclasses.replace(manifest, warnings=["C4: too <short>"])
+    text, page = report_page(manifest, "mix", b""), Page()
+    page.feed(text)
+    header, *rows = page.tables[0]
+    marked = {row[0]: [header[k] for k, cell in enumerate(row) if "≈" in cell] for row in rows}
+    estimated = ["tokens in the corpus", "share of the corpus", "long before"]
+    assert marked == {
+        "Book": estimated,
+        "C4": ["share of the corpus"],
+        "GitHub": ["share of the corpus"],
+        "all": ["tokens in the corpus", "long before"],
+    }
+    assert "≈ marks estimates: " in text
+    assert re.search(r"share of Book: ≈ [\d.]+% → [\d.]+%, other sources change less\.", text)
+    assert "<li>C4: too &lt;short&gt;</li>" in text
+
+
 def test_report_is_the_same_every_time(dataset, tmp_path):
     for name in ("a", "b"):
-        write_report(tmp_path / name, read_manifest(dataset))
+        write_report(tmp_path / name, read_manifest(dataset), "mix")
     for file in ("index.html", "lengths_and_sources.png"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -246,8 +289,9 @@ def test_page_escapes_names(dataset):
     manifest = read_manifest(dataset)
     manifest.sources["<b>&"] = manifest.sources.pop("Book")
     page = Page()
-    page.feed(report_page(manifest, b""))
-    assert "<b>&" in page.tables[0][0]
+    page.feed(report_page(manifest, "<i>", b""))
+    assert "<b>&" in [row[0] for row in page.tables[0]]
+    assert "<h1>Dataset &lt;i&gt;</h1>" in report_page(manifest, "<i>", b"")
 
 
 def test_figure_draws_shares_of_all_tokens(dataset):
@@ -295,6 +339,6 @@ def test_wrong_words_are_refused(words, message, dataset):
 
 
 def test_the_dataset_brings_its_report(dataset, tmp_path):
-    write_report(tmp_path / "again", read_manifest(dataset))
+    write_report(tmp_path / "again", read_manifest(dataset), dataset.name)
     for file in ("index.html", "lengths_and_sources.png"):
         assert (dataset / "report" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()

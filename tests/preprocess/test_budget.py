@@ -20,8 +20,8 @@ from megatron_long.preprocess.stages import TokenizeStage, WriteStage
 from tests.corpus_fixtures import files_of
 from tests.preprocess.test_resume import Killed, kill_after
 
-SEEDS = (12, 13)
-"""Corpora where a run with other limits estimates other shares, of which the first number would not hold."""
+SEEDS = (2, 12)
+"""With the first, a run with other limits estimates other shares, of which the number would not hold."""
 
 
 @pytest.fixture

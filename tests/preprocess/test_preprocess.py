@@ -184,7 +184,8 @@ def test_a_bos_token_that_is_not_added_is_told(
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_bad_line_leaves_no_dataset_behind(workers, config, tmp_path, records, write_jsonl):
     file = write_jsonl(tmp_path / "in" / "a.jsonl", [*records[:5], {"text": "x"}])
-    bad = dataclasses.replace(config, inputs=[file], workers=workers)
+    mixture = dataclasses.replace(config.mixture, train_tokens=100)
+    bad = dataclasses.replace(config, inputs=[file], workers=workers, mixture=mixture)
     with pytest.raises(DataError, match=r"a\.jsonl:6 has no source"):
         preprocess(bad, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.work"]
@@ -193,8 +194,9 @@ def test_a_bad_line_leaves_no_dataset_behind(workers, config, tmp_path, records,
 def test_empty_corpus(config, tmp_path, write_jsonl):
     record = {"text": "", "meta": {"redpajama_set_name": "x"}}
     file = write_jsonl(tmp_path / "a.jsonl", [record])
+    mixture = dataclasses.replace(config.mixture, train_tokens=10)
     with pytest.raises(DataError, match="holds no text"):
-        preprocess(dataclasses.replace(config, inputs=[file]), tmp_path / "out")
+        preprocess(dataclasses.replace(config, inputs=[file], mixture=mixture), tmp_path / "out")
 
 
 def test_config_checks_itself(config):
