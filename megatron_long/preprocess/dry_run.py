@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,39 +78,36 @@ HEADER = (
 )
 
 
-def expected_rows(expected: Mapping[str, SourceForecast]) -> Iterator[list[str]]:
+def expected_rows(found: DryRun) -> Iterator[list[str]]:
     """Yield the rows of the table of a forecast: each figure with its interval.
 
     `~` marks figures that are the same in all that was read: their error is not known to be zero.
     """
-    for name, source in expected.items():
+    unsure = "~" if found.read_share < 1 else ""
+    for name, source in found.expected.items():
         corpus, after = source.corpus, source.long_share_after
-        counts = [corpus.documents, corpus.tokens]
         yield [
             name,
-            *map(_count_text, counts),
-            _share_text(corpus.share),
-            _asked_text(source.tokens_asked),
-            _count_text(source.tokens_usable),
-            _share_text(corpus.long_share),
-            _share_text(after) if after else "-",
+            _count_text(corpus.documents, unsure),
+            _count_text(corpus.tokens, unsure),
+            _share_text(corpus.share, unsure),
+            _count_text(source.tokens_asked),
+            _count_text(source.tokens_usable, unsure),
+            _share_text(corpus.long_share, unsure),
+            _share_text(after, unsure) if after else "-",
         ]
 
 
-def _asked_text(interval: Interval) -> str:
-    return f"{interval.value:,.0f}" if interval.is_exact else _count_text(interval)
-
-
-def _count_text(interval: Interval) -> str:
+def _count_text(interval: Interval, unsure: str = "") -> str:
     if interval.is_exact:
-        return f"~{short_count(interval.value)}"
+        return f"~{short_count(interval.value)}" if unsure else f"{interval.value:,.0f}"
     value, low, high = map(short_count, (interval.value, interval.low, interval.high))
     return f"{value} ({low}-{high})"
 
 
-def _share_text(interval: Interval) -> str:
+def _share_text(interval: Interval, unsure: str) -> str:
     value, low, high = (100 * part for part in (interval.value, interval.low, interval.high))
-    return f"~{value:.1f}%" if interval.is_exact else f"{value:.1f}% ({low:.1f}-{high:.1f})"
+    return f"{unsure}{value:.2f}%" if interval.is_exact else f"{value:.2f}% ({low:.2f}-{high:.2f})"
 
 
 def short_count(number: float) -> str:
