@@ -166,9 +166,9 @@ def make_corpus(shape: Shape, is_timed: bool) -> tuple[list[InputFile], np.ndarr
     truth = np.zeros((len(SOURCES), 3), np.int64)
     for number in range(NUM_FILES):
         folder, file = f"chunk{number % 10 + 1}", f"{number}.jsonl.zst"
-        names = {"name": f"{folder}/{file}", "path": f"made://{shape.documents}/{file}"}
+        name, path = f"{folder}/{file}", f"made://{shape.documents}/{file}"
         if is_timed and files:
-            files.append(dataclasses.replace(files[0], folder=folder, **names))
+            files.append(InputFile(name, path, files[0].size_bytes, folder=folder))
             continue
         source, sizes, tokens = shape.draw(number)
         lengths = tokens + OVERHEAD
@@ -176,7 +176,7 @@ def make_corpus(shape: Shape, is_timed: bool) -> tuple[list[InputFile], np.ndarr
         for column, values in enumerate((None, lengths, long)):
             truth[:, column] += np.bincount(source, values, len(SOURCES)).astype(np.int64)
         stored = int((sizes.sum() + 40 * len(sizes)) / EXPANSION)
-        files.append(InputFile(size_bytes=stored, folder=folder, **names))
+        files.append(InputFile(name, path, stored, folder=folder))
     return files, truth
 
 
