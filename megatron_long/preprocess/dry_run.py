@@ -57,11 +57,12 @@ def plan_dataset(
     estimate = survey_corpus(files, tokenizer, options, text_bytes)
     _check_named(estimate, config.mixture)
     mixture, unseen = _without_unseen(config.mixture, estimate)
+    notes = [*_sample_notes(estimate, config), *_unseen_notes(unseen, config.mixture)]
     try:
         expected = forecast(estimate, mixture)
-    except ConfigError as error:
-        raise ConfigError(f"{error} (by a sample of {estimate.read_share:.2%} of it)") from None
-    notes = [*_sample_notes(estimate, config), *_unseen_notes(unseen, config.mixture)]
+    except ConfigError as error:  # the sources that were not seen may have what it asks for
+        notes.append(f"no table, because of the sources of the sample: {error}")
+        return DryRun(read_share=estimate.read_share, notes=notes)
     notes += _supply_notes(expected, config.mixture)
     return DryRun(expected=expected, read_share=estimate.read_share, notes=notes)
 

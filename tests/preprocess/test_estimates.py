@@ -184,6 +184,22 @@ def test_nothing_is_refused_on_the_word_of_a_sample(hard, model_file):
     assert any(note.startswith("Rare: named") for note in found.notes)
 
 
+def test_shares_that_fit_only_sources_the_sample_lacks_are_told(hard, model_file):
+    folder, truth = hard
+    shares = dict.fromkeys(truth, 0.0) | {"Rare": 1.0}
+    found = sampled(config(folder, model_file, source_shares=shares))
+    assert found.expected == {}
+    assert any("no table, because of the sources of the sample" in note for note in found.notes)
+
+
+def test_a_damaged_parquet_file_is_told(hard, tmp_path, model_file):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + b"x" * 1000)
+    good = b'{"text": "bocu dofa", "source": "Book"}\n' * 4000
+    (tmp_path / "b.jsonl").write_bytes(good)
+    found = sampled(config(tmp_path, model_file))
+    assert any("a.parquet: cannot be read" in note for note in found.notes)
+
+
 def test_a_source_without_a_share_is_refused_as_it_is_certain(hard, model_file):
     with pytest.raises(ConfigError, match=r"gives no share to .*Book"):
         sampled(config(hard[0], model_file, source_shares={"Lisp": 1.0}))

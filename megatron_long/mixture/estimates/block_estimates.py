@@ -56,7 +56,8 @@ class CorpusEstimate:
 
     def __init__(self, sample: BlockSample, infos: Sequence[Mapping[str, Any]]) -> None:
         self._strata = np.array([block.stratum for block in sample.blocks])
-        self._blocks = np.array([stratum.num_blocks for stratum in sample.strata])
+        self._members = [np.flatnonzero(self._strata == s) for s in range(len(sample.strata))]
+        self._blocks = [stratum.num_blocks for stratum in sample.strata]
         runs = np.array([float(block.run_blocks) for block in sample.blocks])
         sizes = np.array([float(block.size_bytes) for block in sample.blocks])
         read = np.array([float(info["read_bytes"]) for info in infos])
@@ -110,8 +111,7 @@ class CorpusEstimate:
     def variance(self, values: NDArray) -> tuple[float, float]:
         """Return the variance between blocks of the sum of `values`, and its degrees of freedom."""
         variance = weight = 0.0
-        for stratum, num_blocks in enumerate(self._blocks.tolist()):
-            mine = np.flatnonzero(self._strata == stratum)
+        for mine, num_blocks in zip(self._members, self._blocks, strict=True):
             number = len(mine)
             if number < 2:
                 continue
