@@ -7,6 +7,9 @@ import orjson
 import pytest
 
 from megatron_long.corpus.inputs import find_inputs
+from megatron_long.dataset.manifest import share_at_least
+from megatron_long.dataset.tables import add_sources
+from megatron_long.mixture import plan as plan_module
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess import survey as survey_module
 from megatron_long.preprocess.dry_run import plan_dataset
@@ -86,6 +89,36 @@ def test_a_survey_saves_work_and_changes_no_token(changes, config, tmp_path, mon
         assert abs(off) <= 1.5 * info.long_share_before_error < 0.1
     tokenized = sum(info.tokens_tokenized for info in ours.sources.values())
     assert tokenized < 0.6 * sum(info.tokens_in for info in whole.sources.values())
+
+
+def test_natural_shares_are_known_to_one_percent(config, tmp_path, monkeypatch):
+    """And every figure of long documents is the same number."""
+    config = with_mixture(config, source_shares="natural", long_threshold_tokens=512)
+    whole = preprocess(config, tmp_path / "whole").sources
+    surveyed(monkeypatch)
+    made = preprocess(config, tmp_path / "out")
+    assert not made.warnings
+    for name, info in made.sources.items():
+        assert info.documents_tokenized < info.documents_in
+        assert 0 < info.share_in_error < 0.01 * info.share_asked
+        assert abs(info.share_asked - whole[name].share_asked) < 1.5 * info.share_in_error
+        assert info.long_share_before == pytest.approx(
+            share_at_least(info.tokens_by_length_before, 512), abs=1e-5
+        )
+        off = info.long_share_before - whole[name].long_share_before
+        assert abs(off) < 1.5 * info.long_share_before_error
+    both = add_sources(made.sources)
+    off = both.long_share_before - add_sources(whole).long_share_before
+    assert abs(off) < 1.5 * both.long_share_before_error
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert f"{100 * both.long_share_before_error:.2f}%" in page
+
+
+def test_natural_shares_that_are_not_known_well_are_a_warning(config, tmp_path, monkeypatch):
+    surveyed(monkeypatch)
+    monkeypatch.setattr(plan_module, "NATURAL_ERROR", 1e-5)
+    made = preprocess(with_mixture(config, source_shares="natural"), tmp_path / "out")
+    assert any("its natural share of" in warning for warning in made.warnings)
 
 
 def test_limits_that_prove_too_tight_are_widened(config, tmp_path, monkeypatch):
