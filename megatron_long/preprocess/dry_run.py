@@ -36,6 +36,8 @@ class DryRun:
     expected: dict[str, SourceForecast] = field(default_factory=dict)
     read_share: float = 1.0
     """Share of the corpus that was read, by bytes of its files."""
+    is_whole: bool = True
+    """Whether all of it was read."""
     notes: list[str] = field(default_factory=list)
     """What the sample leaves open, and what a run may refuse."""
 
@@ -62,9 +64,9 @@ def plan_dataset(
         expected = forecast(estimate, mixture)
     except ConfigError as error:  # the sources that were not seen may have what it asks for
         notes.append(f"no table, because of the sources of the sample: {error}")
-        return DryRun(read_share=estimate.read_share, notes=notes)
+        return DryRun({}, {}, estimate.read_share, estimate.is_whole, notes)
     notes += _supply_notes(expected, config.mixture)
-    return DryRun(expected=expected, read_share=estimate.read_share, notes=notes)
+    return DryRun({}, expected, estimate.read_share, estimate.is_whole, notes)
 
 
 HEADER = (
@@ -84,7 +86,7 @@ def expected_rows(found: DryRun) -> Iterator[list[str]]:
 
     `~` marks figures that are the same in all that was read: their error is not known to be zero.
     """
-    unsure = "~" if found.read_share < 1 else ""
+    unsure = "" if found.is_whole else "~"
     for name, source in found.expected.items():
         corpus, after = source.corpus, source.long_share_after
         yield [
@@ -168,11 +170,8 @@ def _without_unseen(mixture: Mixture, estimate: CorpusEstimate) -> tuple[Mixture
 
 def _sample_notes(estimate: CorpusEstimate, config: PreprocessConfig) -> Iterator[str]:
     stats, most = estimate.stats, estimate.most_unseen()
-    if most.high:
-        yield (
-            f"a source that is not listed holds less than {most.high / 1e6:,.0f} MB of the "
-            "files (95%), if its documents are spread over them"
-        )
+    if most:
+        yield f"a source that is not listed has less than {most:.2%} of the bytes of the files (95%)"
     if estimate.unread_share > 0.0005:
         yield (
             f"{estimate.unread_share:.1%} of the corpus is the rest of compressed files, which can only be "
