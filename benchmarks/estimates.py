@@ -90,7 +90,7 @@ class MadeFiles(AbstractFileSystem):
     """Spent on making files, which a real corpus does not need."""
 
     def _open(self, path: str, mode: str = "rb", **kwargs: object) -> io.BytesIO:
-        began = time.monotonic()
+        began = time.process_time()
         documents, _, name = path.removeprefix("made://").strip("/").partition("/")
         source, sizes, tokens = Shape(int(documents)).draw(int(name.partition(".")[0]))
         names, filler = list(SOURCES), _filler()
@@ -100,7 +100,7 @@ class MadeFiles(AbstractFileSystem):
             text = f"{count} {filler[start : start + max(size - len(str(count)) - 1, 0)]}"
             lines.append(orjson.dumps({"text": text, "source": names[s]}))
         packed = zstandard.ZstdCompressor(level=-5).compress(b"\n".join(lines) + b"\n")
-        MadeFiles.seconds += time.monotonic() - began
+        MadeFiles.seconds += time.process_time() - began
         return io.BytesIO(packed)
 
 
@@ -116,11 +116,8 @@ def main() -> None:
     args = _parser().parse_args()
     fsspec.register_implementation("made", MadeFiles, clobber=True)
     shape = Shape(args.documents)
-    began = time.monotonic()
-    files, truth = make_corpus(shape)
-    print(
-        f"{len(files):,} files, {truth.sum(0)[1]:,} tokens, made in {time.monotonic() - began:.0f} s"
-    )
+    files, truth = make_corpus(shape, is_timed=args.tokenizer is not None)
+    print(f"{len(files):,} files, {sum(file.size_bytes for file in files) / 1e9:,.0f} GB")
     tokenizer = load_tokenizer(args.tokenizer, "auto") if args.tokenizer else _counting()
     hits: dict[tuple[str, str], list[bool]] = defaultdict(list)
     widths: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -129,10 +126,10 @@ def main() -> None:
         options = TokenizeOptions(
             seed, RecordKeys(source="source"), THRESHOLD, Admission(), np.dtype("<u2"), 1, OVERHEAD
         )
-        began, MadeFiles.seconds = time.monotonic(), 0.0
+        began, MadeFiles.seconds = time.process_time(), 0.0
         estimate = survey_corpus(files, tokenizer, options, int(args.text_mb * 1e6))
-        seconds = time.monotonic() - began - MadeFiles.seconds
-        print(f"draw {seed}: {seconds:.1f} s, {estimate.read_share:.3%} read", file=sys.stderr)
+        seconds = time.process_time() - began - MadeFiles.seconds
+        print(f"draw {seed}: {seconds:.1f} CPU s, {estimate.read_share:.3%} read", file=sys.stderr)
         if args.tokenizer:
             continue
         for index, name in enumerate(SOURCES):
@@ -145,11 +142,12 @@ def main() -> None:
                 "documents": (found.documents, documents),
                 "tokens": (found.tokens, tokens),
                 "share": (found.share, tokens / total),
-                "long share": (found.long_share, long_tokens / tokens),
+                "long share": (found.long_share, long_tokens / max(tokens, 1)),
             }
             for key, (interval, true) in figures.items():
                 hits[name, key].append(interval.low <= true <= interval.high)
-                widths[name, key].append((interval.high - interval.low) / 2 / true)
+                if true:
+                    widths[name, key].append((interval.high - interval.low) / 2 / true)
     for (name, key), held in hits.items():
         print(
             f"{name:14} {key:10} holds the truth in {np.mean(held):.3f} of {len(held)}; "
@@ -159,19 +157,27 @@ def main() -> None:
         print(f"all: {np.mean([np.mean(held) for held in hits.values()]):.3f}")
 
 
-def make_corpus(shape: Shape) -> tuple[list[InputFile], np.ndarray]:
-    """Return the list of files, and documents, tokens and long tokens of each source."""
-    files, truth = [], np.zeros((len(SOURCES), 3), np.int64)
+def make_corpus(shape: Shape, is_timed: bool) -> tuple[list[InputFile], np.ndarray]:
+    """Return the list of files, and documents, tokens and long tokens of each source.
+
+    Args:
+        is_timed: Only the time is of interest: all files are said to be as large as the first one.
+    """
+    files: list[InputFile] = []
+    truth = np.zeros((len(SOURCES), 3), np.int64)
     for number in range(NUM_FILES):
+        folder, file = f"chunk{number % 10 + 1}", f"{number}.jsonl.zst"
+        name, path = f"{folder}/{file}", f"made://{shape.documents}/{file}"
+        if is_timed and files:
+            files.append(InputFile(name, path, files[0].size_bytes, folder=folder))
+            continue
         source, sizes, tokens = shape.draw(number)
         lengths = tokens + OVERHEAD
         long = lengths * (lengths >= THRESHOLD)
         for column, values in enumerate((None, lengths, long)):
             truth[:, column] += np.bincount(source, values, len(SOURCES)).astype(np.int64)
         stored = int((sizes.sum() + 40 * len(sizes)) / EXPANSION)
-        path = f"made://{shape.documents}/{number}.jsonl.zst"
-        folder = f"chunk{number % 10 + 1}"
-        files.append(InputFile(f"{folder}/{number}.jsonl.zst", path, stored, folder=folder))
+        files.append(InputFile(name, path, stored, folder=folder))
     return files, truth
 
 

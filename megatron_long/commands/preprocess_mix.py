@@ -56,7 +56,8 @@ def _print_dry_run(found: DryRun) -> None:
         print_sources(found.planned)
         print("dry run: all of the corpus was read, nothing was written")
         return
-    print_table(HEADER, expected_rows(found.expected))
+    if found.expected:
+        print_table(HEADER, expected_rows(found))
     for note in found.notes:
         print(f"note: {note}")
     print(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,8 @@ class DryRun:
     expected: dict[str, SourceForecast] = field(default_factory=dict)
     read_share: float = 1.0
     """Share of the corpus that was read, by bytes of its files."""
+    is_whole: bool = True
+    """Whether all of it was read."""
     notes: list[str] = field(default_factory=list)
     """What the sample leaves open, and what a run may refuse."""
 
@@ -61,13 +63,14 @@ def plan_dataset(
     estimate = survey_corpus(files, tokenizer, options, text_bytes)
     _check_named(estimate, config.mixture)
     mixture, unseen = _without_unseen(config.mixture, estimate)
+    notes = [*_sample_notes(estimate, config), *_unseen_notes(unseen, config.mixture)]
     try:
         expected = forecast(estimate, mixture)
-    except ConfigError as error:
-        raise ConfigError(f"{error} (by a sample of {estimate.read_share:.2%} of it)") from None
-    notes = [*_sample_notes(estimate, config), *_unseen_notes(unseen, config.mixture)]
+    except ConfigError as error:  # the sources that were not seen may have what it asks for
+        notes.append(f"no table, because of the sources of the sample: {error}")
+        return DryRun({}, {}, estimate.read_share, estimate.is_whole, notes)
     notes += _supply_notes(expected, config.mixture)
-    return DryRun(expected=expected, read_share=estimate.read_share, notes=notes)
+    return DryRun({}, expected, estimate.read_share, estimate.is_whole, notes)
 
 
 HEADER = (
@@ -82,39 +85,36 @@ HEADER = (
 )
 
 
-def expected_rows(expected: Mapping[str, SourceForecast]) -> Iterator[list[str]]:
+def expected_rows(found: DryRun) -> Iterator[list[str]]:
     """Yield the rows of the table of a forecast: each figure with its interval.
 
     `~` marks figures that are the same in all that was read: their error is not known to be zero.
     """
-    for name, source in expected.items():
+    unsure = "" if found.is_whole else "~"
+    for name, source in found.expected.items():
         corpus, after = source.corpus, source.long_share_after
-        counts = [corpus.documents, corpus.tokens]
         yield [
             name,
-            *map(_count_text, counts),
-            _share_text(corpus.share),
-            _asked_text(source.tokens_asked),
-            _count_text(source.tokens_usable),
-            _share_text(corpus.long_share),
-            _share_text(after) if after else "-",
+            _count_text(corpus.documents, unsure),
+            _count_text(corpus.tokens, unsure),
+            _share_text(corpus.share, unsure),
+            _count_text(source.tokens_asked),
+            _count_text(source.tokens_usable, unsure),
+            _share_text(corpus.long_share, unsure),
+            _share_text(after, unsure) if after else "-",
         ]
 
 
-def _asked_text(interval: Interval) -> str:
-    return f"{interval.value:,.0f}" if interval.is_exact else _count_text(interval)
-
-
-def _count_text(interval: Interval) -> str:
+def _count_text(interval: Interval, unsure: str = "") -> str:
     if interval.is_exact:
-        return f"~{short_count(interval.value)}"
+        return f"~{short_count(interval.value)}" if unsure else f"{interval.value:,.0f}"
     value, low, high = map(short_count, (interval.value, interval.low, interval.high))
     return f"{value} ({low}-{high})"
 
 
-def _share_text(interval: Interval) -> str:
+def _share_text(interval: Interval, unsure: str) -> str:
     value, low, high = (100 * part for part in (interval.value, interval.low, interval.high))
-    return f"~{value:.1f}%" if interval.is_exact else f"{value:.1f}% ({low:.1f}-{high:.1f})"
+    return f"{unsure}{value:.2f}%" if interval.is_exact else f"{value:.2f}% ({low:.2f}-{high:.2f})"
 
 
 def short_count(number: float) -> str:
@@ -174,11 +174,8 @@ def _without_unseen(mixture: Mixture, estimate: CorpusEstimate) -> tuple[Mixture
 
 def _sample_notes(estimate: CorpusEstimate, config: PreprocessConfig) -> Iterator[str]:
     stats, most = estimate.stats, estimate.most_unseen()
-    if most.high:
-        yield (
-            f"a source that is not listed holds less than {most.high / 1e6:,.0f} MB of the "
-            "files (95%), if its documents are spread over them"
-        )
+    if most:
+        yield f"a source that is not listed has less than {most:.2%} of the bytes of the files (95%)"
     if estimate.unread_share > 0.0005:
         yield (
             f"{estimate.unread_share:.1%} of the corpus is the rest of compressed files, which can only be "

@@ -30,7 +30,9 @@ def counting_tokenizer() -> SimpleNamespace:
         counts = np.array([int(text.partition(" ")[0]) for text in texts], np.int64)
         return np.zeros(int(counts.sum()), np.int32), counts
 
-    return SimpleNamespace(encode_flat=encode_flat, vocab_size=100, bos_id=1, eod_id=2)
+    return SimpleNamespace(
+        encode_flat=encode_flat, vocab_size=100, bos_id=1, eod_id=2, num_by_reference=0
+    )
 
 
 @dataclass

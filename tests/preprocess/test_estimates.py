@@ -67,6 +67,7 @@ def test_intervals_of_a_sample_hold_the_truth_and_no_source_is_missing(hard):
 def test_a_sample_of_everything_is_exact(hard):
     folder, truth = hard
     estimate = survey_corpus(find_inputs([folder]), counting_tokenizer(), OPTIONS, 1 << 24)
+    assert estimate.is_whole
     assert estimate.read_share == 1
     for name, true in truth.items():
         found = estimate.estimate(name)
@@ -176,12 +177,28 @@ def test_nothing_is_refused_on_the_word_of_a_sample(hard, model_file):
     found = sampled(config(folder, model_file, source_shares=shares))
     assert set(found.expected) == set(truth)
     assert any(note.startswith("Rare: named, but not in the sample") for note in found.notes)
-    assert any("a source that is not listed holds less than" in note for note in found.notes)
+    assert any("a source that is not listed has less than" in note for note in found.notes)
     found = sampled(config(folder, model_file, train_tokens=10**9))
     assert sum("the run is refused" in note for note in found.notes) == len(truth)
     named = {"strategy": "upsample-sources", "upsampled_shares": {"Rare": 0.2, "Lisp": 0.1}}
     found = sampled(config(folder, model_file, **named))
     assert any(note.startswith("Rare: named") for note in found.notes)
+
+
+def test_shares_that_fit_only_sources_the_sample_lacks_are_told(hard, model_file):
+    folder, truth = hard
+    shares = dict.fromkeys(truth, 0.0) | {"Rare": 1.0}
+    found = sampled(config(folder, model_file, source_shares=shares))
+    assert found.expected == {}
+    assert any("no table, because of the sources of the sample" in note for note in found.notes)
+
+
+def test_a_damaged_parquet_file_is_told(hard, tmp_path, model_file):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + b"x" * 1000)
+    good = b'{"text": "bocu dofa", "source": "Book"}\n' * 4000
+    (tmp_path / "b.jsonl").write_bytes(good)
+    found = sampled(config(tmp_path, model_file))
+    assert any("a.parquet: cannot be read" in note for note in found.notes)
 
 
 def test_a_source_without_a_share_is_refused_as_it_is_certain(hard, model_file):
@@ -228,6 +245,8 @@ def test_row_groups_of_parquet_files_are_sampled(tmp_path):
     for seed in range(10):
         options = dataclasses.replace(OPTIONS, seed=seed)
         estimate = survey_corpus(find_inputs([tmp_path]), counting_tokenizer(), options, 1 << 18)
+        assert not estimate.is_whole
+        assert estimate.read_share < 1
         found = estimate.estimate("Book").tokens
         held.append(found.low <= tokens <= found.high)
         assert abs(found.value / tokens - 1) < 0.3

@@ -7,8 +7,12 @@ import orjson
 import pytest
 
 from megatron_long.corpus.listing import find_inputs
+from megatron_long.dataset.manifest import share_at_least
+from megatron_long.dataset.tables import add_sources
+from megatron_long.mixture import plan as plan_module
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess import survey as survey_module
+from megatron_long.preprocess.dry_run import plan_dataset
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 
@@ -87,6 +91,36 @@ def test_a_survey_saves_work_and_changes_no_token(changes, config, tmp_path, mon
     assert tokenized < 0.6 * sum(info.tokens_in for info in whole.sources.values())
 
 
+def test_natural_shares_are_known_to_one_percent(config, tmp_path, monkeypatch):
+    """And every figure of long documents is the same number."""
+    config = with_mixture(config, source_shares="natural", long_threshold_tokens=512)
+    whole = preprocess(config, tmp_path / "whole").sources
+    surveyed(monkeypatch)
+    made = preprocess(config, tmp_path / "out")
+    assert not made.warnings
+    for name, info in made.sources.items():
+        assert info.documents_tokenized < info.documents_in
+        assert 0 < info.share_in_error < 0.01 * info.share_asked
+        assert abs(info.share_asked - whole[name].share_asked) < 1.5 * info.share_in_error
+        assert info.long_share_before == pytest.approx(
+            share_at_least(info.tokens_by_length_before, 512), abs=1e-5
+        )
+        off = info.long_share_before - whole[name].long_share_before
+        assert abs(off) < 1.5 * info.long_share_before_error
+    both = add_sources(made.sources)
+    off = both.long_share_before - add_sources(whole).long_share_before
+    assert abs(off) < 1.5 * both.long_share_before_error
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert f"{100 * both.long_share_before_error:.2f}%" in page
+
+
+def test_natural_shares_that_are_not_known_well_are_a_warning(config, tmp_path, monkeypatch):
+    surveyed(monkeypatch)
+    monkeypatch.setattr(plan_module, "NATURAL_ERROR", 1e-5)
+    made = preprocess(with_mixture(config, source_shares="natural"), tmp_path / "out")
+    assert any("its natural share of" in warning for warning in made.warnings)
+
+
 def test_limits_that_prove_too_tight_are_widened(config, tmp_path, monkeypatch):
     preprocess(config, tmp_path / "whole")
     surveyed(monkeypatch, margin=0.2)
@@ -123,3 +157,44 @@ def test_short_documents_are_dropped_before_they_are_tokenized(config, tmp_path)
     assert stats["bound"].tokens == pytest.approx(stats["none"].tokens, rel=0.02)
     assert abs(stats["bound"].tokens - stats["none"].tokens) <= 1.5 * stats["bound"].tokens_error
     assert stats["bound"].long_tokens == stats["none"].long_tokens
+
+
+def holds(interval, value):
+    """Whether an interval, made half as wide again (one draw of many figures), holds a value."""
+    low = interval.value - 1.5 * (interval.value - interval.low) - 1e-3 * interval.value
+    high = interval.value + 1.5 * (interval.high - interval.value) + 1e-3 * interval.value
+    return low <= value <= high
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"strategy": "original", "source_shares": "natural"},
+        {"strategy": "cut", "cut_length_tokens": 200},
+        {"strategy": "global", "source_shares": "natural"},
+        {"long_token_share": 0.8},
+        {"long_token_share": 0.95, "train_tokens": 800_000, "source_shares": "natural"},
+        {"strategy": "upsample-sources", "upsampled_shares": {"Book": 0.6}},
+    ],
+)
+def test_a_dry_run_tells_what_a_run_makes(changes, config, tmp_path):
+    config = with_mixture(config, **changes)
+    made = preprocess(config, tmp_path / "out").sources
+    found = plan_dataset(config, text_bytes=1 << 17, whole_bytes=0)
+    assert 0 < found.read_share < 0.5
+    tokens = sum(info.tokens_in for info in made.values())
+    for name, info in made.items():
+        told = found.expected[name]
+        assert holds(told.corpus.documents, info.documents_in)
+        assert holds(told.corpus.tokens, info.tokens_in)
+        assert holds(told.corpus.share, info.tokens_in / tokens)
+        assert holds(told.corpus.long_share, info.long_share_before)
+        assert holds(told.tokens_asked, info.tokens_kept)
+        assert told.tokens_usable.high > info.tokens_kept
+        if config.mixture.strategy == "cut":
+            assert told.long_share_after is None
+        else:
+            assert holds(told.long_share_after, info.long_share_after)
+            assert told.long_share_after.high - told.long_share_after.low < 0.4
+    assert not any("is refused" in note for note in found.notes)

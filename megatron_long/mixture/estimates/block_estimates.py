@@ -26,7 +26,6 @@ from megatron_long.corpus.blocks import BlockSample
 from megatron_long.mixture.corpus_stats import CorpusStats, gather_stats
 from megatron_long.mixture.estimates.intervals import (
     Interval,
-    exact,
     share_interval,
     total_interval,
 )
@@ -52,11 +51,13 @@ class CorpusEstimate:
         stats: Counts and tokens, scaled to the whole corpus.
         read_share: Share of the corpus that was read, by bytes of its files.
         unread_share: Share of it that could not be sampled: what follows in compressed files.
+        is_whole: Whether all of it was read.
     """
 
     def __init__(self, sample: BlockSample, infos: Sequence[Mapping[str, Any]]) -> None:
         self._strata = np.array([block.stratum for block in sample.blocks])
-        self._blocks = np.array([stratum.num_blocks for stratum in sample.strata])
+        self._members = [np.flatnonzero(self._strata == s) for s in range(len(sample.strata))]
+        self._blocks = [stratum.num_blocks for stratum in sample.strata]
         runs = np.array([float(block.run_blocks) for block in sample.blocks])
         sizes = np.array([float(block.size_bytes) for block in sample.blocks])
         read = np.array([float(info["read_bytes"]) for info in infos])
@@ -72,14 +73,12 @@ class CorpusEstimate:
             (self._stands_for * (1 - read / np.maximum(sizes, 1)) * streams).sum()
             / max(total.sum(), 1)
         )
-        self.read_share = min(float(read.sum() / max(total.sum(), 1)), 1.0)
         self._repeats = np.array([block.may_repeat for block in sample.blocks])
+        places = {(b.item.name, b.item.start_bytes): place for place, b in enumerate(sample.blocks)}
+        self.read_share = float(read[list(places.values())].sum() / max(total.sum(), 1))
+        all_taken = all(len(m) == n for m, n in zip(self._members, self._blocks, strict=True))
+        self.is_whole = all_taken and not self._repeats.any() and self.unread_share == 0
         self._counted = self._count(infos)
-
-    @property
-    def largest_weight_bytes(self) -> float:
-        """Most bytes of the corpus that one block stands for."""
-        return float(self._stands_for.max())
 
     def _count(self, infos: Sequence[Mapping[str, Any]]) -> dict[str, NDArray]:
         """Return what each block contributes to the estimate of a source: [3, blocks].
@@ -110,8 +109,7 @@ class CorpusEstimate:
     def variance(self, values: NDArray) -> tuple[float, float]:
         """Return the variance between blocks of the sum of `values`, and its degrees of freedom."""
         variance = weight = 0.0
-        for stratum, num_blocks in enumerate(self._blocks.tolist()):
-            mine = np.flatnonzero(self._strata == stratum)
+        for mine, num_blocks in zip(self._members, self._blocks, strict=True):
             number = len(mine)
             if number < 2:
                 continue
@@ -155,14 +153,17 @@ class CorpusEstimate:
         If all or none are long, blocks count: long documents may lie together, as in sorted files.
         """
         stats = self.stats.sources[name]
-        if self.read_share >= 1 and stats.is_exact:
+        if self.is_whole and stats.is_exact:
             return math.inf
         if 0 < stats.long_tokens < stats.tokens:
             return stats.observations
         return min(stats.observations, float(np.count_nonzero(self._counted[name][0])))
 
-    def most_unseen(self) -> Interval:
-        """Return the interval of the bytes of a source that no block held, in bytes of the files."""
-        # No block of n: at most ln(40) / n of them hold it, the exact interval of a Poisson count of zero.
-        unread = self.largest_weight_bytes * 3.689
-        return exact(0.0) if self.read_share >= 1 else Interval(0.0, 0.0, unread)
+    def most_unseen(self) -> float:
+        """Return how large a share of the corpus a source may have that no block held (95%).
+
+        If it fills blocks of its own; if it is spread over many, it would have been seen more likely.
+        """
+        # The exact interval of a Poisson count of zero ends at ln 40 = 3.689.
+        most = math.log(40) * float(self._stands_for.max() / self._stands_for.sum())
+        return 0.0 if self.is_whole else min(most, 1.0)

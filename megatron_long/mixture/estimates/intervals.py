@@ -2,7 +2,9 @@
 
 Both are score intervals, with the variance of the estimate expressed as the number of equal, independent
 observations that would give it ("effective sample size"). They are longer on the side where the truth
-may be far off, never go below zero or above one, and tend to the normal interval for large samples.
+may be far off, never go below zero or above one, and tend to the normal interval for large samples. The
+variance is itself an estimate: Student's t has the degrees of freedom of the design, and no more than there
+are effective observations of what is counted (a few large documents tell little of how they vary).
 """
 
 import math
@@ -59,11 +61,12 @@ def total_interval(value: float, variance: float, degrees: float = math.inf) -> 
     for a Poisson parameter"), with the effective count value^2 / variance.
 
     >>> total_interval(100.0, 100.0)
-    Interval(value=100.0, low=82.22..., high=121.61...)
+    Interval(value=100.0, low=82.03..., high=121.90...)
     """
     if variance <= 0 or value <= 0:
         return exact(value)
-    count, t = value**2 / variance, t_quantile(degrees)
+    count = value**2 / variance
+    t = t_quantile(min(degrees, count))
     middle, half = count + t**2 / 2, t * math.sqrt(count + t**2 / 4)
     return Interval(value, value * max(middle - half, 0.0) / count, value * (middle + half) / count)
 
@@ -79,13 +82,15 @@ def share_interval(
     methods for binomial proportions in clustered surveys".
 
     >>> share_interval(0.5, 0.0025), share_interval(0.0, 0.0, observations=100)
-    (Interval(value=0.5, low=0.403..., high=0.596...), Interval(value=0.0, low=0.0, high=0.036...))
+    (Interval(value=0.5, low=0.402..., high=0.597...), Interval(value=0.0, low=0.0, high=0.036...))
     """
     spread = share * (1 - share)
     size = min(spread / variance if variance > 0 and spread > 0 else math.inf, observations)
     if math.isinf(size):
         return exact(share)
-    size, t = max(size, 1e-9), t_quantile(degrees)
+    size = max(size, 1e-9)
+    rarer = min(share, 1 - share) ** 2 * size / spread if spread > 0 else degrees
+    t = t_quantile(min(degrees, rarer))
     middle = (share + t**2 / (2 * size)) / (1 + t**2 / size)
     half = t / (1 + t**2 / size) * math.sqrt(spread / size + t**2 / (4 * size**2))
     return Interval(share, max(min(middle - half, share), 0.0), min(max(middle + half, share), 1.0))
