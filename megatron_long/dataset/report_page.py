@@ -19,7 +19,7 @@ from megatron_long.dataset.manifest import (
     SourceInfo,
     share_at_least,
 )
-from megatron_long.dataset.tables import add_sources, plot_sources
+from megatron_long.dataset.tables import add_sources, plot_sources, share_text
 
 REPORT_FOLDER = "report"
 FIGURE_FILE = "lengths_and_sources.png"
@@ -205,8 +205,13 @@ def _estimate_note(sources: Mapping[str, SourceInfo]) -> str:
         return ""
     return (
         f"≈ marks estimates: {total.documents_tokenized:,} of {total.documents_in:,} documents were "
-        "tokenized, and the tokens of the others are estimated from them. All other figures are exact."
+        "tokenized, and the tokens of the others are estimated from them; ± is the bound of the error in 95 of "
+        "100 cases. All other figures are exact."
     )
+
+
+def _count_text(count: int, error: int) -> str:
+    return f"{count:,}" + (f" ±{error:,}" if error else "")
 
 
 def _sources_table(sources: Mapping[str, SourceInfo]) -> PageTable:
@@ -224,14 +229,14 @@ def _sources_table(sources: Mapping[str, SourceInfo]) -> PageTable:
             [
                 name,
                 f"{info.documents_in:,}",
-                _about(rough, f"{info.tokens_in:,}"),
+                _about(rough, _count_text(info.tokens_in, info.tokens_in_error)),
                 _about(
                     not total.tokens_in_is_exact and info is not total,
-                    f"{info.tokens_in / max(total.tokens_in, 1):.2%}",
+                    share_text(info.tokens_in / max(total.tokens_in, 1), info.share_in_error),
                 ),
                 f"{info.share_asked:.2%}",
                 f"{info.share_got:.2%}",
-                _about(rough, f"{info.long_share_before:.2%}"),
+                _about(rough, share_text(info.long_share_before, info.long_share_before_error)),
                 f"{info.long_share_after:.2%}",
                 f"{info.documents_kept:,}",
                 f"{info.tokens_kept:,}",

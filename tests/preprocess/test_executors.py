@@ -100,7 +100,8 @@ def test_slurm_through_a_fake_sbatch(tasks, config, tmp_path, fake_slurm):
 
 def test_errors_of_slurm_tasks_come_back(config, tmp_path, fake_slurm, write_jsonl, records):
     file = write_jsonl(tmp_path / "in" / "a.jsonl", [*records[:5], {"text": "x"}])
-    config = dataclasses.replace(config, inputs=[file])
+    few = dataclasses.replace(config.mixture, train_tokens=100, valid_tokens_per_source=0)
+    config = dataclasses.replace(config, inputs=[file], mixture=few)
     with pytest.raises(DataError, match=r"a\.jsonl:6 has no source"):
         run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
 
@@ -181,7 +182,7 @@ def test_a_missing_package_is_named(config, tmp_path, monkeypatch):
 
 def test_urls_in_and_out(config, corpus, tmp_path):
     fsspec = pytest.importorskip("fsspec")
-    preprocess(config, tmp_path / "local")
+    preprocess(config, tmp_path / "local" / "out")
     memory = fsspec.filesystem("memory")
     try:
         for path in corpus.rglob("*.jsonl*"):
@@ -195,7 +196,7 @@ def test_urls_in_and_out(config, corpus, tmp_path):
             name.removeprefix("/bucket/out/"): memory.cat_file(name)
             for name in memory.find("/bucket/out")
         }
-        assert found == files_of(tmp_path / "local")
+        assert found == files_of(tmp_path / "local" / "out")  # the report names the last folder
     finally:
         memory.store.clear()
     with pytest.raises(ConfigError, match="--output memory://bucket/out is a URL: give --work-dir"):

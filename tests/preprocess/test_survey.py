@@ -111,7 +111,7 @@ def test_natural_shares_are_known_to_one_percent(config, tmp_path, monkeypatch):
     off = both.long_share_before - add_sources(whole).long_share_before
     assert abs(off) < 1.5 * both.long_share_before_error
     page = (tmp_path / "out" / "report" / "index.html").read_text()
-    assert f"{100 * both.long_share_before_error:.2f}%" in page
+    assert f"{100 * both.long_share_before:.2f}% ±{100 * both.long_share_before_error:.2f}" in page
 
 
 def test_natural_shares_that_are_not_known_well_are_a_warning(config, tmp_path, monkeypatch):
