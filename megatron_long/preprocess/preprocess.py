@@ -17,7 +17,12 @@ from typing import Any
 import numpy as np
 
 from megatron_long.corpus.corpus_sample import sample_texts
-from megatron_long.corpus.listing import OnListing, describe_skipped, no_listing
+from megatron_long.corpus.listing import (
+    OnListing,
+    describe_skipped,
+    find_inputs,
+    no_listing,
+)
 from megatron_long.dataset.manifest import (
     TOKENIZER_FOLDER,
     InputInfo,
@@ -144,7 +149,8 @@ def preprocess(
             manifest = _manifest(config, tokenizer, plan, written, [*plan.warnings, *lost])
             write_manifest(written.folder, manifest)
             write_report(written.folder / REPORT_FOLDER, manifest)
-            check_unchanged(work, files, config.list_inputs().files)
+            # What has come since, such as an unfinished download, does not matter.
+            check_unchanged(work, files, find_inputs(config.inputs, skip_unread=True))
             publish(written.folder, output)
         if not config.keep_work:
             remove_folder(work)
