@@ -205,8 +205,8 @@ def _estimate_note(sources: Mapping[str, SourceInfo]) -> str:
         return ""
     return (
         f"≈ marks estimates: {total.documents_tokenized:,} of {total.documents_in:,} documents were "
-        "tokenized, and the tokens of the others are estimated from them; ± is the bound of the error in 95 of "
-        "100 cases. All other figures are exact."
+        "tokenized, and the tokens of the others are estimated from them; ± is the bound of the error in 95 "
+        "of 100 cases. All other figures are exact."
     )
 
 

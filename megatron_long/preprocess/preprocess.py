@@ -19,7 +19,12 @@ import numpy as np
 
 from megatron_long.corpus.corpus_sample import sample_texts
 from megatron_long.corpus.inputs import is_url
-from megatron_long.corpus.listing import OnListing, describe_skipped, no_listing
+from megatron_long.corpus.listing import (
+    OnListing,
+    describe_skipped,
+    find_inputs,
+    no_listing,
+)
 from megatron_long.dataset.manifest import (
     TOKENIZER_FOLDER,
     InputInfo,
@@ -150,7 +155,8 @@ def preprocess(
             name = str(output) if is_url(output) else os.path.abspath(output)
             name = os.path.basename(name.rstrip("/"))
             write_report(written.folder / REPORT_FOLDER, manifest, name)
-            check_unchanged(work, files, config.list_inputs().files)
+            # What has come since, such as an unfinished download, does not matter.
+            check_unchanged(work, files, find_inputs(config.inputs, skip_unread=True))
             publish(written.folder, output)
         if not config.keep_work:
             remove_folder(work)

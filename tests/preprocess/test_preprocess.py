@@ -249,3 +249,14 @@ def test_manifest_is_plain_json(dataset):
     assert content["train"]["num_tokens"] == TRAIN_TOKENS
     assert content["tokenizer"]["eod_id"] == 2
     assert str(dataset.parent) not in json.dumps(content)
+
+
+def test_a_download_that_begins_meanwhile_does_not_matter(config, tmp_path, records, write_jsonl):
+    write_jsonl(tmp_path / "in" / "a.jsonl", records)
+    ours = dataclasses.replace(config, inputs=[tmp_path / "in"])
+
+    def download(progress):
+        (tmp_path / "in" / "b.jsonl.part").touch()
+
+    manifest = preprocess(ours, tmp_path / "out", download)
+    assert [item.name for item in manifest.inputs] == ["a.jsonl"]
