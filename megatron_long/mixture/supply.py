@@ -171,12 +171,11 @@ def share_warning(group: Group, counts: Sequence[SourceCounts], mixture: Mixture
         reason = "it has none"
     elif share < target and most < (target - SHARE_TOLERANCE) * tokens:
         reason = f"the budget needs the short ones: long ones have {most:,} of {tokens:,} tokens"
-    elif share > target and full.long_tokens >= target * full.tokens:
-        reason = (
-            f"it has {full.long_tokens / full.tokens:.1%} in all, and long ones are not dropped"
-        )
     elif share > target and short_tokens * mixture.allow_repeat < (1 - target) * tokens:
         reason = f"short ones have {short_tokens:,} of {tokens:,} tokens"
+    elif share > target and group.long_budget is None:
+        in_all = full.long_tokens / full.tokens
+        reason = f"it is {in_all:.1%} of all that can be used, and long ones are not dropped"
     else:
         threshold = group.long_threshold_tokens
         reason = f"its budget is {tokens:,} tokens, and a long one has at least {threshold:,}"

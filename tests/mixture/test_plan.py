@@ -288,7 +288,7 @@ def test_a_source_above_the_long_share_stays_and_one_without_long_documents_is_r
     assert book.long_share_after == pytest.approx(book.long_share_before, abs=0.1)
     assert plan.warnings == [
         f"Book: {book.long_share_after:.1%} of the tokens are in long documents, --long-token-share 0.2 is "
-        "out of reach (it has 53.0% in all, and long ones are not dropped)",
+        "out of reach (it is 53.0% of all that can be used, and long ones are not dropped)",
         "C4: 0.0% of the tokens are in long documents, --long-token-share 0.2 is out of reach (it has "
         "none)",
     ]
