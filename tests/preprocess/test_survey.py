@@ -85,6 +85,8 @@ def test_a_survey_saves_work_and_changes_no_token(changes, config, tmp_path, mon
         assert info.documents_tokenized < before.documents_tokenized
         assert abs(info.tokens_in - before.tokens_in) <= 1.5 * info.tokens_in_error
         assert info.tokens_in_error < 0.1 * info.tokens_in
+        assert info.tokens_in == pytest.approx(before.tokens_in, rel=0.05)
+        assert info.long_share_before == pytest.approx(before.long_share_before, abs=0.05)
         off = info.long_share_before - before.long_share_before
         assert abs(off) <= 1.5 * info.long_share_before_error < 0.1
     tokenized = sum(info.tokens_tokenized for info in ours.sources.values())
