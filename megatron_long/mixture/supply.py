@@ -21,11 +21,10 @@ class TooLittle(DataError):
     """Sources cannot fill their budgets.
 
     Args:
-        train_tokens: As asked, of the whole corpus.
+        train_tokens: As asked.
         short: Tokens available and asked, of each such source.
         most: Training tokens that the corpus can fill; 0 where a source has nothing left.
         others: What else would help.
-        fraction: Share of the corpus that all other counts are of.
         kept: Folder of the work that a command with another mixture continues.
     """
 
@@ -35,20 +34,18 @@ class TooLittle(DataError):
         short: Mapping[str, tuple[int, int]],
         most: int,
         others: Sequence[str],
-        fraction: float = 1.0,
         kept: Path | None = None,
     ) -> None:
         self.counts = train_tokens, short, most, others
         listed = "; ".join(
-            f"{name}: {round(usable / fraction):,} tokens available, {round(asked / fraction):,} asked"
+            f"{name}: {usable:,} tokens available, {asked:,} asked"
             for name, (usable, asked) in short.items()
         )
-        estimate = f"by an estimate from {fraction:.2%} of it, " if fraction < 1 else ""
-        at_most = [f"at most --train-tokens {int(most / fraction)}"] if most else []
+        at_most = [f"at most --train-tokens {most}"] if most else []
         *first, last = [*at_most, *others]
         super().__init__(
             f"--train-tokens {format_token_count(train_tokens)} is more than the corpus can fill after "
-            f"holding out validation documents and dropping short ones ({estimate}{listed}); use "
+            f"holding out validation documents and dropping short ones ({listed}); use "
             f"{', '.join(first)}{' or ' if first else ''}{last}"
             + (f"; what was tokenized is kept for that in {kept}" if kept else "")
         )

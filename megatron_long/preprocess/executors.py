@@ -6,6 +6,7 @@ interrupted stage continues with what is left, and neither the number of workers
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -95,11 +96,15 @@ def run_stage(stage: Stage, count: int, options: ExecutorOptions) -> None:
 
 def _run_in_processes(stage: Stage, pending: Sequence[int], workers: int) -> None:
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    # Ctrl-C is for this process: workers inherit the mask, and are ended below.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     # Without its run a worker would wait for work for ever.
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
-    others = set(multiprocessing.active_children())
     try:
-        for future in as_completed([pool.submit(stage.run, index) for index in pending]):
+        futures = [pool.submit(stage.run, index) for index in pending]
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for future in as_completed(futures):
             future.result()
     except BrokenProcessPool:
         raise ConfigError(
@@ -111,6 +116,7 @@ def _run_in_processes(stage: Stage, pending: Sequence[int], workers: int) -> Non
             worker.terminate()  # each would finish its file first, which may take hours
         raise
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         pool.shutdown(cancel_futures=True)
 
 
