@@ -20,7 +20,7 @@ from megatron_long.mixture.shares import read_shares
 
 FUZZ = settings(
     max_examples=60,
-    deadline=2000,
+    deadline=None,  # memory is what is bounded; a busy machine may take its time
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 MEMORY_BYTES = 64 << 20
