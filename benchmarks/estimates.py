@@ -186,7 +186,7 @@ def _counting() -> Tokenizer:
         counts = np.array([int(text.partition(" ")[0]) for text in texts], np.int64)
         return np.zeros(int(counts.sum()), np.int32), counts
 
-    made: Any = SimpleNamespace(encode_flat=encode_flat, vocab_size=100)
+    made: Any = SimpleNamespace(encode_flat=encode_flat, vocab_size=100, num_by_reference=0)
     return cast(Tokenizer, made)
 
 
