@@ -23,8 +23,8 @@ EXPECTED = {"gpu": {"transformer-engine", "transformer-engine-torch", "transform
 def read_extras() -> dict[str, list[Requirement]]:
     """`extras_require`, as setuptools is told."""
     code = (
-        "import json, setuptools; told = {}; setuptools.setup = lambda **named: told.update(named); "
-        "exec(open('setup.py').read()); print(json.dumps(told['extras_require']))"
+        "import json, runpy, setuptools; told = {}; setuptools.setup = lambda **named: told.update(named); "
+        "runpy.run_path('setup.py'); print(json.dumps(told['extras_require']))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
