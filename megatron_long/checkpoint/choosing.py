@@ -286,7 +286,10 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".iter_*"):
         if path.name.endswith((PARTIAL_SUFFIX, DELETED_SUFFIX, REPLACED_SUFFIX)):
             with contextlib.suppress(OSError):
-                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+                if path.is_file() or path.is_symlink():
+                    path.unlink()
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
     for iteration in _folders(folder):
         with contextlib.suppress(OSError):
             iteration_folder(folder, iteration).rmdir()  # only where it is empty

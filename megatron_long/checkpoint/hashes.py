@@ -88,15 +88,18 @@ def leave_shard_hashes(folder: Path, rank: int, infos: Mapping[str, FileInfo]) -
 def take_shard_hashes(folder: Path, rank: int) -> dict[str, FileInfo] | None:
     """Read and remove that file.
 
-    Returns: Size and hash of each shard by its name; None if the writer left none.
+    Returns: Size and hash of each shard by its name; None if the writer left none, or a damaged file.
     """
     path = _shard_hashes(folder, rank)
     try:
-        content = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
     except FileNotFoundError:
         return None
     path.unlink()
-    return {name: FileInfo(**info) for name, info in content.items()}
+    try:
+        return {name: FileInfo(**info) for name, info in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        return None
 
 
 def _shard_hashes(folder: Path, rank: int) -> Path:
@@ -107,7 +110,7 @@ def remove_unfinished(folder: Path) -> None:
     """Remove an unfinished checkpoint with the records next to it, if they exist."""
     remove_path(folder)
     for record in folder.parent.glob(f"{folder.stem}.*{folder.suffix}"):
-        record.unlink(missing_ok=True)
+        remove_path(record)
 
 
 def write_sidecar_hashes(folder: Path, latest: int | str | None) -> None:

@@ -36,6 +36,7 @@ from megatron_long.mixture.shares import NATURAL, NATURAL_ERROR, split_budget
 from megatron_long.mixture.summary import SourceCounts, source_info
 from megatron_long.mixture.supply import (
     find_short,
+    held_tokens,
     is_natural,
     leave_out_tiny,
     share_warning,
@@ -134,7 +135,8 @@ def make_plan(
             errors[name],
         )
     for group in groups:
-        warnings += share_warning(group, [counts[names.index(n)] for n in group.names], mixture)
+        mine = [counts[names.index(name)] for name in group.names]
+        warnings += share_warning(group, mine, stats, mixture)
     evenness = measure_evenness(iterate_rows(order), kept)
     return Plan(names, order, valid, infos, stats, evenness, warnings)
 
@@ -142,7 +144,7 @@ def make_plan(
 def _rough_shares(shares: Mapping[str, float], errors: Mapping[str, float]) -> Iterator[str]:
     """Tell of natural shares that are less well known than they should be."""
     for name, share in shares.items():
-        if errors[name] > NATURAL_ERROR * share:
+        if share and errors[name] > NATURAL_ERROR * share:
             yield (
                 f"{name}: its natural share of {share:.3%} may be off by {errors[name]:.3%} (95%): "
                 "its documents differ more than the survey showed; --source-shares sets it exactly"
@@ -240,7 +242,12 @@ def _fill_budgets(
             if rough:  # estimates of the shares do not tell whether they can be filled
                 raise TooTight(dict.fromkeys(rough, Limits()))
         if not more:
-            raise too_little(mixture, shares, available, short)
+            whole = {
+                name: sum(stats.sources[source].tokens for source in group.names)
+                - held_tokens(group)
+                for name, group in zip(shares, groups, strict=True)
+            }
+            raise too_little(mixture, shares, available, short, whole)
         warnings += more
 
 

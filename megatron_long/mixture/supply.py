@@ -71,9 +71,8 @@ def stop_holding_out(group: Group, stats: CorpusStats, allow_repeat: int) -> str
     Returns: A warning; None if the source stays as it is.
     """
     (name,), held_out = group.names, group.held_out
-    held = int(group.rows["length_tokens"][held_out].astype(np.int64).sum())
     source = stats.sources[name]
-    if held <= VALID_MAX_SHARE * source.tokens:
+    if held_tokens(group) <= VALID_MAX_SHARE * source.tokens:
         return None
     group.held_out = held_out[:0]
     if measure(group, group.keep_short).tokens * allow_repeat >= group.budget:
@@ -83,6 +82,11 @@ def stop_holding_out(group: Group, stats: CorpusStats, allow_repeat: int) -> str
         )
     group.held_out = held_out
     return None
+
+
+def held_tokens(group: Group) -> int:
+    """Return the tokens that a group holds out."""
+    return int(group.rows["length_tokens"][group.held_out].astype(np.int64).sum())
 
 
 def leave_out_tiny(
@@ -116,19 +120,29 @@ def too_little(
     shares: Mapping[str, float],
     available: Mapping[str, int],
     short: Mapping[str, tuple[int, int]],
+    whole: Mapping[str, int],
 ) -> TooLittle:
-    """Return the error of sources that cannot fill their budgets, with remedies that work."""
+    """Return the error of sources that cannot fill their budgets, with remedies that can work.
+
+    Args:
+        available: Tokens of each source in one pass.
+        whole: The same with all short documents.
+    """
     others = []
-    if not mixture.rules.is_pooled and any(available.values()):
+    enough = sum(available.values()) * mixture.allow_repeat >= mixture.train_tokens
+    if not mixture.rules.is_pooled and enough:
         empty = [name for name in short if not available[name]]
         nothing = f" with 0 for {', '.join(empty)}" if empty else ""
         others.append(f"other --source-shares{nothing}")
-    if mixture.keep_short is not None and mixture.keep_short < 1:
+    fills = all(whole[name] * mixture.allow_repeat >= asked for name, (_, asked) in short.items())
+    if mixture.keep_short is not None and mixture.keep_short < 1 and fills:
         others.append("a higher --short-keep-ratio")
     if all(available[name] for name in short):
         passes = max(math.ceil(asked / available[name]) for name, (_, asked) in short.items())
         others.append(f"--allow-repeat {passes}")
     most = most_tokens(shares, available, short, mixture.allow_repeat)
+    if not (most or others):
+        others.append("a larger corpus")
     return TooLittle(mixture.train_tokens, short, most, others)
 
 
@@ -143,7 +157,7 @@ def most_tokens(
     >>> most_tokens({"a": 0.75, "b": 0.25}, {"a": 100, "b": 20}, {"b": (20, 50)})
     81
     """
-    most = min(int(usable / shares[name]) + bool(usable) for name, (usable, _) in short.items())
+    most = min(int(usable / shares[name]) + 2 * bool(usable) for name, (usable, _) in short.items())
     while most > 0 and find_short(split_budget(most, shares), available, allow_repeat):
         most -= 1
     return most
@@ -154,24 +168,29 @@ def is_natural(mixture: Mixture) -> bool:
     return mixture.source_shares == NATURAL and not mixture.rules.is_pooled
 
 
-def share_warning(group: Group, counts: Sequence[SourceCounts], mixture: Mixture) -> list[str]:
-    """Return a warning, with figure and reason, if a group misses `--long-token-share`; else nothing."""
+def share_warning(
+    group: Group, counts: Sequence[SourceCounts], stats: CorpusStats, mixture: Mixture
+) -> list[str]:
+    """Return a warning, with figure and reason, if a group misses `--long-token-share`; else nothing.
+
+    Where not every document was tokenized, the reason counts the estimated corpus.
+    """
     target, tokens = mixture.long_token_share, sum(count.tokens for count in counts)
     if target is None or not tokens:
         return []
     share = sum(count.long_tokens for count in counts) / tokens
     if abs(share - target) <= SHARE_TOLERANCE:
         return []
-    full = measure(group, 1.0)
-    most, short_tokens = mixture.allow_repeat * full.long_tokens, full.tokens - full.long_tokens
-    if not full.long_tokens:
+    all_long, short_tokens = _long_and_short(group, stats)
+    most = mixture.allow_repeat * all_long
+    if not all_long:
         reason = "it has none"
     elif share < target and most < (target - SHARE_TOLERANCE) * tokens:
         reason = f"the budget needs the short ones: long ones have {most:,} of {tokens:,} tokens"
     elif share > target and short_tokens * mixture.allow_repeat < (1 - target) * tokens:
         reason = f"short ones have {short_tokens:,} of {tokens:,} tokens"
     elif share > target and group.long_budget is None:
-        in_all = full.long_tokens / full.tokens
+        in_all = all_long / (all_long + short_tokens)
         reason = f"it is {in_all:.1%} of all that can be used, and long ones are not dropped"
     else:
         threshold = group.long_threshold_tokens
@@ -180,3 +199,13 @@ def share_warning(group: Group, counts: Sequence[SourceCounts], mixture: Mixture
         f"{', '.join(group.names)}: {share:.1%} of the tokens are in long documents, --long-token-share "
         f"{target:g} is out of reach ({reason})"
     ]
+
+
+def _long_and_short(group: Group, stats: CorpusStats) -> tuple[int, int]:
+    """Return the tokens of a group's long and short documents: of what can be used, or estimated of all."""
+    sources = [stats.sources[name] for name in group.names]
+    if all(source.is_exact for source in sources):
+        full = measure(group, 1.0)
+        return full.long_tokens, full.tokens - full.long_tokens
+    long_tokens = sum(source.long_tokens for source in sources)
+    return long_tokens, sum(source.tokens for source in sources) - long_tokens

@@ -204,11 +204,13 @@ def _unseen_notes(unseen: list[str], mixture: Mixture) -> Iterator[str]:
 
 
 def _supply_notes(expected: dict[str, SourceForecast], mixture: Mixture) -> Iterator[str]:
-    """Say where the budget may be more than a source has."""
+    """Say where the budget may be more than a source has: surely only if all documents are too few."""
     asked = {name: (s.tokens_asked.value, s.tokens_asked.high) for name, s in expected.items()}
     usable = {name: (s.tokens_usable.low, s.tokens_usable.high) for name, s in expected.items()}
+    whole = {name: mixture.allow_repeat * s.corpus.tokens.high for name, s in expected.items()}
     if mixture.rules.is_pooled:  # the sources share a budget
         asked = {"the corpus": (mixture.train_tokens,) * 2}
+        whole = {"the corpus": sum(whole.values())}
         usable = {
             "the corpus": (
                 sum(low for low, _ in usable.values()),
@@ -218,11 +220,11 @@ def _supply_notes(expected: dict[str, SourceForecast], mixture: Mixture) -> Iter
     for name, (value, most) in asked.items():
         low, high = usable[name]
         if most > low:
-            yield _short(name, value, low, high)
+            yield _short(name, value, low, high, is_sure=value > whole[name])
 
 
-def _short(name: str, asked: float, low: float, high: float) -> str:
-    sure = "is refused" if asked > high else "may be refused"
+def _short(name: str, asked: float, low: float, high: float, *, is_sure: bool) -> str:
+    sure = "is refused" if is_sure else "may be refused"
     return (
         f"{name}: {asked:,.0f} tokens asked, {low:,.0f} to {high:,.0f} available after holding out "
         f"validation documents and dropping short ones: the run {sure}"

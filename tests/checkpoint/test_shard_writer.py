@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from megatron_long.checkpoint import shard_writer
+from megatron_long.checkpoint.choosing import remove_leftovers
 from megatron_long.checkpoint.hashes import (
     hash_files,
     leave_shard_hashes,
@@ -96,6 +97,25 @@ def test_ranks_take_their_own_records(folder):
     leave_shard_hashes(folder, 1, infos)
     assert take_shard_hashes(folder, 11) is None
     assert take_shard_hashes(folder, 1) == {}
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"x": {}}', '{"x": 1}'])
+def test_a_damaged_record_is_none(content, folder):
+    """The shards are then read again for their hashes."""
+    leave_shard_hashes(folder, 2, {})
+    (record,) = folder.parent.glob("*.2.partial")
+    record.write_text(content)
+    assert take_shard_hashes(folder, 2) is None
+    assert not record.exists()
+
+
+def test_leftovers_of_any_kind_are_removed(folder):
+    (folder.parent / ".iter_0000004.7.partial").mkdir()
+    remove_unfinished(folder)
+    assert not list(folder.parent.iterdir())
+    (folder.parent / ".iter_0000008.partial").symlink_to("/nonexistent")
+    remove_leftovers(folder.parent)
+    assert not list(folder.parent.iterdir())
 
 
 def test_records_go_with_their_checkpoint(folder):

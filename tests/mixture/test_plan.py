@@ -134,7 +134,7 @@ def test_short_documents_are_dropped_at_the_ratio_and_long_ones_never(plan_of):
     # The whole supply: ask for what is there.
     with pytest.raises(DataError) as failure:
         plan_of(corpus, dataclasses.replace(BASE, train_tokens=10**9))
-    most = int(str(failure.value).split("at most --train-tokens ")[1].split(",")[0])
+    most = int(str(failure.value).split("at most --train-tokens ")[1].split()[0].strip(","))
     plan, rows = plan_of(corpus, dataclasses.replace(BASE, train_tokens=most)), row_of(corpus)
     taken, held_out = np.zeros((2, len(corpus)), bool)
     taken[[rows[place] for place in places(plan.order)]] = True
@@ -243,7 +243,7 @@ def test_remedies_of_a_source_with_nothing_left_work(plan_of):
 
 
 def test_remedies_are_those_of_the_strategy(plan_of):
-    mixture = dataclasses.replace(BASE, train_tokens=50_000_000, strategy="original")
+    mixture = dataclasses.replace(BASE, train_tokens=3_243_000, strategy="original")
     with pytest.raises(
         DataError, match=r"--train-tokens \d+, other --source-shares or --allow-rep"
     ):
@@ -251,17 +251,26 @@ def test_remedies_are_those_of_the_strategy(plan_of):
     with pytest.raises(
         DataError, match=r"--train-tokens \d+, a higher --short-keep-ratio or --all"
     ):
-        plan_of(make_corpus(), dataclasses.replace(mixture, strategy="global"))
+        plan_of(
+            make_corpus(), dataclasses.replace(mixture, strategy="global", train_tokens=3_000_000)
+        )
+
+
+def test_no_remedy_is_named_that_cannot_work(plan_of):
+    """Neither other shares nor short documents make more of a corpus than it has."""
+    mixture = dataclasses.replace(BASE, train_tokens=50_000_000)
+    with pytest.raises(DataError, match=r"; use at most --train-tokens \d+ or --allow-repeat \d+$"):
+        plan_of(make_corpus(), mixture)
 
 
 def test_shortage_names_source_numbers_and_remedies(plan_of):
     mixture = dataclasses.replace(BASE, source_shares={"Book": 0.01, "C4": 0.99})
     with pytest.raises(DataError) as failure:
-        plan_of(make_corpus(), dataclasses.replace(mixture, train_tokens=5_000_000))
+        plan_of(make_corpus(), dataclasses.replace(mixture, train_tokens=1_000_000))
     message = str(failure.value)
     assert "C4: " in message
     assert "Book: " not in message
-    assert "4,950,000 asked" in message
+    assert "990,000 asked" in message
     for remedy in ("--train-tokens", "--source-shares", "--short-keep-ratio", "--allow-repeat"):
         assert remedy in message
 

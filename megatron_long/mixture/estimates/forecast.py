@@ -95,6 +95,7 @@ def _one(
     keep = (
         usable / max(tokens.value - _held_out(tokens.value, mixture), 1) - long_share.value
     ) / max(1 - long_share.value, 1e-9)
+    supply = _wider(supply, passes * _spread(stats, keep))
     chosen = _chosen_variance(stats, keep, after, usable, asked.value)
     long_after = None if mixture.rules.cuts else _wider(range_after, Z * math.sqrt(chosen), 1.0)
     return SourceForecast(found, asked, supply, long_after)
@@ -128,6 +129,7 @@ def _pooled(
         asked = Interval(share, max(share - low, 0.0), min(share + high, 1.0))
         asked = asked.scaled(mixture.train_tokens)
         supply = Interval(values[name], lows[name], highs[name]).scaled(passes)
+        supply = _wider(supply, passes * _spread(stats[name], keep))
         after = _after(found.long_share, keep)
         chosen = _chosen_variance(stats[name], keep, after.value, values[name], asked.value)
         after = _wider(after, Z * math.sqrt(chosen), 1.0)
@@ -156,6 +158,16 @@ def _after(long_share: Interval, keep: float) -> Interval:
 
 def _held_out(tokens: float, mixture: Mixture) -> float:
     return min(mixture.valid_tokens_per_source, VALID_MAX_SHARE * tokens)
+
+
+def _spread(stats: SourceStats, keep: float) -> float:
+    """Return the error of usable tokens because keys decide which short documents are dropped and held out.
+
+    Held-out documents are whole: their sum is off by about the document that contains its last token.
+    """
+    every = sum(group.tokens_squared for group in stats.groups)
+    dropped = max(keep * (1 - keep), 0.0) * (every - _squares(stats, 0.0))
+    return Z * math.sqrt(max(dropped, 0.0)) + every / max(stats.tokens, 1)
 
 
 def _squares(stats: SourceStats, keep: float) -> float:
