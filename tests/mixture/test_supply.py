@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from megatron_long.mixture.admission import Admission, Limits
+from megatron_long.mixture.corpus_stats import CorpusStats, SourceStats
 from megatron_long.mixture.mixture import Mixture
-from megatron_long.mixture.plan import TooTight, make_plan
+from megatron_long.mixture.plan import TooTight, _rough_shares, make_plan
 from megatron_long.mixture.rows import ROW_DTYPE
-from megatron_long.mixture.supply import TooLittle
+from megatron_long.mixture.selection import Cut, Group
+from megatron_long.mixture.supply import TooLittle, _long_and_short
 from tests.mixture.test_plan import OVERHEAD, places, write_folder
 
 THRESHOLD = 1000
@@ -251,3 +253,19 @@ def test_the_message_shows_the_number_that_was_typed(asked, shown, plan_of):
         plan_of(
             with_tiny([50]), dataclasses.replace(mixture_of(with_tiny([50]), 1), train_tokens=asked)
         )
+
+
+def test_a_source_that_is_left_out_has_no_rough_share():
+    assert not list(_rough_shares({"tiny": 0.0}, {"tiny": 1e-9}))
+    assert len(list(_rough_shares({"big": 0.5}, {"big": 0.1}))) == 1
+
+
+@pytest.mark.parametrize(("tokenized", "expected"), [(10, (30, 10)), (4, (900, 100))])
+def test_the_reason_of_a_missed_share_counts_the_corpus(tokenized, expected):
+    """Rows are what a survey admitted, where not every document was tokenized."""
+    rows = np.zeros(2, ROW_DTYPE)
+    rows["length_tokens"] = (30, 10)
+    group = Group(["a"], rows, 0, 20, Cut(2))
+    source = SourceStats(documents=10, documents_tokenized=tokenized, tokens=1000, long_tokens=900)
+    stats = CorpusStats({"a": source}, 0, 0, 0, [], 0)
+    assert _long_and_short(group, stats) == expected

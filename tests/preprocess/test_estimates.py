@@ -15,8 +15,11 @@ from megatron_long.corpus.listing import find_inputs
 from megatron_long.errors import ConfigError
 from megatron_long.mixture.admission import Admission, Limits
 from megatron_long.mixture.corpus_stats import gather_stats, read_info
+from megatron_long.mixture.estimates.block_estimates import SourceEstimate
+from megatron_long.mixture.estimates.forecast import SourceForecast
+from megatron_long.mixture.estimates.intervals import Interval, exact
 from megatron_long.mixture.mixture import Mixture
-from megatron_long.preprocess.dry_run import plan_dataset
+from megatron_long.preprocess.dry_run import _supply_notes, plan_dataset
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 from megatron_long.preprocess.survey import survey_corpus
 from megatron_long.preprocess.tokenize_file import TokenizeOptions, measure_file, tokenize_file
@@ -270,3 +273,14 @@ def test_what_is_measured_changes_no_row(hard, tmp_path):
         )
     assert made[0.0][1:] == made[0.02][1:]
     assert made[0.0][0] < made[0.02][0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"), [(800, None), (950, "may be refused"), (1001, "is refused")]
+)
+def test_a_sample_says_that_a_run_is_refused_only_if_all_documents_are_too_few(asked, says):
+    """What is dropped and held out is random: the run may have more than is expected."""
+    whole = SourceEstimate(exact(10), exact(1000), exact(1.0), exact(0.5))
+    found = SourceForecast(whole, exact(asked), Interval(900, 880, 920), None)
+    notes = list(_supply_notes({"a": found}, Mixture(train_tokens=asked)))
+    assert [says in note for note in notes] == ([True] if says else [])
