@@ -286,10 +286,7 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".iter_*"):
         if path.name.endswith((PARTIAL_SUFFIX, DELETED_SUFFIX, REPLACED_SUFFIX)):
             with contextlib.suppress(OSError):
-                if path.is_file() or path.is_symlink():
-                    path.unlink()
-                else:
-                    shutil.rmtree(path, ignore_errors=True)
+                remove_path(path)
     for iteration in _folders(folder):
         with contextlib.suppress(OSError):
             iteration_folder(folder, iteration).rmdir()  # only where it is empty

@@ -110,7 +110,8 @@ def _add_mixture(add) -> None:  # type: ignore[no-untyped-def]
     )
     strategy = f"{', '.join(STRATEGIES)} NAME=SHARE ...; default: per-source"
     add("--strategy", nargs="+", default=["per-source"], metavar="NAME", help=strategy)
-    add("--short-keep-ratio", type=float, default=0.1, metavar="P", help="default: %(default)s")
+    ratio = "probability of keeping a short document; default: 0.1"
+    add("--short-keep-ratio", type=float, metavar="P", help=ratio)
     solved = "instead: thin the short documents of each source until long ones have this share"
     add("--long-token-share", type=float, metavar="SHARE", help=solved)
     long = "long from here (K is 1,024): %(default)s"

@@ -43,7 +43,7 @@ class Block:
     size_bytes: int
     """Its weight: what is read of it stands for so many bytes of files."""
     max_text_bytes: int | None = None
-    """Read no more than this; None for all."""
+    """Read at most this; None for all."""
 
     @property
     def text_bytes(self) -> float:

@@ -290,20 +290,20 @@ def _list_local(root: Path) -> Iterator[_Entry]:
 def _walk(top: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield files, and folders with the reason why what they hold is not among them.
 
-    A folder is gone through once, linked ones after all others.
+    Each folder is visited once, linked ones after all others.
     """
-    gone_through, folders, links = set[str](), [top], list[str]()
+    visited, folders, links = set[str](), [top], list[str]()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         identity = os.path.realpath(folder)
-        if identity in gone_through:
+        if identity in visited:
             yield folder, ("is read under another name",)
             continue
-        gone_through.add(identity)
+        visited.add(identity)
         try:
             names = sorted(os.listdir(folder))
         except OSError as error:
-            yield folder, (f"cannot be listed ({error.strerror})", "give yourself the right to")
+            yield folder, (f"cannot be listed ({error.strerror})", "change its permissions")
             continue
         for path in (os.path.join(folder, name) for name in names):
             if not os.path.isdir(path):
@@ -330,10 +330,10 @@ def _local(path: str, name: str, label: str) -> _Entry:
         if not stat.S_ISREG(state.st_mode):
             problem = "is not a file", "write its content to a file"
         elif not os.access(path, os.R_OK):
-            problem = "cannot be read (no right to)", "give yourself the right to"
+            problem = "cannot be read (permission denied)", "change its permissions"
         name.encode()
     except OSError as error:
-        what = "is a link that leads nowhere" if is_link else "cannot be read"
+        what = "is a broken link" if is_link else "cannot be read"
         problem = f"{what} ({error.strerror})", "restore or remove it"
     except UnicodeEncodeError:
         problem = "has a name that is not UTF-8", "rename it"

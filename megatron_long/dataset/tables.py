@@ -29,24 +29,11 @@ COLUMNS = (
 )
 
 
-def source_table(sources: Mapping[str, SourceInfo]) -> Table:
-    """Build the table of sources: documents, tokens, shares, share of tokens in long documents."""
-    table = Table(*COLUMNS[:1], box=None, pad_edge=False)
-    for column in COLUMNS[1:]:
-        table.add_column(column, justify="right")
-    tokens_in = sum(info.tokens_in for info in sources.values())
-    for name, info in sources.items():
-        table.add_row(name, *_cells(info, tokens_in))
-    table.add_row("all", *_cells(add_sources(sources), tokens_in))
-    return table
-
-
 def print_sources(sources: Mapping[str, SourceInfo]) -> None:
-    """Print the table of sources, wide enough for its columns when the output is a file."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    console.print(source_table(sources))
+    """Print documents, tokens, shares, and shares of tokens in long documents, of each source and of all."""
+    tokens_in = sum(info.tokens_in for info in sources.values())
+    every = [*sources.items(), ("all", add_sources(sources))]
+    print_table(COLUMNS, [[name, *_cells(info, tokens_in)] for name, info in every])
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -102,14 +102,16 @@ def check_deterministic_attention(args: Namespace) -> None:
     """cuDNN's deterministic backward pass of attention needs memory that grows with the square of the length.
 
     Measured with cuDNN 9.19 on an H200: 513.01 GiB requested for 16 heads and 131,072 tokens, which is two
-    bytes per head and pair of tokens, and 1 GiB.
+    bytes per head and pair of tokens, and 1 GiB. Transformer Engine 2.20 does not choose cuDNN for padded
+    documents of such sizes.
     """
-    is_cudnn = args.transformer_impl == "transformer_engine" and args.attention_backend.name in (
-        "auto",
-        "fused",
+    may_use_cudnn = (
+        args.transformer_impl == "transformer_engine"
+        and args.attention_backend.name in ("auto", "fused")
+        and not args.document_masking
     )
-    memory_bytes = gpu_memory_bytes()
-    if not (args.deterministic_mode and is_cudnn and memory_bytes):
+    memory_bytes = deterministic_gpu_bytes()
+    if not (args.deterministic_mode and may_use_cudnn and memory_bytes):
         return
     by_heads, by_tokens = _split_of_attention(args)
     heads = args.num_attention_heads // (args.tensor_model_parallel_size * by_heads)
@@ -136,11 +138,14 @@ def _split_of_attention(args: Namespace) -> tuple[int, int]:
     return 1, size
 
 
-def gpu_memory_bytes() -> int | None:
-    """Memory of this process's GPU; None without one."""
+def deterministic_gpu_bytes() -> int | None:
+    """Memory of this process's GPU, if Transformer Engine may choose cuDNN for deterministic attention on it.
+
+    Source: Transformer Engine 2.20, `get_attention_backend`: compute capability 9.0 and later.
+    """
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         return None
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 

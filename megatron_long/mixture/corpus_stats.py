@@ -154,7 +154,7 @@ class CorpusStats:
     sources: dict[str, SourceStats]
     documents_empty: int
     documents_by_reference: int
-    """Tokenized by the reference because of characters that the engine classifies otherwise."""
+    """Tokenized by the reference because of characters that the engine classifies differently."""
     documents_bad: int
     bad: list[dict[str, Any]]
     text_bytes: int

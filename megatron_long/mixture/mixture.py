@@ -92,6 +92,11 @@ class Mixture:
         return STRATEGIES[self.strategy]
 
     @property
+    def is_natural(self) -> bool:
+        """Whether the tokens of the corpus decide the shares of the sources."""
+        return self.source_shares == NATURAL and not self.rules.is_pooled
+
+    @property
     def keep_short(self) -> float | None:
         """Probability of keeping a short document; None if it must be solved for."""
         if not self.rules.thins_short:

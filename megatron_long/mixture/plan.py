@@ -32,12 +32,11 @@ from megatron_long.mixture.selection import (
     measure_long_share,
     solve_keep_short,
 )
-from megatron_long.mixture.shares import NATURAL, NATURAL_ERROR, split_budget
+from megatron_long.mixture.shares import NATURAL_ERROR, split_budget
 from megatron_long.mixture.summary import SourceCounts, source_info
 from megatron_long.mixture.supply import (
     find_short,
     held_tokens,
-    is_natural,
     leave_out_tiny,
     share_warning,
     stop_holding_out,
@@ -118,7 +117,7 @@ def make_plan(
             count.add(chunk[chunk["source"] == index], mixture.long_threshold_tokens)
     kept = [count.tokens for count in counts]
     errors, infos = stats.share_errors(), {}
-    if mixture.source_shares == NATURAL and not is_pooled:
+    if mixture.is_natural:
         warnings += _rough_shares(shares, errors)
     for index, name in enumerate(names):
         group = next(group for group in groups if name in group.names)
@@ -235,9 +234,9 @@ def _fill_budgets(
                 if name in short
             ]
         more = [warning for warning in found if warning]
-        if not more and is_natural(mixture):
+        if not more and mixture.is_natural:
             more = leave_out_tiny(shares, short, stats)
-        if not more and is_natural(mixture):
+        if not more and mixture.is_natural:
             rough = [name for name, source in stats.sources.items() if not source.is_exact]
             if rough:  # estimates of the shares do not tell whether they can be filled
                 raise TooTight(dict.fromkeys(rough, Limits()))

@@ -55,6 +55,15 @@ def parse_token_count(text: str, flag: str = "--train-tokens") -> int:
     return int(count)
 
 
+def keep_ratio(long_share: float, target: float) -> float:
+    """Return the probability of keeping short documents that turns one share of long tokens into another.
+
+    >>> keep_ratio(0.3, 0.7)
+    0.1836734693877551
+    """
+    return long_share * (1 - target) / (target * max(1 - long_share, 1e-9))
+
+
 def format_token_count(count: int) -> str:
     """Write a count as it is typed: the reverse of `parse_token_count`.
 

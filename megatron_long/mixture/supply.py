@@ -10,7 +10,7 @@ from megatron_long.errors import DataError
 from megatron_long.mixture.corpus_stats import CorpusStats
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.mixture.selection import SHARE_TOLERANCE, VALID_MAX_SHARE, Group, measure
-from megatron_long.mixture.shares import NATURAL, format_token_count, split_budget
+from megatron_long.mixture.shares import format_token_count, split_budget
 from megatron_long.mixture.summary import SourceCounts
 
 TINY_DOCUMENTS, TINY_SHARE = 20, 0.01
@@ -161,11 +161,6 @@ def most_tokens(
     while most > 0 and find_short(split_budget(most, shares), available, allow_repeat):
         most -= 1
     return most
-
-
-def is_natural(mixture: Mixture) -> bool:
-    """Return whether the tokens of the corpus decide the shares of the sources."""
-    return mixture.source_shares == NATURAL and not mixture.rules.is_pooled
 
 
 def share_warning(

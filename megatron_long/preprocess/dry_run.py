@@ -18,7 +18,7 @@ from megatron_long.mixture.mixture import Mixture, named_sources
 from megatron_long.mixture.plan import make_plan
 from megatron_long.preprocess.preprocess_config import PreprocessConfig, tokenize_options
 from megatron_long.preprocess.publish import disk_errors
-from megatron_long.preprocess.survey import survey_corpus
+from megatron_long.preprocess.survey import refuse_too_many_tokens, survey_corpus
 from megatron_long.preprocess.tokenize_file import TokenizeOptions, tokenize_file
 from megatron_long.tokenizer.loading import load_tokenizer
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
@@ -58,6 +58,7 @@ def plan_dataset(
     on_listing(listing)
     files, tokenizer = listing.files, load_tokenizer(config.tokenizer, config.engine)
     options = tokenize_options(config, tokenizer)
+    refuse_too_many_tokens(files, options, config.mixture)
     if sum(file.size_bytes for file in files) <= whole_bytes:
         return DryRun(planned=_plan_whole(files, tokenizer, options, config.mixture))
     estimate = survey_corpus(files, tokenizer, options, text_bytes)

@@ -60,7 +60,7 @@ class PiecesStage:
         return self.work / self.name / f"{index:06d}.json"
 
     def is_done(self, index: int) -> bool:
-        """Tell whether a file was gone through."""
+        """Tell whether a file was scanned."""
         return self.path(index).exists()
 
     def run(self, index: int) -> None:
@@ -147,7 +147,7 @@ def _row_groups(item: InputFile, piece_bytes: int) -> Iterator[Piece]:
 
 
 def known_hashes(work: Path) -> dict[str, str]:
-    """Give the hashes of the files that were gone through so far."""
+    """Give the hashes of the files that were scanned so far."""
     contents = (orjson.loads(path.read_bytes()) for path in (work / STAGE_NAME).glob("*.json"))
     return {content["name"]: content["xxh3_128"] for content in contents}
 

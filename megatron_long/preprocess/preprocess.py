@@ -257,7 +257,7 @@ def _made_by(tokenizer: Tokenizer, documents_by_reference: int) -> dict[str, str
     if documents_by_reference:
         notes.append(
             f"{documents_by_reference:,} documents were tokenized by the reference: they contain characters "
-            f"that {tokenizer.engine_name} classifies otherwise"
+            f"that {tokenizer.engine_name} classifies differently"
         )
     return made_by | ({"engine_notes": "; ".join(notes)} if notes else {})
 

@@ -108,7 +108,7 @@ def read_config(flags: Namespace) -> PreprocessConfig:
     mixture = Mixture(
         train_tokens=parse_token_count(flags.train_tokens),
         strategy=strategy,
-        short_keep_ratio=flags.short_keep_ratio,
+        short_keep_ratio=_read_ratio(flags),
         long_token_share=flags.long_token_share,
         long_threshold_tokens=flags.long_threshold,
         cut_length_tokens=flags.cut_length,
@@ -136,6 +136,17 @@ def read_config(flags: Namespace) -> PreprocessConfig:
         keep_work=flags.keep_work,
         force=flags.force,
     )
+
+
+def _read_ratio(flags: Namespace) -> float:
+    if flags.short_keep_ratio is None:
+        return Mixture.short_keep_ratio
+    if flags.long_token_share is not None:
+        raise ConfigError(
+            "--short-keep-ratio and --long-token-share exclude each other: the second decides which ratio "
+            "each source gets; give one"
+        )
+    return float(flags.short_keep_ratio)
 
 
 def _read_keys(flags: Namespace) -> RecordKeys:

@@ -19,7 +19,7 @@ from megatron_long.mixture.estimates.block_estimates import CorpusEstimate
 from megatron_long.mixture.estimates.intervals import Z
 from megatron_long.mixture.mixture import Mixture, source_shares
 from megatron_long.mixture.rows import read_strata
-from megatron_long.mixture.shares import NATURAL, NATURAL_ERROR, format_token_count, split_budget
+from megatron_long.mixture.shares import NATURAL_ERROR, format_token_count, keep_ratio, split_budget
 from megatron_long.preprocess.monitor import EXPECTED_FILE
 from megatron_long.preprocess.tokenize_file import TokenizeOptions, measure_file
 from megatron_long.preprocess.workdir import write_json, write_limits
@@ -191,8 +191,7 @@ def admit(survey: CorpusEstimate, mixture: Mixture) -> Admission:
         budgets = split_budget(mixture.train_tokens, source_shares(mixture, whole))
     except ConfigError:
         return admitted  # the sample may lack a source that the corpus has
-    is_natural = mixture.source_shares == NATURAL and not mixture.rules.is_pooled
-    aim = NATURAL_ERROR if is_natural else REPORT_ERROR
+    aim = NATURAL_ERROR if mixture.is_natural else REPORT_ERROR
     if not mixture.rules.is_pooled:
         limits = {
             name: _limits(stats, budgets[name], mixture)
@@ -268,8 +267,7 @@ def _limits(stats: SourceStats, budget: int, mixture: Mixture) -> Limits:
     long_share, tokens = stats.long_share, stats.tokens
     keep_short = mixture.keep_short
     if keep_short is None:
-        target = mixture.long_token_share or 0.0
-        solved = long_share * (1 - target) / (target * max(1 - long_share, 1e-9))
+        solved = keep_ratio(long_share, mixture.long_token_share or 0.0)
         keep_short = min(MARGIN * solved, 1.0) if long_share else 1.0
         supply = tokens * (long_share + (1 - long_share) * keep_short / MARGIN)
     else:

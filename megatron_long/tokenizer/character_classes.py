@@ -1,9 +1,10 @@
-"""Characters that a fast engine classifies otherwise than the reference, found in the texts as they are met.
+"""Characters that a fast engine classifies differently from the reference, found as texts contain them.
 
 Vocabularies like Llama-3's split text by Unicode classes (letters, numbers, blanks), and each package has
-the tables of some Unicode version: gigatoken 0.10.0 splits 4,657 code points otherwise than tokenizers
-0.23.3, all assigned by recent versions. Each block of 256 code points is compared when one of its characters
-first occurs, so nothing is compared at the start, and every character that is used has been.
+the tables of some Unicode version. With Llama-3's vocabulary gigatoken 0.10.0 splits 4,657 code points
+differently from tokenizers 0.23.3 (each followed by ",j"), all unassigned in Unicode 15. Each block of 256
+code points is compared when one of its characters first occurs, so nothing is compared at the start, and
+every character that is used has been.
 """
 
 import re
@@ -34,11 +35,11 @@ class CharacterClasses:
         self._engine, self._reference = engine, reference
         self._compared: set[int] = set()
         self.different: set[str] = set()
-        """Characters of the blocks compared so far that they treat otherwise."""
+        """Characters of the blocks compared so far that they treat differently."""
         self._suspect = self._pattern()
 
     def differ(self, text: str) -> bool:
-        """Whether a text contains a character that they treat otherwise."""
+        """Whether a text contains a character that they treat differently."""
         if text.isascii():  # compared by `engines.HARD_STRINGS`
             return False
         while (found := self._suspect.search(text)) is not None:

@@ -103,7 +103,7 @@ ENGINES: dict[str, Callable[[str], Engine]] = {
 class FastTokenizer:
     """A tokenizer that takes ids from a fast engine, and everything else from the reference.
 
-    Texts with characters that the engine classifies otherwise go to the reference, too.
+    Texts with characters that the engine classifies differently go to the reference, too.
     """
 
     def __init__(

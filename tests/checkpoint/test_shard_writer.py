@@ -99,6 +99,16 @@ def test_ranks_take_their_own_records(folder):
     assert take_shard_hashes(folder, 1) == {}
 
 
+def test_any_error_is_the_result(folder):
+    """An exception would end the process that writes in the background, and training would wait for it."""
+    buckets, results = make_buckets(folder), queue.Queue()
+    buckets[0][2][1][0] = (tensor_item("a"), torch.empty(3, device="meta"))  # which cannot be saved
+    error = write_shards(None, 3, buckets, results)
+    assert not isinstance(error, OSError | None)
+    assert results.get_nowait() is error
+    assert results.empty()
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"x": {}}', '{"x": 1}'])
 def test_a_damaged_record_is_none(content, folder):
     """The shards are then read again for their hashes."""

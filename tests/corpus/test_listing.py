@@ -223,11 +223,11 @@ def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
     write(tmp_path, os.fsdecode(b"caf\xe9.jsonl"))
     monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith("b.jsonl"))
     told = reasons(tmp_path, skip_unread=True)
-    assert "leads nowhere (Too many levels" in told["loop.jsonl"]
-    assert "leads nowhere (No such file" in told["lost.jsonl"]
+    assert "broken link (Too many levels" in told["loop.jsonl"]
+    assert "broken link (No such file" in told["lost.jsonl"]
     assert told["lost.txt"] == "is of another kind (.txt)"
     assert told["pipe.jsonl"] == "is not a file"
-    assert told["b.jsonl"] == "cannot be read (no right to)"
+    assert told["b.jsonl"] == "cannot be read (permission denied)"
     assert told["caf\\udce9.jsonl"] == "has a name that is not UTF-8"
     assert names(tmp_path, skip_unread=True) == ["a.jsonl", "folder.parquet/part-0.parquet"]
     with pytest.raises(DataError, match=r"\(4 more are not read, such as"):

@@ -181,7 +181,9 @@ def test_nothing_is_refused_on_the_word_of_a_sample(hard, model_file):
     assert set(found.expected) == set(truth)
     assert any(note.startswith("Rare: named, but not in the sample") for note in found.notes)
     assert any("a source that is not listed has less than" in note for note in found.notes)
-    found = sampled(config(folder, model_file, train_tokens=10**9))
+    with pytest.raises(ConfigError, match="is more than the corpus can hold"):  # its bytes say so
+        sampled(config(folder, model_file, train_tokens=10**9))
+    found = sampled(config(folder, model_file, train_tokens=12 * 10**6))
     assert sum("the run is refused" in note for note in found.notes) == len(truth)
     named = {"strategy": "upsample-sources", "upsampled_shares": {"Rare": 0.2, "Lisp": 0.1}}
     found = sampled(config(folder, model_file, **named))

@@ -150,6 +150,10 @@ def test_one_folder_per_source_and_parquet(words, tmp_path, records):
     both = run_tool("preprocess_mix", *flags(words), "--source-from-folder", "--source-key", "x")
     assert both.returncode == 2
     assert "exclude each other" in both.stderr
+    ratios = ("--short-keep-ratio", "0.2", "--long-token-share", "0.5")
+    both = run_tool("preprocess_mix", *flags(words), *ratios)
+    assert both.returncode == 2
+    assert "--short-keep-ratio and --long-token-share exclude each other" in both.stderr
 
 
 def test_every_kind_of_file_in_one_corpus(words, tmp_path, records, write_jsonl):

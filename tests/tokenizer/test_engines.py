@@ -164,7 +164,7 @@ RECENT = {"gigatoken": "\U00032ed5", "tuetoken": "\u1c89"}
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_characters_that_an_engine_classifies_otherwise(name, llama3_like):
+def test_characters_that_an_engine_classifies_differently(name, llama3_like):
     """Texts that contain them go to the reference, the others do not."""
     fast, reference = load_tokenizer(llama3_like, name), load_tokenizer(llama3_like, "reference")
     assert isinstance(fast, FastTokenizer)
@@ -199,7 +199,7 @@ def test_the_manifest_counts_them(llama3_like, tmp_path):
     assert made_by["engine"] == "gigatoken"
     assert made_by["engine_notes"] == (
         "10 documents were tokenized by the reference: they contain characters that gigatoken classifies "
-        "otherwise"
+        "differently"
     )
 
 

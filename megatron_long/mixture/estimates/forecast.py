@@ -14,9 +14,8 @@ from megatron_long.mixture.corpus_stats import SourceStats
 from megatron_long.mixture.estimates.block_estimates import CorpusEstimate, SourceEstimate
 from megatron_long.mixture.estimates.intervals import Interval, Z, exact
 from megatron_long.mixture.mixture import Mixture, source_shares
-from megatron_long.mixture.shares import NATURAL, NATURAL_ERROR
-
-VALID_MAX_SHARE = 0.1
+from megatron_long.mixture.selection import VALID_MAX_SHARE
+from megatron_long.mixture.shares import NATURAL_ERROR, keep_ratio
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,10 @@ def forecast(estimate: CorpusEstimate, mixture: Mixture) -> dict[str, SourceFore
     if mixture.rules.is_pooled:
         return _pooled(stats, corpus, mixture)
     shares = source_shares(mixture, {name: found.tokens for name, found in stats.items()})
-    is_natural = mixture.source_shares == NATURAL
     made = {}
     for name, found in corpus.items():
         asked = exact(shares[name] * mixture.train_tokens)
-        if is_natural and found.share.value and name not in mixture.upsampled_shares:
+        if mixture.is_natural and found.share.value and name not in mixture.upsampled_shares:
             factor = shares[name] / found.share.value * mixture.train_tokens
             asked = _wider(found.share, NATURAL_ERROR * found.share.value).scaled(factor)
         made[name] = _one(stats[name], found, asked, mixture)
@@ -65,7 +63,7 @@ def keep_short_of(mixture: Mixture, tokens: float, long_share: float, needed: fl
     target = mixture.long_token_share or 0.0
     if long_share >= target or long_share <= 0:
         return 1.0
-    solved = long_share * (1 - target) / (target * (1 - long_share))
+    solved = keep_ratio(long_share, target)
     fills = (needed / max(tokens, 1.0) - long_share) / (1 - long_share)
     return min(max(solved, fills), 1.0)
 

@@ -3,8 +3,8 @@
 Both are score intervals, with the variance of the estimate expressed as the number of equal, independent
 observations that would give it ("effective sample size"). They are longer on the side where the truth
 may be far off, never go below zero or above one, and tend to the normal interval for large samples. The
-variance is itself an estimate: Student's t has the degrees of freedom of the design, and no more than there
-are effective observations of what is counted (a few large documents tell little of how they vary).
+variance is itself an estimate: Student's t has the degrees of freedom of the design, and at most as many as
+there are effective observations of what is counted (a few large documents tell little of how they vary).
 """
 
 import math
