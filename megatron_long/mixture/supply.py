@@ -155,7 +155,7 @@ def most_tokens(
     """Return the largest budget that every source can fill; 0 if one has nothing to fill it with.
 
     >>> most_tokens({"a": 0.75, "b": 0.25}, {"a": 100, "b": 20}, {"b": (20, 50)})
-    81
+    82
     """
     most = min(int(usable / shares[name]) + 2 * bool(usable) for name, (usable, _) in short.items())
     while most > 0 and find_short(split_budget(most, shares), available, allow_repeat):
