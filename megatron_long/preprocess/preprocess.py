@@ -58,7 +58,7 @@ from megatron_long.preprocess.preprocess_config import (
     tokenize_options,
     work_folder,
 )
-from megatron_long.preprocess.publish import disk_errors, interrupts, publish
+from megatron_long.preprocess.publish import check_url, disk_errors, interrupts, publish
 from megatron_long.preprocess.stages import (
     TokenizeJob,
     TokenizeStage,
@@ -118,6 +118,9 @@ def preprocess(
         output: A folder, or a URL to copy the finished dataset to (then `work_dir` must be given).
         on_listing: Gets the files that will be read, and the others, before any is opened.
     """
+    work = work_folder(config.work_dir, output)
+    if is_url(output):
+        check_url(str(output), work, force=config.force)
     listing, executor = config.list_inputs(), config.executor
     on_listing(listing)
     files = listing.files
@@ -127,7 +130,6 @@ def preprocess(
         logger.warning("--tokenizer %s: %s", config.tokenizer, notice)
     options = tokenize_options(config, tokenizer)
     refuse_too_many_tokens(files, options, config.mixture)
-    work = work_folder(config.work_dir, output)
     with disk_errors(work), only_run(work), interrupts():
         open_work(work, config.command(), files, force=config.force)
         with Monitor("prepare", on_progress):
@@ -157,7 +159,7 @@ def preprocess(
             write_report(written.folder / REPORT_FOLDER, manifest, name)
             # What has come since, such as an unfinished download, does not matter.
             check_unchanged(work, files, find_inputs(config.inputs, skip_unread=True))
-            publish(written.folder, output)
+            publish(written.folder, output, work, force=config.force)
         if not config.keep_work:
             remove_folder(work)
     return manifest
