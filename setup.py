@@ -55,6 +55,7 @@ setup(
             *("pytest", "pytest-xdist", "hypothesis", "tiktoken", "gguf", "rouge-score", "wandb"),
             "accelerate",  # transformers reads GGUF files with it
             *("datatrove>=0.10,<0.11", "pyarrow"),
+            *("s3fs", "moto[s3]", "flask", "flask-cors"),  # an S3 server for the tests, 80 MB
             *("ruff", "mypy", "types-tqdm", "types-PyYAML"),
         ],
     },

@@ -19,6 +19,7 @@ from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 from tests.corpus_fixtures import files_of
 
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # read when ray is imported
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 pytestmark = pytest.mark.slow
