@@ -68,7 +68,7 @@ from megatron_long.preprocess.stages import (
     item_folder,
     split_parts,
 )
-from megatron_long.preprocess.survey import refuse_too_many_tokens, set_limits
+from megatron_long.preprocess.survey import check_budget, set_limits
 from megatron_long.preprocess.workdir import (
     check_unchanged,
     only_run,
@@ -126,7 +126,7 @@ def preprocess(
     if tokenizer.bos_id is None and (notice := explain_no_bos(config.tokenizer)):
         logger.warning("--tokenizer %s: %s", config.tokenizer, notice)
     options = tokenize_options(config, tokenizer)
-    refuse_too_many_tokens(files, options, config.mixture)
+    check_budget(files, options, config.mixture)
     work = work_folder(config.work_dir, output)
     with disk_errors(work), only_run(work), interrupts():
         open_work(work, config.command(), files, force=config.force)

@@ -15,7 +15,7 @@ from megatron_long.corpus.inputs import InputFile, is_url
 from megatron_long.corpus.listing import Listing, list_inputs
 from megatron_long.dataset.indexed import token_dtype
 from megatron_long.errors import ConfigError
-from megatron_long.mixture.mixture import Mixture, named_sources
+from megatron_long.mixture.mixture import STRATEGIES, Mixture, Strategy, named_sources
 from megatron_long.mixture.shares import (
     NATURAL,
     SLIMPAJAMA,
@@ -105,13 +105,14 @@ def read_config(flags: Namespace) -> PreprocessConfig:
     if shares not in (NATURAL, SLIMPAJAMA):
         shares, missing = read_shares(Path(shares))
     strategy, *named = flags.strategy
+    _refuse_unused(flags, strategy)
     mixture = Mixture(
         train_tokens=parse_token_count(flags.train_tokens),
         strategy=strategy,
         short_keep_ratio=_read_ratio(flags),
         long_token_share=flags.long_token_share,
         long_threshold_tokens=flags.long_threshold,
-        cut_length_tokens=flags.cut_length,
+        cut_length_tokens=flags.cut_length or Mixture.cut_length_tokens,
         upsampled_shares=parse_shares(named),
         source_shares=shares,
         missing_sources=flags.missing_sources or missing,
@@ -147,6 +148,29 @@ def _read_ratio(flags: Namespace) -> float:
             "each source gets; give one"
         )
     return float(flags.short_keep_ratio)
+
+
+def _refuse_unused(flags: Namespace, strategy: str) -> None:
+    rules = STRATEGIES.get(strategy, Strategy(thins_short=True, cuts=True))  # a `Mixture` names it
+    unused = (
+        ("--cut-length", flags.cut_length, rules.cuts, "keeps documents whole; use cut"),
+        (
+            "--short-keep-ratio",
+            flags.short_keep_ratio,
+            rules.thins_short,
+            "keeps every document; use per-source or global",
+        ),
+    )
+    for flag, value, is_used, why in unused:
+        if value is not None and not is_used:
+            raise ConfigError(
+                f"{flag} {value} has no effect with --strategy {strategy}, which {why}, or leave out {flag}"
+            )
+    if flags.missing_sources and flags.source_shares == NATURAL:
+        raise ConfigError(
+            f"--missing-sources {flags.missing_sources} has no effect with --source-shares {NATURAL}, which "
+            "names no source; give shares, or leave it out"
+        )
 
 
 def _read_keys(flags: Namespace) -> RecordKeys:
