@@ -54,6 +54,7 @@ from megatron_long.preprocess.monitor import (
 )
 from megatron_long.preprocess.preprocess_config import (
     PreprocessConfig,
+    check_folders,
     tokenize_job,
     tokenize_options,
     work_folder,
@@ -118,6 +119,8 @@ def preprocess(
         output: A folder, or a URL to copy the finished dataset to (then `work_dir` must be given).
         on_listing: Gets the files that will be read, and the others, before any is opened.
     """
+    work = work_folder(config.work_dir, output)
+    check_folders(config.inputs, output, work)
     listing, executor = config.list_inputs(), config.executor
     on_listing(listing)
     files = listing.files
@@ -127,7 +130,6 @@ def preprocess(
         logger.warning("--tokenizer %s: %s", config.tokenizer, notice)
     options = tokenize_options(config, tokenizer)
     check_budget(files, options, config.mixture)
-    work = work_folder(config.work_dir, output)
     with disk_errors(work), only_run(work), interrupts():
         open_work(work, config.command(), files, force=config.force)
         with Monitor("prepare", on_progress):

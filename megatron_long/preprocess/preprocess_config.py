@@ -174,11 +174,21 @@ def _refuse_unused(flags: Namespace, strategy: str) -> None:
 
 
 def _read_keys(flags: Namespace) -> RecordKeys:
+    _check_keys(flags)
     if flags.source_from_folder and flags.source_key:
         raise ConfigError("--source-from-folder and --source-key exclude each other; give one")
     source = SOURCE_FROM_FOLDER if flags.source_from_folder else flags.source_key
     keys = RecordKeys(text=flags.text_key)
     return dataclasses.replace(keys, source=source) if source else keys
+
+
+def _check_keys(flags: Namespace) -> None:
+    for flag, key in (("--text-key", flags.text_key), ("--source-key", flags.source_key)):
+        if key is not None and not all(key.split(".")):
+            raise ConfigError(
+                f"{flag} {key!r} has an empty part; write names of keys, with dots for nested objects: "
+                "meta.source"
+            )
 
 
 def _read_execution(flags: Namespace) -> ExecutorOptions:
@@ -250,3 +260,39 @@ def work_folder(given: Path | None, output: Path | str) -> Path:
         )
     path = Path(output).absolute()
     return path.with_name(path.name + WORK_SUFFIX)
+
+
+def check_folders(inputs: Sequence[Path | str], output: Path | str, work: Path) -> None:
+    """Refuse an output that cannot be put in its place, and folders of which one lies in another.
+
+    Raises: ConfigError: the output cannot be made; or the output, the work folder or an input is or contains
+        another of them, so that it would be read, replaced or removed with it.
+    """
+    local = [("--input", path) for path in inputs if not is_url(path)]
+    if not is_url(output):
+        _check_output(Path(output))
+    for flag, path in [*[("--output", output)] * (not is_url(output)), ("--work-dir", work)]:
+        for other_flag, other in local:
+            one, two = os.path.realpath(path), os.path.realpath(other)
+            if f"{one}/".startswith(f"{two}/") or f"{two}/".startswith(f"{one}/"):
+                raise ConfigError(
+                    f"{flag} {path} and {other_flag} {other} are one folder, or one lies in the other, which "
+                    f"would be read, replaced or removed with it; give a {flag} apart from it"
+                )
+        local.append((flag, path))
+
+
+def _check_output(output: Path) -> None:
+    if os.path.lexists(output) and not output.is_dir():
+        raise ConfigError(f"--output {output} is not a folder; give another path, or remove it")
+    if os.path.ismount(output):
+        raise ConfigError(
+            f"--output {output} is a mount point, which cannot be replaced; give a folder in it"
+        )
+    parent = Path(os.path.realpath(output)).parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--output {output}: {parent} is not a folder that can be written; give another path"
+        )
