@@ -165,7 +165,7 @@ def parse_line(line: bytes, item: InputFile, number: int, keys: RecordKeys) -> D
 def _document(record: Any, line: int, keys: RecordKeys, label: str | None) -> Document:
     text = _look_up(record, keys.text_parts)
     if not isinstance(text, str):
-        raise ValueError(*_lacks(record, "text", "--text-key", keys.text))
+        raise ValueError(*_lacks(record, text, "text", "--text-key", keys.text))
     if label is None:
         source = None
         for parts in keys.source_parts:
@@ -174,7 +174,7 @@ def _document(record: Any, line: int, keys: RecordKeys, label: str | None) -> Do
                 break
         if not isinstance(source, str) or not source:
             raise ValueError(
-                *_lacks(record, "source", "--source-key", " or ".join(keys.source_paths))
+                *_lacks(record, source, "source", "--source-key", " or ".join(keys.source_paths))
             )
         label = canonical_source(source)
     _check_label(label)
@@ -206,10 +206,12 @@ def _look_up(record: Any, parts: list[str]) -> Any:
     return record
 
 
-def _lacks(record: Any, what: str, flag: str, key: str) -> tuple[str, str]:
+def _lacks(record: Any, value: Any, what: str, flag: str, key: str) -> tuple[str, str]:
     found = (
         f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
     )
+    if value is not None:
+        found = "it is empty" if value == "" else f"it is of type {type(value).__name__}"
     folder = ", or give --source-from-folder if each source has a folder" * (what == "source")
     return (
         f"has no {what} string at {key!r} ({found})",

@@ -43,6 +43,10 @@ class InputFile:
     """Number of its first line or row in the file."""
     groups: tuple[int, int] | None = None
     """First row group and end, for a piece of a parquet file."""
+    skip_rows: int = 0
+    """Rows of the first group that lie before the piece."""
+    num_rows: int | None = None
+    """Rows of the piece; None for all of its groups."""
     xxh3_128: str = ""
     """Hash of the whole file, if already known."""
 

@@ -54,6 +54,7 @@ from megatron_long.preprocess.monitor import (
 )
 from megatron_long.preprocess.preprocess_config import (
     PreprocessConfig,
+    check_folders,
     tokenize_job,
     tokenize_options,
     work_folder,
@@ -68,7 +69,7 @@ from megatron_long.preprocess.stages import (
     item_folder,
     split_parts,
 )
-from megatron_long.preprocess.survey import refuse_too_many_tokens, set_limits
+from megatron_long.preprocess.survey import check_budget, set_limits
 from megatron_long.preprocess.workdir import (
     check_unchanged,
     only_run,
@@ -118,6 +119,8 @@ def preprocess(
         output: A folder, or a URL to copy the finished dataset to (then `work_dir` must be given).
         on_listing: Gets the files that will be read, and the others, before any is opened.
     """
+    work = work_folder(config.work_dir, output)
+    check_folders(config.inputs, output, work)
     listing, executor = config.list_inputs(), config.executor
     on_listing(listing)
     files = listing.files
@@ -126,8 +129,7 @@ def preprocess(
     if tokenizer.bos_id is None and (notice := explain_no_bos(config.tokenizer)):
         logger.warning("--tokenizer %s: %s", config.tokenizer, notice)
     options = tokenize_options(config, tokenizer)
-    refuse_too_many_tokens(files, options, config.mixture)
-    work = work_folder(config.work_dir, output)
+    check_budget(files, options, config.mixture)
     with disk_errors(work), only_run(work), interrupts():
         open_work(work, config.command(), files, force=config.force)
         with Monitor("prepare", on_progress):
