@@ -109,8 +109,9 @@ def survey_corpus(
     Bad documents are counted and left out, and every source is allowed: a sample refuses nothing.
     """
     whole = [file for file in files if file.first_line == 1 and file.share[0] == 0]
-    plain = {"piece_bytes": None, "groups": None, "share": (0, 1)}
-    whole = [dataclasses.replace(file, **plain) for file in whole]
+    whole = [
+        dataclasses.replace(file, piece_bytes=None, groups=None, share=(0, 1)) for file in whole
+    ]
     sample = sample_blocks(whole, READ_FACTOR * text_bytes, options.seed)
     options = dataclasses.replace(options, skip_bad=True, sources_allowed=None)
 
