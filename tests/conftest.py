@@ -169,7 +169,7 @@ def make_dataset(
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_of_a_terminal() -> None:
-    """Programs under test get signals as in a terminal, also where the tests run under nohup or behind `&`."""
+    """Programs under test get signals as in a terminal, also under nohup or behind `&`."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
