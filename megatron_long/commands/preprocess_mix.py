@@ -20,8 +20,9 @@ from megatron_long.mixture.shares import NATURAL, SLIMPAJAMA
 from megatron_long.preprocess.dry_run import HEADER, DryRun, expected_rows, plan_dataset
 from megatron_long.preprocess.executors import EXECUTORS
 from megatron_long.preprocess.preprocess import preprocess
-from megatron_long.preprocess.preprocess_config import read_config
+from megatron_long.preprocess.preprocess_config import read_config, work_folder
 from megatron_long.preprocess.progress_bar import ProgressBars, print_listing
+from megatron_long.preprocess.workdir import sweep
 
 
 def main() -> None:
@@ -30,6 +31,7 @@ def main() -> None:
     if args.dry_run:
         _print_dry_run(plan_dataset(config, on_listing=print_listing))
         return
+    sweep(work_folder(config.work_dir, args.output))
     if not is_url(args.output):
         refuse_overwrite(Path(args.output), force=args.force)
         if not Path(args.output).absolute().parent.exists():

@@ -36,7 +36,7 @@ from megatron_long.dataset.manifest import (
 )
 from megatron_long.dataset.report_page import REPORT_FOLDER, write_report
 from megatron_long.errors import UserError
-from megatron_long.files import remove_folder
+from megatron_long.files import refuse_overwrite, remove_folder
 from megatron_long.mixture.corpus_stats import read_info
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.mixture.plan import Plan, TooTight, make_plan
@@ -163,6 +163,10 @@ def preprocess(
             write_report(written.folder / REPORT_FOLDER, manifest, name)
             # What has come since, such as an unfinished download, does not matter.
             check_unchanged(work, files, find_inputs(config.inputs, skip_unread=True))
+            if not is_url(
+                output
+            ):  # another run, with another --work-dir, may have made it meanwhile
+                refuse_overwrite(Path(output), force=config.force)
             publish(written.folder, output)
         if not config.keep_work:
             remove_folder(work)

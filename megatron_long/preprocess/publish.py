@@ -58,20 +58,20 @@ def disk_errors(work: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        place = error.filename2 or error.filename or work  # of a copy, where it goes
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(
-                f"{error.filename or work}: no space left ({error.strerror}); make room and give the same "
+                f"{place}: no space left ({error.strerror}); make room and give the same "
                 "command again, which resumes where it was"
             ) from None
         if error.errno == errno.EFBIG:
             raise ConfigError(
-                f"{error.filename or work}: no file may grow that large ({error.strerror}); raise the "
+                f"{place}: no file may grow that large ({error.strerror}); raise the "
                 "limit (ulimit -f, or another file system for --work-dir) and give the same command "
                 "again, which resumes where it was"
             ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise ConfigError(
-                f"--output: {error.filename or work} cannot be written ({error.strerror}); give a folder "
-                "that can"
+                f"--output: {place} cannot be written ({error.strerror}); give a folder that can"
             ) from None
         raise
