@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_long"
 FLOORS = (
     "errors",
-    "files cli pickles hashing freed_memory differences",
+    "files cli pickles hashing machine freed_memory differences",
     "job corpus tokenizer model",
     "dataset",
     "mixture",
