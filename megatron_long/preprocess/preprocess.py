@@ -36,7 +36,7 @@ from megatron_long.dataset.manifest import (
 )
 from megatron_long.dataset.report_page import REPORT_FOLDER, write_report
 from megatron_long.errors import UserError
-from megatron_long.files import refuse_overwrite, remove_folder
+from megatron_long.files import remove_folder
 from megatron_long.mixture.corpus_stats import read_info
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.mixture.plan import Plan, TooTight, make_plan
@@ -59,7 +59,7 @@ from megatron_long.preprocess.preprocess_config import (
     tokenize_options,
     work_folder,
 )
-from megatron_long.preprocess.publish import disk_errors, interrupts, publish
+from megatron_long.preprocess.publish import check_url, disk_errors, interrupts, publish
 from megatron_long.preprocess.stages import (
     TokenizeJob,
     TokenizeStage,
@@ -122,6 +122,8 @@ def preprocess(
     """
     work = work_folder(config.work_dir, output)
     check_folders(config.inputs, output, work)
+    if is_url(output):
+        check_url(str(output), work, force=config.force)
     listing, executor = config.list_inputs(), config.executor
     on_listing(listing)
     files = listing.files
@@ -163,11 +165,7 @@ def preprocess(
             write_report(written.folder / REPORT_FOLDER, manifest, name)
             # What has come since, such as an unfinished download, does not matter.
             check_unchanged(work, files, find_inputs(config.inputs, skip_unread=True))
-            if not is_url(
-                output
-            ):  # another run, with another --work-dir, may have made it meanwhile
-                refuse_overwrite(Path(output), force=config.force)
-            publish(written.folder, output)
+            publish(written.folder, output, work, force=config.force)
         if not config.keep_work:
             remove_folder(work)
     return manifest
