@@ -1,0 +1,248 @@
+"""The files that RULER's tasks are made of, which the user has downloaded: essays, SQuAD, HotpotQA, words."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from megatron_long.errors import ConfigError, DataError
+from megatron_long.evaluation.fingerprint import sha256_of
+from megatron_long.evaluation.needle.haystack import read_haystack, split_sentences
+from megatron_long.evaluation.ruler.ruler_definitions import RulerTask
+
+SQUAD_SOURCE = "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json"
+HOTPOTQA_SOURCE = "http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json"
+ENGLISH_WORDS_SOURCE = (
+    "scripts/data/synthetic/json/english_words.json of github.com/NVIDIA/RULER (Git LFS)"
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its accepted answers, and which documents go with it."""
+
+    query: str
+    answers: tuple[str, ...]
+    documents: tuple[int, ...]
+    """Those that must be there: numbers of `QuestionSet.documents`."""
+    related: tuple[int, ...] = ()
+    """Those taken before all others."""
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """A data set of questions, and all its documents, sorted."""
+
+    questions: tuple[Question, ...]
+    documents: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RulerInputs:
+    """Paths as the user gave them; what is not asked for need not be there."""
+
+    haystack: Path | None = None
+    """Essays: a text file, a folder of `*.txt`, or RULER's PaulGrahamEssays.json."""
+    squad: Path | None = None
+    hotpotqa: Path | None = None
+    english_words: Path | None = None
+
+    def check(self, tasks: Sequence[RulerTask]) -> None:
+        """See that what the tasks need is there and can be read.
+
+        Raises: ConfigError: a flag is missing, or a file. DataError: a file is another one.
+        """
+        for task in tasks:
+            if task.options.get("haystack") == "essay":
+                _ = self.essay
+            if "dataset" in task.options:
+                self.questions(task.options["dataset"])
+            if task.kind in ("niah", "cwe"):
+                _ = self.nouns
+            if task.kind == "cwe" and self.english_words is not None:
+                _ = self.more_words
+
+    def fingerprint(self, tasks: Sequence[RulerTask]) -> dict[str, str]:
+        """Give what tells the inputs of these tasks from others: SHA-256 of files and words."""
+        used, kinds = [task.options for task in tasks], {task.kind for task in tasks}
+        known: dict[str, str] = {}
+        if any(options.get("haystack") == "essay" for options in used):
+            known["haystack"] = sha256(" ".join(self.essay).encode()).hexdigest()
+            known["sentences"] = "punkt_tab" if has_english_model() else "trained on the haystack"
+        files = {options["dataset"] for options in used if "dataset" in options}
+        files |= {"english_words"} if "cwe" in kinds and self.english_words else set()
+        known |= {name: sha256_of(getattr(self, name)) for name in sorted(files)}
+        if kinds & {"niah", "cwe"}:
+            words = "\n".join([*self.nouns, *self.adjectives, *self.verbs])
+            known["wonderwords"] = sha256(words.encode()).hexdigest()
+        return known
+
+    @cached_property
+    def essay(self) -> list[str]:
+        """Words of the essays."""
+        if self.haystack is None:
+            raise ConfigError(
+                "--haystack is missing, for the tasks that hide needles in essays; give a long text file, a "
+                "folder of *.txt, or RULER's PaulGrahamEssays.json"
+            )
+        return re.sub(r"\s+", " ", _read_essays(self.haystack)).split(" ")
+
+    def questions(self, name: str) -> QuestionSet:
+        """Give SQuAD or HotpotQA."""
+        path = getattr(self, name)
+        if path is None:
+            source = SQUAD_SOURCE if name == "squad" else HOTPOTQA_SOURCE
+            task = "qa_1" if name == "squad" else "qa_2"
+            raise ConfigError(
+                f"--{name} is missing, for the task {task}; download {source} and give its path, or leave "
+                f"{task} out of --tasks"
+            )
+        return read_questions(path, name)
+
+    @cached_property
+    def nouns(self) -> list[str]:
+        """Nouns of the package wonderwords."""
+        return _wonderwords("nounlist")
+
+    @cached_property
+    def adjectives(self) -> list[str]:
+        """Adjectives of the package wonderwords."""
+        return _wonderwords("adjectivelist")
+
+    @cached_property
+    def verbs(self) -> list[str]:
+        """Verbs of the package wonderwords."""
+        return _wonderwords("verblist")
+
+    @cached_property
+    def more_words(self) -> list[str]:
+        """English words, for lists that need more of them than wonderwords has.
+
+        Raises: ConfigError: they are needed and not given.
+        """
+        if self.english_words is None:
+            raise ConfigError(
+                "--english-words is missing: at this length the task cwe takes more words than the package "
+                f"wonderwords has; give {ENGLISH_WORDS_SOURCE}, or leave cwe out of --tasks"
+            )
+        return _read_json(
+            self.english_words,
+            "--english-words",
+            lambda content: [str(x) for x in content.values()],
+        )
+
+    @lru_cache(maxsize=4)  # noqa: B019 - one object a process, as large as the text
+    def essay_sentences(self, num_words: int) -> list[str]:
+        """Give the sentences of so many words of the essays, which begin again where they end."""
+        words = self.essay * -(-num_words // len(self.essay))
+        return sentences_of(" ".join(words[:num_words]).strip())
+
+
+def sentences_of(text: str) -> list[str]:
+    """Split English text as NLTK's `sent_tokenize` does, if its model `punkt_tab` is installed.
+
+    Without it, Punkt is trained on the text: sentences are about the same, samples not word for word.
+    """
+    import nltk
+
+    if has_english_model():
+        return nltk.sent_tokenize(text)
+    return [piece.strip() for piece in split_sentences(text)]
+
+
+def has_english_model() -> bool:
+    """Whether sentences are those of NLTK's English model."""
+    import nltk
+
+    try:
+        return bool(nltk.data.find("tokenizers/punkt_tab/english/"))
+    except LookupError:
+        return False
+
+
+def _read_essays(path: Path) -> str:
+    if path.is_dir():
+        texts = sorted(path.glob("*.txt"))
+        if not texts:
+            raise ConfigError(f"--haystack {path} holds no *.txt; give a folder of text files")
+        return "".join(read_haystack(text) for text in texts)
+    if path.suffix != ".json":
+        return read_haystack(path)
+    text = _read_json(path, "--haystack", lambda content: content["text"])
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(
+            f'--haystack {path}: "text" is no text; give RULER\'s PaulGrahamEssays.json'
+        )
+    return text
+
+
+@lru_cache(maxsize=2)
+def read_questions(path: Path, name: str) -> QuestionSet:
+    """Read `squad` (dev-v2.0.json) or `hotpotqa` (hotpot_dev_distractor_v1.json).
+
+    Raises: ConfigError: no such file. DataError: another file.
+    """
+    found: QuestionSet = _read_json(path, f"--{name}", _squad if name == "squad" else _hotpotqa)
+    if not found.questions:
+        raise DataError(f"--{name} {path} holds no question; download it again")
+    return found
+
+
+def _squad(content: Any) -> QuestionSet:
+    articles = [list(article["paragraphs"]) for article in content["data"]]
+    documents = sorted({part["context"] for parts in articles for part in parts})
+    number = {document: place for place, document in enumerate(documents)}
+    questions = []
+    for parts in articles:
+        together = [number[part["context"]] for part in parts]
+        for part in parts:
+            own = number[part["context"]]
+            related = tuple(other for other in together if other != own)
+            questions += [
+                Question(
+                    item["question"], tuple(a["text"] for a in item["answers"]), (own,), related
+                )
+                for item in part["qas"]
+                if not item["is_impossible"]
+            ]
+    return QuestionSet(tuple(questions), tuple(documents))
+
+
+def _hotpotqa(content: Any) -> QuestionSet:
+    texts = [[f"{title}\n{''.join(lines)}" for title, lines in item["context"]] for item in content]
+    documents = sorted({text for parts in texts for text in parts})
+    number = {document: place for place, document in enumerate(documents)}
+    questions = (
+        Question(item["question"], (item["answer"],), tuple(number[text] for text in parts))
+        for item, parts in zip(content, texts, strict=True)
+    )
+    return QuestionSet(tuple(questions), tuple(documents))
+
+
+def _read_json[T](path: Path, flag: str, take: Callable[[Any], T]) -> T:
+    if not path.is_file():
+        raise ConfigError(f"{flag} {path} is not a file; give the downloaded JSON")
+    try:
+        return take(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{flag} {path} is not the file that is wanted ({error!r}); download it again"
+        ) from error
+
+
+def _wonderwords(name: str) -> list[str]:
+    try:
+        text = files("wonderwords").joinpath("assets", f"{name}.txt").read_text(encoding="utf-8")
+    except (ModuleNotFoundError, FileNotFoundError):
+        raise ConfigError(
+            "the package wonderwords, whose words RULER hides, is not installed: "
+            "pip install -c constraints.txt wonderwords"
+        ) from None
+    return [line.rstrip() for line in text.splitlines()]
