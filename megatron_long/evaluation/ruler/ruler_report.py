@@ -158,7 +158,8 @@ def read_ruler_report(path: Path) -> RulerReport:
             key = cell.pop("task"), cell.pop("context_length")
             estimates[key] = Estimate(**cell)
         for cell in content["averages"]:
-            averages[cell.pop("context_length")] = Estimate(**cell)
+            length = cell.pop("context_length")
+            averages[length] = Estimate(**cell)
         return RulerReport(content["settings"], estimates, averages, content["is_complete"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(

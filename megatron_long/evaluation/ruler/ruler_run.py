@@ -120,7 +120,7 @@ def prepare_ruler(
         "iteration": model.iteration,
         "backend": model.backend,
         "precision": model.precision,
-        "megatron_argv": argv.without(*LAYOUT_FLAGS),
+        "megatron_argv": list(argv.without(*LAYOUT_FLAGS)),
         "weights_sha256": choice.weights_sha256(),
         "vocabulary_sha256": tokenizer.vocabulary_sha256,
         "tasks": tasks,

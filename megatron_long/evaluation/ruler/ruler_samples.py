@@ -287,10 +287,12 @@ class VariableTracking(_Base):
         _, template, _, prefix = self.chat_parts
         self.parts = ("", template, "", prefix)
         size = self.largest(ICL_TOKENS)
-        request = Request("vt", self.request.task, ICL_TOKENS, 0)
-        found = _draw_fitting(request, self, self.count, 0, size)
+        text, names = self._draw_chain(size)
+        while self.count(text) > ICL_TOKENS and size > self.step:
+            size -= self.step
+            text, names = self._draw_chain(size)
         self.parts, self.is_example = self.chat_parts, False
-        return f"{found.prompt} {' '.join(found.answers)}\n"
+        return f"{text} {' '.join(names)}\n"
 
     def _whole(self, longest: int) -> int:
         return longest if self.is_example else super()._whole(longest)
@@ -303,8 +305,6 @@ class VariableTracking(_Base):
 
     def draw(self, index: int, size: int) -> tuple[str, Sequence[str]]:
         text, names = self._draw_chain(size)
-        if self.is_example:
-            return text, names
         begin = self.chat_parts[0]
         return begin + self._renamed_example() + "\n" + text[len(begin) :], names
 

@@ -8,18 +8,19 @@ import tokenizers
 
 from megatron_long.evaluation.ruler.ruler_inputs import RulerInputs
 
+WORDS = [
+    first + last
+    for first in ("ba", "co", "du", "fe", "gi", "ho")
+    for last in ("ran", "lt", "mmer", "sk", "ne")
+]
+
 
 def write_inputs(folder: Path) -> RulerInputs:
     """Essays, questions in the formats of SQuAD and HotpotQA, and more words than lists need."""
     drawn = random.Random(0)
-    words = [
-        f"{a}{b}"
-        for a in ("ba", "co", "du", "fe", "gi", "ho")
-        for b in ("ran", "lt", "mmer", "sk", "ne")
-    ]
 
     def sentence() -> str:
-        text = " ".join(drawn.choices(words, k=drawn.randrange(4, 18)))
+        text = " ".join(drawn.choices(WORDS, k=drawn.randrange(4, 18)))
         return f"{text.capitalize()}{drawn.choice(('.', '.', '?', ' at 5 p.m.', ' by Mr. Hart.'))}"
 
     def text(number: int) -> str:
@@ -60,15 +61,16 @@ def save_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=600,
+        vocab_size=900,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words = " ".join(
-        f"word{number} the grass is green and magic numbers are hidden" for number in range(300)
-    )
-    tokenizer.train_from_iterator([words], trainer)
+    lines = [
+        "The grass is green. The sky is blue. One of the special magic numbers",
+        " ".join(WORDS),
+    ]
+    tokenizer.train_from_iterator(lines * 9, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
