@@ -6,8 +6,10 @@ from pathlib import Path
 
 import tokenizers
 
+from megatron_long.evaluation.ruler.ruler_definitions import KINDS, NEEDLE, NOISE
 from megatron_long.evaluation.ruler.ruler_inputs import RulerInputs
 
+VOCAB_SIZE = 1500
 WORDS = [
     first + last
     for first in ("ba", "co", "du", "fe", "gi", "ho")
@@ -61,16 +63,13 @@ def save_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=900,
+        vocab_size=VOCAB_SIZE,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    lines = [
-        "The grass is green. The sky is blue. One of the special magic numbers",
-        " ".join(WORDS),
-    ]
-    tokenizer.train_from_iterator(lines * 9, trainer)
+    templates = [kind.template + kind.answer_prefix for kind in KINDS.values()]
+    tokenizer.train_from_iterator([NOISE, NEEDLE, " ".join(WORDS), *templates] * 9, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))

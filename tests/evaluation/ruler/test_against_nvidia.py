@@ -94,7 +94,7 @@ def theirs(tmp_path_factory, inputs) -> Path:
         commands.append([str(word) for word in words])
     (folder / "commands.json").write_text(json.dumps(commands))
     done = subprocess.run(
-        [sys.executable, "-c", RUN, folder / "commands.json"], cwd=scripts, check=False
+        [sys.executable, "-c", RUN, folder / "commands.json"], cwd=scripts, check=False, timeout=400
     )
     assert done.returncode == 0
     return folder

@@ -29,7 +29,7 @@ from megatron_long.evaluation.ruler.ruler_report import (
 from megatron_long.tokenizer.loading import load_tokenizer
 from tests.evaluation.fakes import llama_config
 
-from .ruler_files import save_tokenizer, write_inputs
+from .ruler_files import VOCAB_SIZE, save_tokenizer, write_inputs
 from .solver import Solver
 
 RECALL = [name for name, task in RULER_TASKS.items() if task.kind != "qa"]
@@ -40,7 +40,7 @@ def model(tmp_path_factory):
     """A Hugging Face folder without weights, which the checks do not read."""
     folder = tmp_path_factory.mktemp("model")
     save_tokenizer(folder)
-    (folder / "config.json").write_text(json.dumps(llama_config(900, 4096)))
+    (folder / "config.json").write_text(json.dumps(llama_config(VOCAB_SIZE, 4096)))
     return folder
 
 

@@ -8,7 +8,7 @@ import torch
 
 from megatron_long.evaluation.ruler.ruler_report import read_ruler_report
 
-from .ruler_files import save_tokenizer, write_inputs
+from .ruler_files import VOCAB_SIZE, save_tokenizer, write_inputs
 
 pytestmark = pytest.mark.slow
 TASKS = ("niah_single_1", "vt", "fwe", "qa_1")
@@ -24,7 +24,7 @@ def folder(tmp_path_factory, run_job) -> Path:
     save_tokenizer(folder / "hf")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=900,
+        vocab_size=VOCAB_SIZE,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
