@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_long.errors import ConfigError, DataError
+from megatron_long.evaluation.ruler.drawing import Request
 from megatron_long.evaluation.ruler.ruler_definitions import (
     CHAT_TEMPLATES,
     OWN_TEMPLATE,
     RulerTask,
 )
-from megatron_long.evaluation.ruler.ruler_samples import Request, Sample
+from megatron_long.evaluation.ruler.ruler_samples import Sample
 from megatron_long.job.rendezvous import is_first_process
 
 if TYPE_CHECKING:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -42,6 +44,39 @@ class QuestionSet:
 
     questions: tuple[Question, ...]
     documents: tuple[str, ...]
+
+
+class PairedWords(Sequence[str]):
+    """All "adjective-noun" in alphabetical order, each once, without making six million strings.
+
+    >>> list(PairedWords(["old", "blue", "blue-eyed"], ["fish", "cat"]))
+    ['blue-cat', 'blue-eyed-cat', 'blue-eyed-fish', 'blue-fish', 'old-cat', 'old-fish']
+    """
+
+    def __init__(self, adjectives: Sequence[str], nouns: Sequence[str]) -> None:
+        self.nouns = sorted(set(nouns))
+        groups: list[list[str]] = []
+        for beginning in sorted({f"{adjective}-" for adjective in adjectives}):
+            if groups and beginning.startswith(groups[-1][0]):
+                groups[-1].append(beginning)  # their pairs lie between those of the first
+            else:
+                groups.append([beginning])
+        self.groups = [
+            group[0] if len(group) == 1 else sorted({a + noun for a in group for noun in nouns})
+            for group in groups
+        ]
+        sizes = [len(self.nouns) if isinstance(g, str) else len(g) for g in self.groups]
+        self.starts = list(itertools.accumulate(sizes, initial=0))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, place: Any) -> Any:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        number = bisect.bisect_right(self.starts, place) - 1
+        group, rest = self.groups[number], place - self.starts[number]
+        return group + self.nouns[rest] if isinstance(group, str) else group[rest]
 
 
 @dataclass(frozen=True)
@@ -115,6 +150,11 @@ class RulerInputs:
     def adjectives(self) -> list[str]:
         """Adjectives of the package wonderwords."""
         return _wonderwords("adjectivelist")
+
+    @cached_property
+    def pairs(self) -> PairedWords:
+        """All adjectives with all nouns."""
+        return PairedWords(self.adjectives, self.nouns)
 
     @cached_property
     def verbs(self) -> list[str]:

@@ -26,6 +26,7 @@ from megatron_long.evaluation.models import (
 )
 from megatron_long.evaluation.needle.needle_scores import Deadline
 from megatron_long.evaluation.progress_log import append_records, shared_log, start_log
+from megatron_long.evaluation.ruler.drawing import Request
 from megatron_long.evaluation.ruler.prompt_checks import (
     check_sample,
     choose_template,
@@ -40,7 +41,7 @@ from megatron_long.evaluation.ruler.ruler_report import (
     make_report,
     write_ruler_report,
 )
-from megatron_long.evaluation.ruler.ruler_samples import Request, Sample, make_samples
+from megatron_long.evaluation.ruler.ruler_samples import Sample, make_samples
 from megatron_long.flags.argv import Argv
 
 if TYPE_CHECKING:

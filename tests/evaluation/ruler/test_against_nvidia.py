@@ -14,9 +14,10 @@ import pytest
 import tokenizers
 import yaml
 
+from megatron_long.evaluation.ruler.drawing import Request
 from megatron_long.evaluation.ruler.ruler_definitions import CHAT_TEMPLATES, RULER_TASKS
 from megatron_long.evaluation.ruler.ruler_inputs import RulerInputs, has_english_model
-from megatron_long.evaluation.ruler.ruler_samples import Request, make_samples
+from megatron_long.evaluation.ruler.ruler_samples import make_samples
 
 from .ruler_files import save_tokenizer, write_inputs
 

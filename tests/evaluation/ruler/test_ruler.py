@@ -179,7 +179,8 @@ def test_chat_templates_that_are_not_the_models(command, model, tmp_path, caplog
 
 
 def test_the_own_template_frames_the_task(command, model, files, tmp_path):
-    from megatron_long.evaluation.ruler.ruler_samples import Request, make_samples
+    from megatron_long.evaluation.ruler.drawing import Request
+    from megatron_long.evaluation.ruler.ruler_samples import make_samples
 
     template = "You are {kind}. User: {task_template}\nModel:"
     request = Request("niah_single_1", RULER_TASKS["niah_single_1"], 2048, 128, template)
@@ -201,7 +202,7 @@ def test_the_own_template_frames_the_task(command, model, files, tmp_path):
 def test_files_that_are_missing_are_asked_for(command, task, dropped, said, monkeypatch):
     args = command(tasks=[task])
     setattr(args, dropped, None)
-    monkeypatch.setattr("megatron_long.evaluation.ruler.ruler_samples.CommonWords.probe_size", 9000)
+    monkeypatch.setattr("megatron_long.evaluation.ruler.ruler_drawers.CommonWords.probe_size", 9000)
     with pytest.raises(ConfigError, match=said):
         ruler_run.prepare_ruler(args, [])
 

@@ -1,4 +1,4 @@
-"""The command on a small model: a sharded checkpoint against transformers, row by row; resuming; the report."""
+"""The command on a small model: shards against transformers, row by row; resuming; the report."""
 
 import json
 from pathlib import Path
