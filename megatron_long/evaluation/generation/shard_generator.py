@@ -37,13 +37,14 @@ class ShardGenerator(Scorer):
         super().__init__(model, **options)
         self.cache = CacheState(parallel_state.get_context_parallel_group())
         self.layers: list[CachedAttention] = []
+        self.configs: list[Any] = []
         modules: list[Any] = list(model.modules())
         for module in modules:
             if hasattr(module, "core_attention"):
                 module.core_attention = CachedAttention(module.core_attention, self.cache)
                 self.layers.append(module.core_attention)
+                self.configs.append(module.config)
         (self.rope,) = [module for module in modules if hasattr(module, "get_emb")]
-        self.config: Any = model.config
         tp = parallel_state.get_tensor_model_parallel_world_size()
         self.tokens_per_step = tp if options.get("sequence_parallel", True) else 1
 
@@ -51,11 +52,11 @@ class ShardGenerator(Scorer):
         """Give the tokens that greedy decoding adds to each prompt, without the one that ends it.
 
         Args:
-            prompts: Token ids; prompt and answer together are at most `context_length` long.
+            prompts: Token ids; with the answer, whose last token is not read, at most `context_length`.
         """
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
-        assert longest + max_new_tokens <= self.context_length, "a prompt that leaves no room"
+        assert longest + max_new_tokens <= self.context_length + 1, "a prompt that leaves no room"
         padded = pad_length(longest, longest=self.context_length, step=self.length_step)
         tokens = torch.zeros(len(prompts), padded, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
@@ -106,7 +107,9 @@ class ShardGenerator(Scorer):
         """Let RoPE turn the tokens of a pass by the positions that are given, a row its own."""
         table = self.rope.get_emb(self.context_length)
         angles = table[0] if isinstance(table, tuple) else table  # YaRN adds its factor
-        is_fused, self.config.apply_rope_fusion = self.config.apply_rope_fusion, False
+        fused = [config.apply_rope_fusion for config in self.configs]
+        for config in self.configs:
+            config.apply_rope_fusion = False  # the kernel takes the same positions for all rows
 
         def give(positions: Tensor) -> None:
             rows = angles[positions.to(angles.device), 0]  # [b, 1, d]
@@ -117,7 +120,8 @@ class ShardGenerator(Scorer):
         try:
             yield give
         finally:
-            self.config.apply_rope_fusion = is_fused
+            for config, is_fused in zip(self.configs, fused, strict=True):
+                config.apply_rope_fusion = is_fused
             self.rope.__dict__.pop("forward", None)
 
     def _pick(

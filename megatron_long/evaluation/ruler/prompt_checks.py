@@ -85,11 +85,9 @@ def _own_template(folder: Path) -> str | None:
     return text
 
 
-def encode_sample(sample: Sample, request: Request, tokenizer: Tokenizer) -> np.ndarray:
-    """Give the token ids of a prompt, with BOS where the model wants one."""
-    is_base = request.chat_template == CHAT_TEMPLATES["base"]
-    encode = tokenizer.encode if is_base else tokenizer.encode_prompt
-    tokens = np.asarray(encode(sample.prompt), dtype=np.int64)
+def with_bos(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Give a prompt's token ids, int64, with BOS before them where the model wants one and none is there."""
+    tokens = tokens.astype(np.int64)
     if tokenizer.bos_id is not None and tokens[0] != tokenizer.bos_id:
         return np.concatenate([[tokenizer.bos_id], tokens])
     return tokens
@@ -107,11 +105,11 @@ def check_sample(sample: Sample, request: Request, tokenizer: Tokenizer) -> None
         )
     if not request.task.shared.needs_all:
         return  # "yes" stands in no document
-    text = tokenizer.decode(encode_sample(sample, request, tokenizer)).lower()
+    text = tokenizer.decode(sample.tokens).lower()
     if lost := [answer for answer in sample.answers if answer.lower() not in text]:
         raise DataError(
             f"--tasks {request.name}: the prompt holds the answer {lost[0]!r}, and its "
-            f"{sample.num_tokens} tokens do not: the tokenizer cuts the text short or does not know its "
+            f"{len(sample.tokens)} tokens do not: the tokenizer cuts the text short or does not know its "
             "characters; give the model's own"
         )
 

@@ -30,8 +30,8 @@ from megatron_long.evaluation.ruler.drawing import Request
 from megatron_long.evaluation.ruler.prompt_checks import (
     check_sample,
     choose_template,
-    encode_sample,
     too_long,
+    with_bos,
 )
 from megatron_long.evaluation.ruler.ruler_definitions import CHAT_TEMPLATES, RULER_TASKS, RulerTask
 from megatron_long.evaluation.ruler.ruler_inputs import RulerInputs
@@ -73,14 +73,9 @@ class RulerPlan:
 
     def samples(self, request: Request, number: int | None = None) -> Iterator[Sample]:
         """Make the samples of a request."""
-        count = self.count_base if request.chat_template == CHAT_TEMPLATES["base"] else self.count
-        return make_samples(request, self.inputs, count, number or self.num_samples)
-
-    def count_base(self, text: str) -> int:
-        return len(self.tokenizer.encode(text))
-
-    def count(self, text: str) -> int:
-        return len(self.tokenizer.encode_prompt(text))
+        is_base = request.chat_template == CHAT_TEMPLATES["base"]
+        encode = self.tokenizer.encode if is_base else self.tokenizer.encode_prompt
+        return make_samples(request, self.inputs, encode, number or self.num_samples)
 
 
 def prepare_ruler(
@@ -229,7 +224,7 @@ def _answer(
 ) -> bool:
     """Answer the samples of one task and length, a batch a replica at a time; gives whether there was "
     "time."""
-    rows = [(sample, encode_sample(sample, request, tokenizer)) for sample in samples]
+    rows = [(sample, with_bos(sample.tokens, tokenizer)) for sample in samples]
     problems = [
         too_long(sample, request.task, tokenizer, request.tokens_to_generate) for sample in samples
     ]

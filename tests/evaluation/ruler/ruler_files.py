@@ -57,7 +57,7 @@ def _question(drawn: random.Random, text, number: int) -> dict:
 
 
 def save_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    """A tokenizer of bytes and a few merges, as a folder that transformers opens."""
+    """A tokenizer of bytes and a few merges that adds BOS, as a folder that transformers opens."""
     folder.mkdir(exist_ok=True)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -71,6 +71,7 @@ def save_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     templates = [kind.template + kind.answer_prefix for kind in KINDS.values()]
     tokenizer.train_from_iterator([NOISE, NEEDLE, " ".join(WORDS), *templates] * 9, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    names = {"bos_token": "<s>", "add_bos_token": True, "eos_token": "</s>"}
+    names |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return tokenizer

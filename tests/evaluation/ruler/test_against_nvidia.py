@@ -108,10 +108,10 @@ def test_samples_are_those_of_nvidia(name, length, template, theirs, inputs):
     task = RULER_TASKS[name]
     generated = task.shared.tokens_to_generate
     request = Request(name, task, length, generated, CHAT_TEMPLATES[template])
-    count = lambda text: len(tokenizer.encode(text).ids)  # noqa: E731
-    ours = list(make_samples(request, inputs, count, NUM_SAMPLES))
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+    ours = list(make_samples(request, inputs, encode, NUM_SAMPLES))
     assert len(ours) == len(lines) == NUM_SAMPLES
     for mine, other in zip(ours, map(json.loads, lines), strict=True):
         assert mine.prompt == other["input"] + other["answer_prefix"]
         assert list(mine.answers) == other["outputs"]
-        assert mine.num_tokens + generated == other["length"]
+        assert len(mine.tokens) + generated == other["length"]

@@ -26,7 +26,7 @@ from megatron_long.evaluation.ruler.ruler_report import (
     read_ruler_report,
     write_ruler_report,
 )
-from megatron_long.tokenizer.loading import load_tokenizer
+from megatron_long.tokenizer.loading import HFTokenizer, load_tokenizer
 from tests.evaluation.fakes import llama_config
 
 from .ruler_files import VOCAB_SIZE, save_tokenizer, write_inputs
@@ -155,8 +155,8 @@ def test_a_sample_whose_answer_does_not_fit_has_no_score(command, monkeypatch):
 
 
 def test_a_tokenizer_that_cuts_the_prompt_is_found(command, monkeypatch):
-    real = prompt_checks.encode_sample
-    monkeypatch.setattr(prompt_checks, "encode_sample", lambda *args: real(*args)[:300])
+    real = HFTokenizer.encode
+    monkeypatch.setattr(HFTokenizer, "encode", lambda self, text: real(self, text)[:300])
     with pytest.raises(DataError, match="cuts the text short"):
         ruler_run.prepare_ruler(command(tasks=["niah_multikey_2"]), [])
 
@@ -185,7 +185,7 @@ def test_the_own_template_frames_the_task(command, model, files, tmp_path):
     template = "You are {kind}. User: {task_template}\nModel:"
     request = Request("niah_single_1", RULER_TASKS["niah_single_1"], 2048, 128, template)
     tokenizer = load_tokenizer(model)
-    (sample,) = make_samples(request, files, lambda text: len(tokenizer.encode(text)), 1)
+    (sample,) = make_samples(request, files, tokenizer.encode, 1)
     assert sample.prompt.startswith("You are {kind}. User: A special magic number is hidden")
     assert "\nModel: The special magic number for" in sample.prompt
 
