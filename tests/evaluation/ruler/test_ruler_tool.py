@@ -52,8 +52,8 @@ def test_shards_say_what_transformers_says(folder, run_job, tmp_path):
         "--tasks",
         *TASKS,
         "--context-lengths",
-        1024,
         1536,
+        2048,
         "--num-samples",
         3,
         "--squad",
@@ -95,4 +95,4 @@ def test_shards_say_what_transformers_says(folder, run_job, tmp_path):
     assert "2 RULER reports" in page.stdout
     text = (tmp_path / "page.html").read_text()
     assert "RULER by task" in text
-    assert str(report.estimates["vt", 1024]) in text
+    assert str(report.estimates["vt", 1536]) in text
