@@ -17,9 +17,13 @@ def make_prompts() -> list:
     return [torch.randint(3, 380, (length,), generator=generator).numpy() for length in LENGTHS]
 
 
-def main(checkpoint: str, output: str, stop: str, *flags: str) -> None:
+def main(checkpoint: str, output: str, stop: str, precision: str, *flags: str) -> None:
     model = open_scorer(
-        Path(checkpoint), context_length=CONTEXT, megatron_argv=flags, kind=ShardGenerator
+        Path(checkpoint),
+        context_length=CONTEXT,
+        megatron_argv=flags,
+        precision=precision,
+        kind=ShardGenerator,
     )
     assert isinstance(model, ShardGenerator)
     prompts = make_prompts()

@@ -127,7 +127,7 @@ def expected(llama: Path) -> list[list[int]]:
 def test_tokens_are_those_of_transformers(layout, llama, checkpoint, expected, run_job, tmp_path):
     num_processes, flags = LAYOUTS[layout]
     stop = expected[0][6]
-    run_job(num_processes, [WORKER, checkpoint, tmp_path / "seen.pt", stop, *flags])
+    run_job(num_processes, [WORKER, checkpoint, tmp_path / "seen.pt", stop, "fp32", *flags])
     seen = torch.load(tmp_path / "seen.pt")
     assert [len(row) for row in expected] == [NUM_NEW] * len(LENGTHS)
     assert len({token for row in expected for token in row}) > NUM_NEW

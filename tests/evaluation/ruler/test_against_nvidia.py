@@ -24,9 +24,13 @@ from .ruler_files import save_tokenizer, write_inputs
 CHECKOUT = os.environ.get("RULER_CHECKOUT", "")
 NUM_SAMPLES = 4
 CASES = [
-    (name, length, template)
+    (name, length, template, seed)
     for name, task in RULER_TASKS.items()
-    for length, template in ((2048, "base"), (8192, "vicuna-chat"))
+    for length, template, seed in (
+        (2048, "base", 42),
+        (8192, "vicuna-chat", 42),
+        (20_000, "meta-chat", 7),
+    )
     if task.options.get("haystack") != "essay" or has_english_model()
 ]
 NUM_WORDS = 300
@@ -74,7 +78,7 @@ def theirs(tmp_path_factory, inputs) -> Path:
     save_tokenizer(folder / "tokenizer")
     config = yaml.safe_load((Path(CHECKOUT) / "scripts" / "synthetic.yaml").read_text())
     commands = []
-    for name, length, template in CASES:
+    for name, length, template, seed in CASES:
         shared = RULER_TASKS[name].shared
         words = [
             f"{config[name]['task']}.py",
@@ -88,7 +92,7 @@ def theirs(tmp_path_factory, inputs) -> Path:
         whole = (
             CHAT_TEMPLATES[template].format(task_template=shared.template) + shared.answer_prefix
         )
-        words += ["--num_samples", NUM_SAMPLES, "--template", whole]
+        words += ["--random_seed", seed, "--num_samples", NUM_SAMPLES, "--template", whole]
         words += [
             word for key, value in config[name]["args"].items() for word in (f"--{key}", value)
         ]
@@ -101,13 +105,13 @@ def theirs(tmp_path_factory, inputs) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "length", "template"), CASES)
-def test_samples_are_those_of_nvidia(name, length, template, theirs, inputs):
+@pytest.mark.parametrize(("name", "length", "template", "seed"), CASES)
+def test_samples_are_those_of_nvidia(name, length, template, seed, theirs, inputs):
     lines = (theirs / f"{name}-{length}-{template}" / "validation.jsonl").read_text().splitlines()
     tokenizer = tokenizers.Tokenizer.from_file(str(theirs / "tokenizer" / "tokenizer.json"))
     task = RULER_TASKS[name]
     generated = task.shared.tokens_to_generate
-    request = Request(name, task, length, generated, CHAT_TEMPLATES[template])
+    request = Request(name, task, length, generated, CHAT_TEMPLATES[template], seed)
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
     ours = list(make_samples(request, inputs, encode, NUM_SAMPLES))
     assert len(ours) == len(lines) == NUM_SAMPLES
