@@ -82,12 +82,10 @@ def test_the_likeliest_token_of_whole_logits(num_shards, monkeypatch):
     assert torch.equal(seen.long(), (hidden @ weight[:60].t()).argmax(-1))
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Path:
-    """A Llama of random weights that says many different tokens."""
+def save_llama(folder: Path, run_job, **rope: object) -> list[list[int]]:
+    """A Llama of random weights that says many tokens, as `folder`/hf and `folder`/megatron; what it says."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("llama") / "hf"
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=390,
@@ -98,36 +96,58 @@ def llama(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
         initializer_range=0.15,
+        **rope,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(llama: Path, run_job) -> Path:
-    output = llama.parent / "megatron"
-    command = ["tools/convert_checkpoint.py", "hf-to-megatron", "--input", llama]
-    run_job(1, [*command, "--output", output])
-    return output
-
-
-@pytest.fixture(scope="module")
-def expected(llama: Path) -> list[list[int]]:
-    """What `transformers` says, a row at a time, with no token that ends an answer."""
-    from transformers import LlamaForCausalLM
-
-    model = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    LlamaForCausalLM(config).save_pretrained(folder / "hf")
+    command = ["tools/convert_checkpoint.py", "hf-to-megatron", "--input", folder / "hf"]
+    run_job(1, [*command, "--output", folder / "megatron"])
+    model = LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     scorer = HFScorer(model, context_length=CONTEXT)
     scorer.stop_ids = set()
     return [scorer.generate(prompt, NUM_NEW).tolist() for prompt in make_prompts()]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("llama")
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, run_job) -> list[list[int]]:
+    """What `transformers` says, a row at a time, with no token that ends an answer."""
+    return save_llama(folder, run_job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_stretched_rope_turns_new_tokens_too(rope, run_job, tmp_path):
+    expected = save_llama(tmp_path, run_job, rope_parameters=rope | {"rope_theta": 10_000.0})
+    words = [WORKER, tmp_path / "megatron", tmp_path / "seen.pt", -1, "fp32"]
+    run_job(2, [*words, "--context-parallel-size", 2])
+    assert torch.load(tmp_path / "seen.pt")["together"] == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tokens_are_those_of_transformers(layout, llama, checkpoint, expected, run_job, tmp_path):
+def test_tokens_are_those_of_transformers(layout, folder, expected, run_job, tmp_path):
     num_processes, flags = LAYOUTS[layout]
     stop = expected[0][6]
-    run_job(num_processes, [WORKER, checkpoint, tmp_path / "seen.pt", stop, "fp32", *flags])
+    run_job(
+        num_processes, [WORKER, folder / "megatron", tmp_path / "seen.pt", stop, "fp32", *flags]
+    )
     seen = torch.load(tmp_path / "seen.pt")
     assert [len(row) for row in expected] == [NUM_NEW] * len(LENGTHS)
     assert len({token for row in expected for token in row}) > NUM_NEW
@@ -140,6 +160,8 @@ def test_tokens_are_those_of_transformers(layout, llama, checkpoint, expected, r
 
     tokens = torch.from_numpy(make_prompts()[2])[None]
     with torch.no_grad():
-        logits = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)(tokens[:, :-8]).logits
+        logits = LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)(
+            tokens[:, :-8]
+        ).logits
     losses = torch.nn.functional.cross_entropy(logits[0], tokens[0, 8:], reduction="none")
     np.testing.assert_allclose(seen["losses"][0], losses.numpy(), atol=1e-4)

@@ -1,4 +1,4 @@
-"""Greedy generation on GPUs: in FP32 the tokens of transformers, in BF16 tokens about as likely as its own."""
+"""Greedy generation on GPUs: in FP32 the tokens of transformers, in BF16 tokens about as likely as these."""
 
 from pathlib import Path
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_long.errors import ConfigError
 from megatron_long.evaluation.batches import pad_length
 from megatron_long.evaluation.generation.key_value_cache import CachedAttention, CacheState
 from megatron_long.evaluation.hf_scorer import until_stop
@@ -44,6 +45,10 @@ class ShardGenerator(Scorer):
                 module.core_attention = CachedAttention(module.core_attention, self.cache)
                 self.layers.append(module.core_attention)
                 self.configs.append(module.config)
+        if any(getattr(config, "fp8", None) for config in self.configs):
+            raise ConfigError(
+                "--fp8-format: generation multiplies a token at a time, which FP8 kernels do not take; drop it"
+            )
         (self.rope,) = [module for module in modules if hasattr(module, "get_emb")]
         tp = parallel_state.get_tensor_model_parallel_world_size()
         self.tokens_per_step = tp if options.get("sequence_parallel", True) else 1
