@@ -47,7 +47,7 @@ class ShardGenerator(Scorer):
                 self.configs.append(module.config)
         if any(getattr(config, "fp8", None) for config in self.configs):
             raise ConfigError(
-                "--fp8-format: generation multiplies a token at a time, which FP8 kernels do not take; drop it"
+                "--fp8-format: generation takes single tokens, which FP8 kernels do not; drop it"
             )
         (self.rope,) = [module for module in modules if hasattr(module, "get_emb")]
         tp = parallel_state.get_tensor_model_parallel_world_size()

@@ -49,8 +49,7 @@ def choose_template(name: str, tokenizer: Tokenizer, folder: Path | None) -> str
         if len(tokenizer.encode_prompt(marker)) != 1:
             raise ConfigError(
                 f"--template {name} marks turns by {marker}, which this tokenizer does not know as one "
-                "token, so that the model would read it as text; give the template of its family, or "
-                "base"
+                "token, so that the model would read it as text; give its family's template, or base"
             )
     if own is not None and own.split() != template.split() and is_first_process():
         _log.warning(

@@ -77,16 +77,14 @@ KINDS = {
     "fwe": Kind(
         "Read the following coded text and track the frequency of each coded word. Find the three most "
         "frequently appeared coded words. {context}\nQuestion: Do not provide any explanation. Please "
-        "ignore the "
-        "dots '....'. What are the three most frequently appeared words in the above coded text?",
+        "ignore the dots '....'. What are the three most frequently appeared words in the above coded text?",
         " Answer: According to the coded text above, the three most frequently appeared words are:",
         50,
     ),
     "qa": Kind(
         "Answer the question based on the given documents. Only give me the answer and do not output any "
-        "other "
-        "words.\n\nThe following are given documents.\n\n{context}\n\nAnswer the question based on the given "
-        "documents. Only give me the answer and do not output any other words.\n\nQuestion: {query}",
+        "other words.\n\nThe following are given documents.\n\n{context}\n\nAnswer the question based on the "
+        "given documents. Only give me the answer and do not output any other words.\n\nQuestion: {query}",
         " Answer:",
         32,
         needs_all=False,
@@ -125,8 +123,7 @@ CHAT_TEMPLATES = {
     "base": "{task_template}",
     "meta-chat": "[INST] {task_template} [/INST]",
     "vicuna-chat": "A chat between a curious user and an artificial intelligence assistant. The assistant "
-    "gives "
-    "helpful, detailed, and polite answers to the user's questions. USER: {task_template} ASSISTANT:",
+    "gives helpful, detailed, and polite answers to the user's questions. USER: {task_template} ASSISTANT:",
     "lwm-chat": "You are a helpful assistant. USER: {task_template} ASSISTANT: ",
     "Phi3": "<|user|>\n{task_template}<|end|>\n<|assistant|>\n",
     "meta-llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{task_template}<|eot_id|>"

@@ -145,8 +145,7 @@ def _check_samples(plan: RulerPlan, lengths: Sequence[int]) -> None:
             if len(known) < plan.num_samples:
                 raise ConfigError(
                     f"--num-samples {plan.num_samples} is above the {len(known)} questions for "
-                    f"{request.name}; give "
-                    "fewer"
+                    f"{request.name}; give fewer"
                 )
 
 
@@ -163,9 +162,7 @@ def resumed(
     """
     log = folder / SAMPLES
     with shared_log(log, plan.settings, SampleResult, force=force, reads_only=reads_only) as rows:
-        wanted = {(r.name, r.context_length) for r in plan.requests}
-        kept = {row.key: row for row in rows if (row.task, row.context_length) in wanted}
-        yield replace(plan, done=list(kept.values()))
+        yield replace(plan, done=list({row.key: row for row in rows}.values()))
 
 
 def answer_samples(

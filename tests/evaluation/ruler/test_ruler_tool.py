@@ -47,50 +47,28 @@ def read_rows(folder: Path) -> dict:
 
 
 def test_shards_say_what_transformers_says(folder, run_job, tmp_path):
-    inputs = write_inputs(tmp_path)
-    asked = [
-        "--tasks",
-        *TASKS,
-        "--context-lengths",
-        1536,
-        2048,
-        "--num-samples",
-        3,
-        "--squad",
-        inputs.squad,
-    ]
-    theirs = [
-        TOOL,
-        "--checkpoint",
-        folder / "hf",
-        "--backend",
-        "hf",
-        *asked,
-        "--output-dir",
-        tmp_path / "hf",
-    ]
-    run_job(1, theirs)
+    squad, lengths = write_inputs(tmp_path).squad, [1536, 2048]
+    asked = ["--tasks", *TASKS, "--context-lengths", *lengths, "--num-samples", 3, "--squad", squad]
+    theirs = [TOOL, "--checkpoint", folder / "hf", "--backend", "hf", *asked]
+    run_job(1, [*theirs, "--output-dir", tmp_path / "hf"])
     ours = [TOOL, "--checkpoint", folder / "megatron", *asked, "--output-dir", tmp_path / "ours"]
-    ours += [
-        "--micro-batch-size",
-        2,
-        "--context-parallel-size",
-        2,
-        "--pipeline-model-parallel-size",
-        2,
-    ]
-    printed = run_job(4, ours).stdout
+    layout = ["--context-parallel-size", 2, "--pipeline-model-parallel-size", 2]
+    printed = run_job(4, [*ours, *layout, "--micro-batch-size", 2]).stdout
     rows = read_rows(tmp_path / "ours")
-    assert len(rows) == len(TASKS) * 2 * 3
+    assert len(rows) == len(TASKS) * len(lengths) * 3
     assert rows == read_rows(tmp_path / "hf")
     assert len({row["prediction"] for row in rows.values()}) > len(rows) // 2
     assert "no effective length: it takes all 13 tasks, here are 4" in printed
     report = read_ruler_report(tmp_path / "ours" / "ruler.json")
     assert report.is_complete
-    again = run_job(4, ours)
-    assert f"{len(rows)} of {len(rows)} samples are done" in again.stdout
-    other = run_job(4, [*ours, "--num-samples", 2], check=False)
-    assert other.returncode != 0
+    log = tmp_path / "ours" / "samples.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[: 1 + len(rows) // 2]))
+    again = run_job(2, ours).stdout  # by two replicas
+    assert f"{len(rows) // 2} of {len(rows)} samples are done" in again
+    assert read_rows(tmp_path / "ours") == rows
+    assert read_ruler_report(tmp_path / "ours" / "ruler.json") == report
+    other = run_job(1, [*ours, "--num-samples", 2], check=False)
+    assert "num_samples 3 there, 2 here" in " ".join(other.stderr.split())
     page = run_job(1, ["tools/report.py", tmp_path, "--output", tmp_path / "page.html"])
     assert "2 RULER reports" in page.stdout
     text = (tmp_path / "page.html").read_text()
