@@ -14,9 +14,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.evaluation.fingerprint import sha256_of
-from megatron_long.evaluation.needle.haystack import read_haystack, split_sentences
+from megatron_long.evaluation.needle.haystack import read_haystack
 from megatron_long.evaluation.ruler.ruler_definitions import RulerTask
 
 SQUAD_SOURCE = "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json"
@@ -24,6 +26,8 @@ HOTPOTQA_SOURCE = "http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distracto
 ENGLISH_WORDS_SOURCE = (
     "scripts/data/synthetic/json/english_words.json of github.com/NVIDIA/RULER (Git LFS)"
 )
+TRAINING_CHARACTERS = 1_000_000
+"""Of the essays, from which Punkt learns sentence ends."""
 
 
 @dataclass(frozen=True)
@@ -178,27 +182,37 @@ class RulerInputs:
             lambda content: [str(x) for x in content.values()],
         )
 
-    @lru_cache(maxsize=4)  # noqa: B019 - one object a process, as large as the text
     def essay_sentences(self, num_words: int) -> list[str]:
-        """Give the sentences of so many words of the essays, which begin again where they end."""
-        words = self.essay * -(-num_words // len(self.essay))
-        return sentences_of(" ".join(words[:num_words]).strip())
+        """Give the sentences of so many words of the essays, which begin again where they end.
 
+        The end of a sentence depends on the word after it alone, so that longer texts are split once.
+        """
+        text, spans, word_ends = self._split(1 << num_words.bit_length())
+        stop = int(word_ends[num_words - 1])
+        number = bisect.bisect_left(spans, (stop, 0))
+        return [text[start : min(end, stop)].strip() for start, end in spans[:number]]
 
-def sentences_of(text: str) -> list[str]:
-    """Split English text as NLTK's `sent_tokenize` does, if its model `punkt_tab` is installed.
+    @lru_cache(maxsize=2)  # noqa: B019 - there is one such object
+    def _split(self, num_words: int) -> tuple[str, list[tuple[int, int]], np.ndarray]:
+        """Give a text of so many words, where its sentences are, and where each word ends."""
+        words = (self.essay * -(-num_words // len(self.essay)))[:num_words]
+        text = " ".join(words)
+        ends = np.cumsum([len(word) + 1 for word in words]) - 1
+        return text, list(self.splitter.span_tokenize(text)), ends
 
-    Without it, Punkt is trained on the text: sentences are about the same, samples not word for word.
-    """
-    import nltk
+    @cached_property
+    def splitter(self) -> Any:
+        """NLTK's English Punkt, which RULER takes, if it is installed; else Punkt trained on the essays."""
+        from nltk.tokenize import punkt
 
-    if has_english_model():
-        return nltk.sent_tokenize(text)
-    return [piece.strip() for piece in split_sentences(text)]
+        if has_english_model():
+            return punkt.PunktTokenizer("english")
+        text = " ".join(self.essay)[:TRAINING_CHARACTERS]
+        return punkt.PunktSentenceTokenizer(punkt.PunktTrainer(text).get_params())
 
 
 def has_english_model() -> bool:
-    """Whether sentences are those of NLTK's English model."""
+    """Whether NLTK's English model is installed."""
     import nltk
 
     try:

@@ -225,7 +225,15 @@ def test_essays_from_a_folder_are_those_of_the_json(files, tmp_path):
     (tmp_path / "a.txt").write_text(text[:1000])
     (tmp_path / "b.txt").write_text(text[1000:])
     assert RulerInputs(tmp_path).essay == files.essay
-    assert len(files.essay_sentences(len(files.essay) + 500)) > len(files.essay_sentences(500))
+
+
+def test_sentences_of_a_part_are_those_that_it_has_alone(files):
+    """Of any number of words, also beyond the end of the essays and with white space around them."""
+    for number in [*range(1, 60), 500, 777, len(files.essay), len(files.essay) + 300]:
+        words = (files.essay * 2)[:number]
+        seen = files.essay_sentences(number)
+        assert seen == files.splitter.tokenize(" ".join(words).strip())
+    assert len(seen) > 100
 
 
 def settings(lengths, tasks=tuple(RULER_TASKS)) -> dict:
