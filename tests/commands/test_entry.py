@@ -34,7 +34,7 @@ def test_what_is_not_a_command_is_named_with_the_choices(words, monkeypatch, cap
         f"megatron-long {' '.join(words[:2] if words[0] == 'evaluate' else words[:1])} is not"
         in message
     )
-    assert "evaluate needle, evaluate loss" in message
+    assert "evaluate needle, evaluate ruler, evaluate loss" in message
 
 
 def test_every_module_has_a_main():
