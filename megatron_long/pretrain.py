@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PROGRAM_START = time.time()
 
@@ -128,6 +129,8 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
     surviving_logs.install_surviving_logs()
     if start.choice is not None:
         loading_hooks.load_from(start.choice, args)
+    if start.begins_stage:
+        loading_hooks.keep_optimizer()
     megatron_adapter.validate_flags(args)
     check_optimizer(start, args)
     check_loss_log(arguments.loss_log, args.rank == args.world_size - 1)
@@ -158,7 +161,12 @@ def _train(run: Run) -> None:
     connect = functools.partial(rendezvous.connect, "watchdog")
     watchdog = Watchdog(arguments.hang_timeout, save, args.rank, connect)
     guard, losses = make_guard(arguments, args, start, args.rank), LossRecorder()
-    facts = {"data": start.data, "dataset_files": start.dataset_files, "argv": run.argv}
+    facts: dict[str, Any] = {
+        "data": start.data,
+        "dataset_files": start.dataset_files,
+        "argv": run.argv,
+    }
+    facts |= {"stages": start.stages} if start.stages else {}
     keeper = CheckpointKeeper(
         TorchJob(),
         save,
