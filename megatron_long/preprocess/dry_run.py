@@ -20,7 +20,7 @@ from megatron_long.preprocess.preprocess_config import PreprocessConfig, tokeniz
 from megatron_long.preprocess.publish import disk_errors
 from megatron_long.preprocess.survey import refuse_too_many_tokens, survey_corpus
 from megatron_long.preprocess.tokenize_file import TokenizeOptions, tokenize_file
-from megatron_long.tokenizer.loading import load_tokenizer
+from megatron_long.tokenizer.loading import load_tokenizer, separate_documents
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 SAMPLE_TEXT_BYTES = 64 << 20
@@ -57,6 +57,7 @@ def plan_dataset(
     listing = config.list_inputs()
     on_listing(listing)
     files, tokenizer = listing.files, load_tokenizer(config.tokenizer, config.engine)
+    separate_documents(tokenizer, config.tokenizer, config.document_separator)
     options = tokenize_options(config, tokenizer)
     refuse_too_many_tokens(files, options, config.mixture)
     if sum(file.size_bytes for file in files) <= whole_bytes:
