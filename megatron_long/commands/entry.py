@@ -14,6 +14,7 @@ COMMANDS = {
         "documents and windows of a dataset; its check; its report",
     ),
     "convert": ("commands.convert_checkpoint", "Hugging Face to Megatron checkpoints and back"),
+    "average": ("commands.average_checkpoints", "the mean of several checkpoints, as a checkpoint"),
     "plan": ("commands.plan_run", "layouts in which a model fits these GPUs, with memory and time"),
     "recipe": ("commands.show_recipe", "a recipe as a bash array of Megatron flags"),
     "doctor": ("commands.doctor", "what this machine offers for training, and what is missing"),
