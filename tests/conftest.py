@@ -174,9 +174,9 @@ def signals_of_a_terminal() -> None:
 
 
 @pytest.fixture(scope="session")
-def warm_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmJobs]:
+def warm_jobs(tmp_path_factory: pytest.TempPathFactory, warm_python: Path) -> Iterator[WarmJobs]:
     """A server that has imported torch, Megatron and transformers, for machines without CUDA."""
-    server = WarmJobs(tmp_path_factory.mktemp("warm"))
+    server = WarmJobs(tmp_path_factory.mktemp("warm"), warm_python)
     yield server
     server.close()
 

@@ -19,7 +19,7 @@ from megatron_long.freed_memory import keep_tensor_memory
 from megatron_long.job.unwinding import unwound_by_signals
 
 
-def make_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Give the parser of this tool's flags."""
     parser = tool_parser(__doc__)
     add = parser.add_argument
@@ -43,7 +43,7 @@ def main() -> None:
     from tqdm import tqdm
 
     keep_tensor_memory()
-    args = make_parser().parse_args()
+    args = build_parser().parse_args()
     with (
         unwound_by_signals(),
         tqdm(unit="B", unit_scale=True, desc="average", delay=0.5, disable=args.dry_run) as bar,
