@@ -113,11 +113,10 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
     from megatron_long.engine import loading_hooks, megatron_adapter, surviving_logs
 
     start_log.take_logging()
-    if args.train_iters and start.iteration >= args.train_iters:  # as after a late requeue
+    asked = _steps_asked(args)
+    if asked and start.iteration >= asked[1]:  # as after a late requeue
         if args.rank == 0:
-            start_log.say(
-                f"--load {args.load} is at --train-iters {args.train_iters} already: nothing to train"
-            )
+            start_log.say(f"--load {args.load} is at {asked[0]} already: nothing to train")
         start_log.end()
         if arguments.export_hf and not Path(arguments.export_hf).exists():
             _export(arguments, args)
@@ -146,6 +145,16 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
     start_log.end()
     _export(arguments, args)
     return 0
+
+
+def _steps_asked(args: argparse.Namespace) -> tuple[str, int] | None:
+    """The flag that says how long the run is, and its steps; None if the batch changes or is not known."""
+    if args.train_iters:
+        return f"--train-iters {args.train_iters}", args.train_iters
+    if args.train_samples and args.global_batch_size and not args.step_batch_size_schedule:
+        steps = args.train_samples // args.global_batch_size
+        return f"--train-samples {args.train_samples}", steps
+    return None
 
 
 def _train(run: Run) -> None:

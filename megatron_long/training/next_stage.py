@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_long.checkpoint.choosing import Choice
+from megatron_long.checkpoint.choosing import Choice, has_checkpoint, saved_iterations
 from megatron_long.checkpoint.opening import split_checkpoint
 from megatron_long.checkpoint.sidecars import HF_CONFIG_NAME
 from megatron_long.checkpoint.torch_dist import read_common_state
@@ -31,7 +31,14 @@ def check_starts(path: str, args: Namespace) -> None:
             f"--next-stage-of {path} and --pretrained-checkpoint {args.pretrained_checkpoint} are two "
             "starts; give the first to keep the optimizer, or the second for weights alone"
         )
-    folder, _ = split_checkpoint(Path(path))
+    folder, step = split_checkpoint(Path(path))
+    there = saved_iterations(folder)
+    if step is not None and step not in there and not has_checkpoint(args.load):
+        listed = ", ".join(map(str, sorted(there))) or "none"
+        raise ConfigError(
+            f"--next-stage-of {path} is no checkpoint; those of {folder}: {listed}; give one of these, or "
+            "the folder for the newest"
+        )
     for flag in ("load", "save"):
         value = getattr(args, flag)
         if value and Path(value).resolve() == folder.resolve():
@@ -70,9 +77,11 @@ def check_next_stage(
         )
     steps = getattr(before, "train_iters", None)
     if steps and choice.iteration < steps and split_checkpoint(Path(path))[1] is None:
+        samples = getattr(before, "train_samples", None)
+        asked = f"--train-samples {samples}" if samples else f"--train-iters {steps}"
         raise ConfigError(
-            f"{flag} is at step {choice.iteration} of its --train-iters {steps}; resume it to its end first, "
-            f"or give --next-stage-of {choice.folder} to continue from there"
+            f"{flag} is at step {choice.iteration} of {steps} ({asked}); resume it to its end first, or give "
+            f"--next-stage-of {choice.folder} to continue from there"
         )
     _check_model(flag, choice.folder.parent / HF_CONFIG_NAME, args)
     known = facts.get("data", {})

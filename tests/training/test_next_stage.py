@@ -162,7 +162,8 @@ def test_what_makes_no_sense_is_refused(first, rest, tiny_dataset, base, tmp_pat
         (first, rest, ("--load", first), "are one folder"),
         (first, rest, ("--save", f"{first}/."), "are one folder"),
         (tmp_path, rest, (), f"--next-stage-of {tmp_path} holds no Megatron checkpoint"),
-        (first / "iter_0000007", rest, (), "has no checkpoint of that step"),
+        (tmp_path / "none", rest, (), f"--next-stage-of {tmp_path}/none does not exist"),
+        (first / "iter_0000007", rest, (), f"iter_0000007 is no checkpoint; those of {first}: 5, 10;"),
     ]  # fmt: skip
     for stage, dataset, flags, words in cases:
         with pytest.raises(ConfigError, match=words):
@@ -176,10 +177,18 @@ def test_a_stage_before_its_end_is_named(jobs, first, rest, tmp_path):
     save = ("--save", part, "--exit-interval", 1, "--use-distributed-optimizer")
     jobs.run(1, "--train-iters", 2, *save)
     with pytest.raises(
-        ConfigError, match="is at step 1 of its --train-iters 2; resume it to its end"
+        ConfigError, match=r"is at step 1 of 2 \(--train-iters 2\); resume it to its end"
     ):
         start(part, rest)
     assert start(part / "iter_0000001", rest).begins_stage
+    jobs.run(1, "--train-samples", 8, *save[2:], "--save", tmp_path / "samples")
+    with pytest.raises(ConfigError, match=r"is at step 1 of 2 \(--train-samples 8\)"):
+        start(tmp_path / "samples", rest)
+    again = ("--load", tmp_path / "samples", "--save", tmp_path / "samples", *save[4:])
+    jobs.run(1, "--train-samples", 8, *again)
+    done = jobs.run(1, "--train-samples", 8, *again)
+    assert "is at --train-samples 8 already: nothing to train" in done.text
+    assert start(tmp_path / "samples", rest).begins_stage
     middle = start(first / "iter_0000005", rest)
     assert middle.choice
     assert middle.choice.iteration == 5
