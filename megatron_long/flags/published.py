@@ -12,6 +12,7 @@ from megatron_long.flags.recipe import K
 
 BASE = "llama3_8b_128k"
 PROLONG = "github.com/princeton-nlp/ProLong, commit 907dcf4"
+SMOLLM = "github.com/huggingface/smollm, commit a041759, text/pretraining/smollm3"
 OLMO = "github.com/allenai/OLMo-core, src/scripts/official/OLMo3"
 
 
@@ -29,6 +30,8 @@ class Stage:
     schedule: Mapping[str, object] = field(default_factory=dict)
     """Flags of the learning rate; none if it is not known: then that of the base recipe."""
     masks_documents: bool = False
+    keeps_optimizer: bool = True
+    """Of the stage before, if there is one."""
     data: tuple[str, ...] = ()
     """Flags of `megatron-long preprocess`."""
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -128,7 +131,7 @@ def prolong() -> Published:
         start="Llama-3-8B-Instruct",
         sources=(
             f"{PROLONG}: train_64K.sh, train_512K.sh, README.md (the second stage loads the optimizer of the "
-            "first, not its schedule); arXiv 2410.02660",
+            "first, not its schedule); masks: README.md; arXiv 2410.02660",
         ),
         stages=(
             stage(
@@ -164,7 +167,7 @@ def olmo3() -> Published:
         sources=(
             f"{OLMO}/OLMo-3-1025-7B-long-context.py (window, batch, YaRN, rate, masks, optimizer kept), "
             "README.md (50B tokens)",
-            "34% and 66%: arXiv 2512.13961, section 3.6, read in others' summaries only",
+            "34% and 66%: arXiv 2512.13961, section 3.6 and table 11, read in an extract only",
         ),
         stages=(
             Stage(
@@ -187,12 +190,14 @@ def olmo3() -> Published:
             ),
         ),
         notes=(
-            "the rate is that of a model at the end of pretraining; z-loss 1e-5 and no weight decay of the "
-            "embedding have no flag here",
+            "the rate is that of a model at the end of pretraining (table 35 of the paper has 2.074e-4); "
+            "z-loss 1e-5 and no weight decay of the embedding have no flag here",
             "long documents there are PDFs and synthetic tasks of 8K tokens and more, short ones the mixture "
             "of midtraining: here both come from the same sources",
             "documents there are packed by best fit and filtered by compressibility, and YaRN is on the "
             "layers with full attention only",
+            "the 32B model has twice the batch and tokens, and is the mean of its checkpoints at steps "
+            "10,000, 11,000 and 11,921 (section 3.6.4): megatron-long average",
         ),
     )
 
@@ -200,23 +205,33 @@ def olmo3() -> Published:
 def smollm3() -> Published:
     """SmolLM3: 32K, then 64K, RoPE base raised, document masks, no upsampling of long documents."""
 
-    def stage(seq_length: int, base: int) -> Stage:
+    def stage(seq_length: int, base: int, steps: int, windows: int) -> Stage:
         return Stage(
             seq_length=seq_length,
-            train_tokens=50_000_000_000,
+            train_tokens=steps * windows * seq_length,
+            tokens_per_batch=windows * seq_length,
             rope={"--rotary-base": base},
+            schedule={
+                "--lr": 2e-5,
+                "--min-lr": 0,
+                "--lr-decay-style": "cosine",
+                "--lr-warmup-iters": 1000,
+            },
             masks_documents=True,
+            keeps_optimizer=False,
             data=("--strategy", "original"),
         )
 
     return Published(
         title="SmolLM3",
         start="SmolLM3-3B after pretraining at 4K",
-        sources=("github.com/huggingface/blog, smollm3.md, Long Context extension",),
-        stages=(stage(32 * K, 1_500_000), stage(64 * K, 5_000_000)),
+        sources=(
+            f"{SMOLLM}: long_context_4k_to_32k.yaml, long_context_32k_to_64.yaml (load_optimizer: false)",
+            "github.com/huggingface/blog, smollm3.md, Long Context extension",
+        ),
+        stages=(stage(32 * K, 2_000_000, 20_000, 72), stage(64 * K, 5_000_000, 22_000, 36)),
         notes=(
-            "learning rate, schedule and batch of these stages could not be read: those of the base recipe "
-            "are taken; nor whether the second stage keeps the optimizer, as here",
+            "the blog says 1.5M for the first base, and 50B tokens for each stage; the files are followed",
             "the mixture is that of the decay phase of pretraining with more math, code and reasoning",
             "its layers without RoPE are not supported",
         ),
@@ -231,7 +246,8 @@ def ultralong() -> Published:
         sources=(
             "arXiv 2504.06214; research.nvidia.com/labs/adlr/ultralong (1B tokens, upsampling in each "
             "domain, separator, no masks)",
-            "factor 128 of 8K, alpha 1 and beta 4, fewer short documents: read in others' summaries only",
+            "factor 128 of 8K, alpha 1 and beta 4, rate 3e-5, fewer short documents: the paper, read in "
+            "extracts only",
         ),
         stages=(
             Stage(
@@ -244,12 +260,13 @@ def ultralong() -> Published:
                     "--yarn-beta-fast": 4,
                     "--yarn-beta-slow": 1,
                 },
+                schedule={"--lr": 3e-5},
                 data=("--document-separator", "<|reserved_special_token_0|>"),
             ),
         ),
         notes=(
-            "learning rate and batch could not be read: those of the base recipe are taken",
-            "which token separates documents could not be read: a reserved one of Llama-3 here",
+            "batch, schedule and warm-up could not be read: those of the base recipe are taken",
+            'the separator of the paper is "<s>", which is no token of Llama-3: a reserved one here',
             "documents above 8K are upsampled there: here all from 4K on",
             "2M and 4M have factors 256 and 512 (4M: 150 steps of 2 windows, by its model card)",
             "1M needs another layout than the base recipe's: megatron-long plan --seq-length 1M",
@@ -272,12 +289,15 @@ def llama3_stages() -> Published:
     return Published(
         title="Llama 3",
         start="Llama-3-8B",
-        sources=("arXiv 2407.21783, sections 3.2 and 3.4.2",),
+        sources=(
+            "arXiv 2407.21783, sections 3.2 (masks, base) and 3.4.2 (405B: six stages from 8K to 128K, about "
+            "800B tokens), read in copies of its text",
+        ),
         stages=tuple(stage(length * K) for length in (16, 32, 64, 128)),
         notes=(
-            "the lengths between 8K and 128K could not be read: doubling is ours, as are the 5B tokens of "
-            "each stage; how many stages and tokens the paper has could not be read here",
-            "learning rate, batch and mixture of these stages could not be read",
+            "the paper does not print the lengths between 8K and 128K, nor the tokens of each stage: "
+            "doubling is ours, as are 5B tokens",
+            "nor the learning rate, batch and mixture of these stages",
         ),
     )
 

@@ -42,9 +42,8 @@ def _stage_lines(number: int, count: int, stage: Stage) -> Iterator[str]:
         mixture += f" --source-shares {shares}"
     yield f'[ -e {data} ] || megatron-long preprocess --input "$CORPUS" --tokenizer "$MODEL" \\'
     yield f"    --output {data} {mixture}"
-    start = (
-        '--hf-checkpoint "$MODEL"' if number == 1 else f'--next-stage-of "$WORK/run-{number - 1}"'
-    )
+    flag = "--next-stage-of" if stage.keeps_optimizer else "--pretrained-checkpoint"
+    start = f'{flag} "$WORK/run-{number - 1}"' if number > 1 else '--hf-checkpoint "$MODEL"'
     yield 'megatron-long launch --nproc-per-node "$NPROC_PER_NODE" -m megatron_long.pretrain \\'
     flags = shlex.join(stage.training_argv())
     yield f'    --recipe "$BASE" {start} --dataset {data} --load {run} --save {run} {flags}'.rstrip()
@@ -61,7 +60,8 @@ def as_table() -> str:
         for number, stage in enumerate(recipe.stages, 1):
             label = f"`{name}`" + (f", stage {number}" if len(recipe.stages) > 1 else "")
             start = recipe.start if number == 1 else f"stage {number - 1}"
-            rows.append((label, start, *_cells(stage), "yes" if number > 1 else "no"))
+            kept = "yes" if number > 1 and stage.keeps_optimizer else "no"
+            rows.append((label, start, *_cells(stage), kept))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

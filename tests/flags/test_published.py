@@ -78,10 +78,13 @@ def test_both_commands_are_accepted(name, run_script, model, tiny_dataset, tmp_p
         output = str(tmp_path / "a work" / f"data-{number}")
         assert argv.value("--dataset") == output == Argv(data[1:]).value("--output")
         before = str(tmp_path / "a work" / f"run-{number - 1}") if number > 1 else None
-        assert argv.value("--next-stage-of") == before
+        kept = before if stage.keeps_optimizer else None
+        assert argv.value("--next-stage-of") == kept
+        assert argv.value("--pretrained-checkpoint") == (None if kept else before)
         assert argv.value("--hf-checkpoint") == (str(model) if number == 1 else None)
         # What the stages before would have made is not there.
-        words = argv.without("--next-stage-of", "--hf-checkpoint", "--load")
+        starts = ("--next-stage-of", "--pretrained-checkpoint", "--hf-checkpoint", "--load")
+        words = argv.without(*starts)
         words = [*words.replaced("--dataset", tiny_dataset), "--hf-config", str(model)]
         _, args = command_line.parse([*words, "--allow-repeat"], HOST, 1)
         for flag, value in {**stage.rope, **stage.schedule}.items():
