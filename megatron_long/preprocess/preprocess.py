@@ -80,7 +80,7 @@ from megatron_long.preprocess.workdir import (
     write_pickle,
 )
 from megatron_long.tokenizer.engines import check_sample
-from megatron_long.tokenizer.loading import load_tokenizer
+from megatron_long.tokenizer.loading import load_tokenizer, separate_documents
 from megatron_long.tokenizer.tokenizer_files import copy_tokenizer, explain_no_bos
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
@@ -129,7 +129,9 @@ def preprocess(
     files = listing.files
     tokenizer = load_tokenizer(config.tokenizer, config.engine)
     tokenizer = check_sample(tokenizer, sample_texts(files, config.keys))
-    if tokenizer.bos_id is None and (notice := explain_no_bos(config.tokenizer)):
+    separate_documents(tokenizer, config.tokenizer, config.document_separator)
+    marked = tokenizer.bos_id is not None or config.document_separator
+    if not marked and (notice := explain_no_bos(config.tokenizer)):
         logger.warning("--tokenizer %s: %s", config.tokenizer, notice)
     keep_tokenizer(config.tokenizer, tokenizer)
     options = tokenize_options(config, tokenizer)
@@ -242,7 +244,7 @@ def _manifest(
 ) -> Manifest:
     return Manifest(
         seed=config.seed,
-        mixture=dataclasses.asdict(config.mixture),
+        mixture=config.mixture.to_json(),
         tokenizer=tokenizer_info(tokenizer),
         dtype=written.dtype.name,
         train=written.train,
