@@ -147,5 +147,4 @@ def _add_run(add) -> None:  # type: ignore[no-untyped-def]
     more = "more flags of sbatch, without dashes"
     add("--slurm-args", nargs="*", default=[], metavar="NAME=VALUE", help=more)
     add("--dry-run", action="store_true", help="print the table from a sample, write nothing")
-    force = "replace --output if it exists, and unfinished work of another command"
-    add("--force", action="store_true", help=force)
+    add("--force", action="store_true", help="replace --output, and unfinished work of another run")
