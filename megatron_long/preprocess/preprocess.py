@@ -43,7 +43,12 @@ from megatron_long.mixture.plan import Plan, TooTight, make_plan
 from megatron_long.mixture.rows import read_strata
 from megatron_long.mixture.supply import TooLittle
 from megatron_long.preprocess.assemble import write_train, write_valid
-from megatron_long.preprocess.executors import ExecutorOptions, end_earlier_tasks, run_stage
+from megatron_long.preprocess.executors import (
+    ExecutorOptions,
+    end_earlier_tasks,
+    run_stage,
+    runs_here,
+)
 from megatron_long.preprocess.file_pieces import split_inputs
 from megatron_long.preprocess.monitor import (
     Monitor,
@@ -54,6 +59,7 @@ from megatron_long.preprocess.monitor import (
 )
 from megatron_long.preprocess.preprocess_config import (
     PreprocessConfig,
+    check_folders,
     tokenize_job,
     tokenize_options,
     work_folder,
@@ -66,9 +72,10 @@ from megatron_long.preprocess.stages import (
     WriteStage,
     forget_tokenizers,
     item_folder,
+    keep_tokenizer,
     split_parts,
 )
-from megatron_long.preprocess.survey import refuse_too_many_tokens, set_limits
+from megatron_long.preprocess.survey import check_budget, set_limits
 from megatron_long.preprocess.workdir import (
     check_unchanged,
     only_run,
@@ -78,7 +85,7 @@ from megatron_long.preprocess.workdir import (
     write_pickle,
 )
 from megatron_long.tokenizer.engines import check_sample
-from megatron_long.tokenizer.loading import load_tokenizer
+from megatron_long.tokenizer.loading import load_tokenizer, separate_documents
 from megatron_long.tokenizer.tokenizer_files import copy_tokenizer, explain_no_bos
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
@@ -119,6 +126,7 @@ def preprocess(
         on_listing: Gets the files that will be read, and the others, before any is opened.
     """
     work = work_folder(config.work_dir, output)
+    check_folders(config.inputs, output, work)
     if is_url(output):
         check_url(str(output), work, force=config.force)
     listing, executor = config.list_inputs(), config.executor
@@ -126,16 +134,21 @@ def preprocess(
     files = listing.files
     tokenizer = load_tokenizer(config.tokenizer, config.engine)
     tokenizer = check_sample(tokenizer, sample_texts(files, config.keys))
-    if tokenizer.bos_id is None and (notice := explain_no_bos(config.tokenizer)):
+    separate_documents(tokenizer, config.tokenizer, config.document_separator)
+    marked = tokenizer.bos_id is not None or config.document_separator
+    if not marked and (notice := explain_no_bos(config.tokenizer)):
         logger.warning("--tokenizer %s: %s", config.tokenizer, notice)
+    keep_tokenizer(config.tokenizer, tokenizer)
     options = tokenize_options(config, tokenizer)
-    refuse_too_many_tokens(files, options, config.mixture)
+    check_budget(files, options, config.mixture)
     with disk_errors(work), only_run(work), interrupts():
         end_earlier_tasks(work)
         open_work(work, config.command(), files, force=config.force)
         with Monitor("prepare", on_progress):
             items = split_inputs(files, work, executor)
             set_limits(work, items, tokenizer, options, config.mixture)
+        if not runs_here(executor, len(items)):
+            forget_tokenizers()
         job = tokenize_job(items, config.tokenizer, tokenizer.engine_name, options)
         request = PlanRequest(job, config.mixture, config.keep_work)
         plan, tokens = _tokenize_and_plan(request, work, executor, on_progress)
@@ -237,7 +250,7 @@ def _manifest(
 ) -> Manifest:
     return Manifest(
         seed=config.seed,
-        mixture=dataclasses.asdict(config.mixture),
+        mixture=config.mixture.to_json(),
         tokenizer=tokenizer_info(tokenizer),
         dtype=written.dtype.name,
         train=written.train,

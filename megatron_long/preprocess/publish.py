@@ -6,6 +6,7 @@ The work folder keeps which objects are there, with the store's own tag of each,
 
 import errno
 import functools
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from megatron_long.corpus.inputs import is_url
 from megatron_long.corpus.stores import AT_START, attempt, file_system
 from megatron_long.dataset.manifest import MANIFEST_FILE
 from megatron_long.errors import ConfigError
-from megatron_long.files import atomic_path, move_into_place
+from megatron_long.files import atomic_path, move_into_place, refuse_overwrite
 from megatron_long.hashing import hash_file
 
 UPLOADED_FILE = "uploaded.json"
@@ -35,12 +36,14 @@ def publish(folder: Path, output: Path | str, work: Path, *, force: bool = False
     if is_url(output):
         _upload(folder, str(output).rstrip("/"), work, force)
         return
+    refuse_overwrite(Path(output), force=force)  # another run may have made it meanwhile
+    place = Path(os.path.realpath(output))  # a link stays, and leads to the dataset
     try:
-        move_into_place(folder, Path(output))
+        move_into_place(folder, place)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        with atomic_path(Path(output), directory=True) as copy:
+        with atomic_path(place, directory=True) as copy:
             _copy(folder, copy)
 
 
@@ -174,20 +177,20 @@ def disk_errors(work: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        place = error.filename2 or error.filename or work  # of a copy, where it goes
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(
-                f"{error.filename or work}: no space left ({error.strerror}); make room and give the same "
+                f"{place}: no space left ({error.strerror}); make room and give the same "
                 "command again, which resumes where it was"
             ) from None
         if error.errno == errno.EFBIG:
             raise ConfigError(
-                f"{error.filename or work}: no file may grow that large ({error.strerror}); raise the "
+                f"{place}: no file may grow that large ({error.strerror}); raise the "
                 "limit (ulimit -f, or another file system for --work-dir) and give the same command "
                 "again, which resumes where it was"
             ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise ConfigError(
-                f"--output: {error.filename or work} cannot be written ({error.strerror}); give a folder "
-                "that can"
+                f"--output: {place} cannot be written ({error.strerror}); give a folder that can"
             ) from None
         raise
