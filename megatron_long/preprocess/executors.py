@@ -13,9 +13,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -220,7 +221,8 @@ def _run_slurm(step: ClusterStep, logs: Path, tasks: int, options: ExecutorOptio
     try:
         # Without the job that merges datatrove's own statistics, which are not used.
         executor.launch_merge_stats = lambda: None
-        executor.run()
+        with _outside_of_a_job():
+            executor.run()
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(f"--executor slurm: sbatch failed ({error})") from None
     absent = 0
@@ -232,6 +234,20 @@ def _run_slurm(step: ClusterStep, logs: Path, tasks: int, options: ExecutorOptio
     except BaseException:
         _cancel(step.stage.work)
         raise
+
+
+@contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """Hide what SLURM tells the job that this process may be part of.
+
+    sbatch hands it on, and srun refuses a task with, for example, two limits of memory.
+    """
+    names = [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def end_earlier_tasks(work: Path) -> None:

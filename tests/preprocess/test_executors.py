@@ -128,6 +128,19 @@ def test_tasks_of_a_start_that_was_killed_are_ended_first(config, tmp_path, fake
     assert _job_name(work) != _job_name(tmp_path / "other.work")
 
 
+def test_tasks_are_not_told_of_the_job_that_started_them(config, tmp_path, fake_slurm, monkeypatch):
+    seen = tmp_path / "seen"
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\nenv > {seen}\nexit 1\n")
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "500")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")  # by which datatrove takes itself for a task
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    with pytest.raises(ConfigError, match="sbatch failed"):
+        run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+    names = [line.split("=")[0] for line in seen.read_text().splitlines()]
+    assert [name for name in names if name.startswith("SLURM_")] == ["SLURM_CONF"]
+    assert os.environ["SLURM_ARRAY_TASK_ID"] == "7"
+
+
 def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, fake_slurm):
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     assert _is_queued(tmp_path)
