@@ -18,6 +18,7 @@ from megatron_long.preprocess.executors import ExecutorOptions, run_stage
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 from tests.corpus_fixtures import files_of
+from tests.launched import wait_until
 
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # read when ray is imported
 ray = pytest.importorskip("ray")
@@ -77,7 +78,7 @@ def meanwhile(action: Callable[[], None]):
     thread = threading.Thread(target=run)
     thread.start()
     yield
-    thread.join(60)
+    thread.join(300)
     assert not thread.is_alive()
     assert not errors, errors
 
@@ -150,11 +151,8 @@ def test_an_item_that_kills_its_worker_each_time(cluster, tmp_path, caplog):
 def test_a_node_large_enough_is_waited_for(cluster, tmp_path, caplog):
     (tmp_path / "go").touch()
 
-    def join() -> None:
-        while "no node of the Ray cluster has as much (the largest: 1.0)" not in caplog.text:
-            time.sleep(0.05)
+    with meanwhile(lambda: run_stage(Held(tmp_path), 1, replace(OPTIONS, memory_gb=2))):
+        told = "no node of the Ray cluster has as much (the largest: 1.0)"
+        wait_until(lambda: told in caplog.text)
         cluster.add_node(num_cpus=1, memory=2 << 30, object_store_memory=100 << 20)
-
-    with meanwhile(join):
-        run_stage(Held(tmp_path), 1, replace(OPTIONS, memory_gb=2))
     assert (tmp_path / "0.done").exists()
