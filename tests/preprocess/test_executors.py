@@ -118,13 +118,17 @@ def test_tasks_of_a_start_that_was_killed_are_ended_first(config, tmp_path, fake
     scripts = {"squeue": f"cat {queue}", "scancel": f'echo "$@" >> {asked}; : > {queue}'}
     for name, text in scripts.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
-    queue.write_text("1 x preprocess\n")
-    work = tmp_path / "out.work"
-    end_earlier_tasks(work)
-    assert not asked.exists()  # nothing was started here before
-    (work / "logs").mkdir(parents=True)
+    work, sbatch = tmp_path / "out.work", tmp_path / "bin" / "sbatch"
+    whole = sbatch.read_text()
+    sbatch.write_text(
+        f"#!/bin/sh\necho 1 x preprocess > {queue}; exit 1\n"
+    )  # and here it is killed
+    with pytest.raises(ConfigError, match="sbatch failed"):
+        run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+    assert not asked.exists()
+    sbatch.write_text(whole)
     run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
-    assert asked.read_text() == f"--me --name={_job_name(work)}\n"
+    assert asked.read_text() == f"--user={os.getuid()} --name={_job_name(work)}\n"
     assert _job_name(work) != _job_name(tmp_path / "other.work")
 
 
@@ -142,8 +146,15 @@ def test_tasks_are_not_told_of_the_job_that_started_them(config, tmp_path, fake_
 
 
 def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, fake_slurm):
+    """That of the waiting run may start again; a resumed one cannot know whether tasks run."""
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
-    assert _is_queued(tmp_path)
+    assert _is_queued(tmp_path) is None
+    (tmp_path / "logs" / "1").mkdir(parents=True)
+    (tmp_path / "logs" / "1" / "executor.pik").touch()
+    with pytest.raises(
+        ConfigError, match=r"squeue does not answer .* scancel --name=.* then remove"
+    ):
+        end_earlier_tasks(tmp_path)
 
 
 def test_tasks_end_with_the_run(config, tmp_path, fake_slurm, monkeypatch):
