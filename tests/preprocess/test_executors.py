@@ -151,9 +151,7 @@ def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, fake_slurm):
     assert _is_queued(tmp_path) is None
     (tmp_path / "logs" / "1").mkdir(parents=True)
     (tmp_path / "logs" / "1" / "executor.pik").touch()
-    with pytest.raises(
-        ConfigError, match=r"squeue does not answer .* scancel --name=.* then remove"
-    ):
+    with pytest.raises(ConfigError, match=r"squeue does not answer.*scancel --name=.*then remove"):
         end_earlier_tasks(tmp_path)
 
 
