@@ -192,6 +192,7 @@ def olmo3() -> Published:
         notes=(
             "the rate is that of a model at the end of pretraining (table 35 of the paper has 2.074e-4); "
             "z-loss 1e-5 and no weight decay of the embedding have no flag here",
+            "a Hugging Face model has no optimizer: from a run of midtraining give --next-stage-of instead",
             "long documents there are PDFs and synthetic tasks of 8K tokens and more, short ones the mixture "
             "of midtraining: here both come from the same sources",
             "documents there are packed by best fit and filtered by compressibility, and YaRN is on the "
