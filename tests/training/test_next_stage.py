@@ -81,6 +81,25 @@ def test_a_stage_on_the_rest_of_the_data_is_the_run_that_never_stopped(
     assert jump > 0.1
 
 
+@pytest.mark.slow
+def test_longer_windows_begin_without_the_jump_of_weights_alone(
+    jobs, rest, first, read_log, tmp_path
+):
+    """As in docs/long_context_recipe.md: 256 tokens after 128, four times the RoPE base, other data."""
+    words = ("--seq-length", 256, "--max-position-embeddings", 256, "--rotary-base", 400_000)
+    words += ("--global-batch-size", 2, "--train-iters", 4, "--use-distributed-optimizer")
+    seen = {}
+    for flag in ("--next-stage-of", "--pretrained-checkpoint"):
+        log = tmp_path / f"{flag}.jsonl"
+        jobs.run(1, *words, "--dataset", rest, flag, first, "--loss-log", log)
+        seen[flag] = losses(read_log, log)
+    kept, alone = seen.values()
+    print(kept, alone)
+    assert kept[0] == alone[0]
+    assert kept == sorted(kept, reverse=True)
+    assert alone[1] > alone[0] + 0.1
+
+
 STAGE = (
     *("--seq-length", 256, "--max-position-embeddings", 256, "--rotary-base", 400_000),
     *("--lr", 5e-4, "--min-lr", 0, "--train-iters", 6),
