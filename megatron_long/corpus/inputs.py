@@ -11,6 +11,7 @@ from typing import IO, Any, cast
 
 import xxhash
 
+from megatron_long.corpus.stores import StoreFile
 from megatron_long.errors import ConfigError
 
 LINES = (".jsonl", ".ndjson", ".json")
@@ -19,6 +20,8 @@ COMPRESSIONS = (".gz", ".zst")
 TABLES = (".parquet", ".arrow")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """At the beginning of files from Windows, and of their parts where such files were joined."""
+SHARE_BYTES = 1 << 20
+"""Text of a compressed file that one share takes before it leaves as much to each of the others."""
 SUFFIXES = (*LINES, *(lines + end for end in COMPRESSIONS for lines in LINES), *TABLES)
 
 
@@ -43,13 +46,29 @@ class InputFile:
     """Number of its first line or row in the file."""
     groups: tuple[int, int] | None = None
     """First row group and end, for a piece of a parquet file."""
+    skip_rows: int = 0
+    """Rows of the first group that lie before the piece."""
+    num_rows: int | None = None
+    """Rows of the piece; None for all of its groups."""
+    share: tuple[int, int] = (0, 1)
+    """Which share of the text of a compressed file this is, and of how many; see `owns`."""
     xxh3_128: str = ""
     """Hash of the whole file, if already known."""
 
     @property
     def read_bytes(self) -> int:
-        """Number of bytes of this piece, or of the whole file."""
-        return self.size_bytes if self.piece_bytes is None else self.piece_bytes
+        """Number of bytes of this piece, or of the whole file; of a share, its part of them."""
+        size = self.size_bytes if self.piece_bytes is None else self.piece_bytes
+        return size * (self.share[0] + 1) // self.share[1] - size * self.share[0] // self.share[1]
+
+    def owns(self, position: int) -> bool:
+        """Return whether a line that begins at a byte of the text belongs to this share.
+
+        >>> first, second = (InputFile("a.zst", "a.zst", 9, share=(n, 2)) for n in (0, 1))
+        >>> [first.owns(n << 20) for n in (0, 1, 2)], second.owns(1 << 20)
+        ([True, False, True], True)
+        """
+        return position // SHARE_BYTES % self.share[1] == self.share[0]
 
 
 def suffix_of(path: str) -> str:
@@ -68,23 +87,6 @@ def is_url(path: str | Path) -> bool:
     (True, False)
     """
     return "://" in str(path)
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL, and the path inside it.
-
-    Raises: ConfigError: fsspec, or its package for this kind of store, is not installed.
-    """
-    try:
-        import fsspec
-
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        kind = url.partition("://")[0]
-        package = {"s3": " s3fs", "gs": " gcsfs", "gcs": " gcsfs", "abfs": " adlfs"}.get(kind, "")
-        raise ConfigError(f"{url}: {error}; `pip install fsspec{package}`") from None
-    except ValueError as error:
-        raise ConfigError(f"{url}: {error}") from None
 
 
 class HashingReader(io.RawIOBase):
@@ -137,8 +139,7 @@ def open_seekable(item: InputFile, buffering: int = -1) -> Any:
     """Open the stored file itself."""
     if not is_url(item.path):
         return open(item.path, "rb", buffering=buffering)
-    system, path = file_system(item.path)
-    return system.open(path, "rb")
+    return StoreFile(item.path)
 
 
 def hash_input(item: InputFile) -> str:

@@ -43,7 +43,7 @@ from megatron_long.mixture.plan import Plan, TooTight, make_plan
 from megatron_long.mixture.rows import read_strata
 from megatron_long.mixture.supply import TooLittle
 from megatron_long.preprocess.assemble import write_train, write_valid
-from megatron_long.preprocess.executors import ExecutorOptions, run_stage
+from megatron_long.preprocess.executors import ExecutorOptions, run_stage, runs_here
 from megatron_long.preprocess.file_pieces import split_inputs
 from megatron_long.preprocess.monitor import (
     Monitor,
@@ -54,11 +54,12 @@ from megatron_long.preprocess.monitor import (
 )
 from megatron_long.preprocess.preprocess_config import (
     PreprocessConfig,
+    check_folders,
     tokenize_job,
     tokenize_options,
     work_folder,
 )
-from megatron_long.preprocess.publish import disk_errors, interrupts, publish
+from megatron_long.preprocess.publish import check_url, disk_errors, interrupts, publish
 from megatron_long.preprocess.stages import (
     TokenizeJob,
     TokenizeStage,
@@ -66,9 +67,10 @@ from megatron_long.preprocess.stages import (
     WriteStage,
     forget_tokenizers,
     item_folder,
+    keep_tokenizer,
     split_parts,
 )
-from megatron_long.preprocess.survey import refuse_too_many_tokens, set_limits
+from megatron_long.preprocess.survey import check_budget, set_limits
 from megatron_long.preprocess.workdir import (
     check_unchanged,
     only_run,
@@ -118,6 +120,10 @@ def preprocess(
         output: A folder, or a URL to copy the finished dataset to (then `work_dir` must be given).
         on_listing: Gets the files that will be read, and the others, before any is opened.
     """
+    work = work_folder(config.work_dir, output)
+    check_folders(config.inputs, output, work)
+    if is_url(output):
+        check_url(str(output), work, force=config.force)
     listing, executor = config.list_inputs(), config.executor
     on_listing(listing)
     files = listing.files
@@ -127,14 +133,16 @@ def preprocess(
     marked = tokenizer.bos_id is not None or config.document_separator
     if not marked and (notice := explain_no_bos(config.tokenizer)):
         logger.warning("--tokenizer %s: %s", config.tokenizer, notice)
+    keep_tokenizer(config.tokenizer, tokenizer)
     options = tokenize_options(config, tokenizer)
-    refuse_too_many_tokens(files, options, config.mixture)
-    work = work_folder(config.work_dir, output)
+    check_budget(files, options, config.mixture)
     with disk_errors(work), only_run(work), interrupts():
         open_work(work, config.command(), files, force=config.force)
         with Monitor("prepare", on_progress):
             items = split_inputs(files, work, executor)
             set_limits(work, items, tokenizer, options, config.mixture)
+        if not runs_here(executor, len(items)):
+            forget_tokenizers()
         job = tokenize_job(items, config.tokenizer, tokenizer.engine_name, options)
         request = PlanRequest(job, config.mixture, config.keep_work)
         plan, tokens = _tokenize_and_plan(request, work, executor, on_progress)
@@ -159,7 +167,7 @@ def preprocess(
             write_report(written.folder / REPORT_FOLDER, manifest, name)
             # What has come since, such as an unfinished download, does not matter.
             check_unchanged(work, files, find_inputs(config.inputs, skip_unread=True))
-            publish(written.folder, output)
+            publish(written.folder, output, work, force=config.force)
         if not config.keep_work:
             remove_folder(work)
     return manifest
