@@ -131,7 +131,8 @@ def test_what_a_sample_expects_of_the_lengths_holds_what_a_run_makes(hard, short
     hits = defaultdict(list)
     for seed in range(8):
         options = dataclasses.replace(OPTIONS, seed=seed)
-        expected = forecast(survey_corpus(files, counting_tokenizer(), options, 1 << 15), mixture)
+        survey = survey_corpus(files, counting_tokenizer(), options, 1 << 15)
+        expected = forecast(survey, mixture)
         folders = [tmp_path / f"{seed}-{index}" for index in range(len(files))]
         for index, file in enumerate(files):
             tokenize_file(file, index, counting_tokenizer(), options, folders[index])
@@ -140,8 +141,15 @@ def test_what_a_sample_expects_of_the_lengths_holds_what_a_run_makes(hard, short
         for name in big:
             after, true = expected[name].long_share_after, made[name].long_share_after
             hits[name].append(after.low - 1e-9 <= true <= after.high + 1e-9)
+            usable, held = expected[name].tokens_usable, truth[name].tokens - 500
+            most = expected[name].corpus.tokens.high
+            plain = short_share * 40_000
+            assert plain <= usable.low <= usable.value <= usable.high <= plain + 4 * (most - plain)
+            too_much = dataclasses.replace(mixture, train_tokens=100 * held * len(big))
+            usable = forecast(survey, too_much)[name].tokens_usable
+            passes = 1 if short_share else 4  # documents as they are take all, and are used once
+            assert usable.value <= passes * expected[name].corpus.tokens.value
     mean, least = coverage(hits)
-    print(mean, least, {name: len(found) for name, found in hits.items()})
     assert mean > 0.9
     assert least >= 0.75
 

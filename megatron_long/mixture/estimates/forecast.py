@@ -104,7 +104,8 @@ def _one(
         spread = Z * math.sqrt(_chosen_variance(stats, 1.0, long_share.value, tokens.value, plain))
         parts = _wider(long_share, spread, 1.0).scaled(mixture.short_share)
         long_after = parts.plus(long_after.scaled(1 - mixture.short_share))
-    return SourceForecast(found, asked, supply.plus(exact(plain)), long_after)
+    first = (min(plain, t - _held_out(t, mixture)) for t in (tokens.value, tokens.low, tokens.high))
+    return SourceForecast(found, asked, supply.plus(Interval(*first)), long_after)
 
 
 def _pooled(
