@@ -25,12 +25,11 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def rest(tiny_dataset, tmp_path_factory) -> Path:
-    """What the first stage leaves of its dataset, as a dataset of its own."""
-    folder = shutil.copytree(tiny_dataset, tmp_path_factory.mktemp("rest") / "data")
+def write_rest(dataset: Path, folder: Path, tokens_read: int) -> Path:
+    """Write what a run of so many tokens leaves of a dataset, as a dataset of its own."""
+    shutil.copytree(dataset, folder)
     manifest = read_manifest(folder)
-    tokens = np.fromfile(folder / "train.bin", "<u2")[STEPS * 4 * 128 :]
+    tokens = np.fromfile(folder / "train.bin", "<u2")[tokens_read:]
     with IndexedDatasetWriter(folder / "train", "<u2") as writer:
         writer.add_document(tokens)
         writer.finalize()
@@ -38,6 +37,12 @@ def rest(tiny_dataset, tmp_path_factory) -> Path:
     train = replace(manifest.train, num_tokens=len(tokens), files=files)
     write_manifest(folder, replace(manifest, train=train))
     return folder
+
+
+@pytest.fixture(scope="module")
+def rest(tiny_dataset, tmp_path_factory) -> Path:
+    """What the first stage leaves of its dataset."""
+    return write_rest(tiny_dataset, tmp_path_factory.mktemp("rest") / "data", STEPS * 4 * 128)
 
 
 @pytest.fixture(scope="module")
