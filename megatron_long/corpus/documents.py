@@ -138,7 +138,7 @@ def read_documents(
         is_table = suffix_of(item.path) in TABLES
         read = _read_table if is_table else _read_lines
         for batch in read(item, reader, keys, bad, state):
-            share = min(reader.used_share(state.used_bytes), 1.0)
+            share = min(reader.used_share(state.used_bytes), 1.0) / item.share[1]
             state.position_bytes = min(round(reader.position * share), item.read_bytes)
             yield batch
         state.position_bytes = item.read_bytes
@@ -165,7 +165,7 @@ def parse_line(line: bytes, item: InputFile, number: int, keys: RecordKeys) -> D
 def _document(record: Any, line: int, keys: RecordKeys, label: str | None) -> Document:
     text = _look_up(record, keys.text_parts)
     if not isinstance(text, str):
-        raise ValueError(*_lacks(record, "text", "--text-key", keys.text))
+        raise ValueError(*_lacks(record, text, "text", "--text-key", keys.text))
     if label is None:
         source = None
         for parts in keys.source_parts:
@@ -174,7 +174,7 @@ def _document(record: Any, line: int, keys: RecordKeys, label: str | None) -> Do
                 break
         if not isinstance(source, str) or not source:
             raise ValueError(
-                *_lacks(record, "source", "--source-key", " or ".join(keys.source_paths))
+                *_lacks(record, source, "source", "--source-key", " or ".join(keys.source_paths))
             )
         label = canonical_source(source)
     _check_label(label)
@@ -206,10 +206,12 @@ def _look_up(record: Any, parts: list[str]) -> Any:
     return record
 
 
-def _lacks(record: Any, what: str, flag: str, key: str) -> tuple[str, str]:
+def _lacks(record: Any, value: Any, what: str, flag: str, key: str) -> tuple[str, str]:
     found = (
         f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
     )
+    if value is not None:
+        found = "it is empty" if value == "" else f"it is of type {type(value).__name__}"
     folder = ", or give --source-from-folder if each source has a folder" * (what == "source")
     return (
         f"has no {what} string at {key!r} ({found})",
@@ -225,11 +227,11 @@ def _read_lines(
     state: FileState,
 ) -> Iterator[list[Document]]:
     batch: list[Document] = []
-    size_bytes, number = 0, item.first_line - 1
+    size_bytes, number, is_shared = 0, item.first_line - 1, item.share[1] > 1
     try:
         for number, line in enumerate(decompressed(item, reader), item.first_line):
-            state.used_bytes += len(line)
-            if line.isspace():
+            begins, state.used_bytes = state.used_bytes, state.used_bytes + len(line)
+            if (is_shared and not item.owns(begins)) or line.isspace():
                 continue
             try:
                 batch.append(parse_line(line, item, number, keys))
@@ -243,7 +245,8 @@ def _read_lines(
         if not _is_damage(error):
             raise
         reason = f"cannot be read ({error or type(error).__name__}): the file is cut off or damaged"
-        bad.add(item, number + 1, reason, "fetch it again")
+        if item.owns(state.used_bytes):
+            bad.add(item, number + 1, reason, "fetch it again")
     yield batch
 
 

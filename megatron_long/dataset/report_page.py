@@ -300,6 +300,9 @@ def _other_fields(manifest: Manifest) -> dict[str, Any]:
     """Return fields of the manifest that have no table of their own."""
     names = ("format_version", "order", "documents_empty", "documents_bad", "made_by")
     content = dataclasses.asdict(manifest)
+    if manifest.order and not manifest.order.num_windows:
+        window = manifest.order.window_tokens
+        content["order"] = f"not measured: the set is smaller than a window of {window:,} tokens"
     return {name: content[name] for name in names if content[name] not in (None, {}, 0)}
 
 

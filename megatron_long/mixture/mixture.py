@@ -12,6 +12,9 @@ from megatron_long.mixture.shares import (
     resolve_shares,
 )
 
+MOST_TOKENS, MOST_PASSES = 10**15, 2**16 - 1
+"""Passes are counted in two bytes; tokens in eight, and their products in float64 must be exact."""
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -82,6 +85,9 @@ class Mixture:
         for name, (flag, minimum) in flags.items():
             if getattr(self, name) < minimum:
                 raise ConfigError(f"{flag} {getattr(self, name)} is too small; at least {minimum}")
+            most = MOST_PASSES if name == "allow_repeat" else MOST_TOKENS
+            if getattr(self, name) > most:
+                raise ConfigError(f"{flag} {getattr(self, name)} is too large; at most {most:,}")
         if isinstance(self.source_shares, str) and self.source_shares not in (NATURAL, SLIMPAJAMA):
             raise ConfigError(f"--source-shares {self.source_shares}: {SHARES_RULE}")
         _check_strategy(self)

@@ -43,7 +43,7 @@ from megatron_long.mixture.plan import Plan, TooTight, make_plan
 from megatron_long.mixture.rows import read_strata
 from megatron_long.mixture.supply import TooLittle
 from megatron_long.preprocess.assemble import write_train, write_valid
-from megatron_long.preprocess.executors import ExecutorOptions, run_stage
+from megatron_long.preprocess.executors import ExecutorOptions, run_stage, runs_here
 from megatron_long.preprocess.file_pieces import split_inputs
 from megatron_long.preprocess.monitor import (
     Monitor,
@@ -54,6 +54,7 @@ from megatron_long.preprocess.monitor import (
 )
 from megatron_long.preprocess.preprocess_config import (
     PreprocessConfig,
+    check_folders,
     tokenize_job,
     tokenize_options,
     work_folder,
@@ -66,9 +67,10 @@ from megatron_long.preprocess.stages import (
     WriteStage,
     forget_tokenizers,
     item_folder,
+    keep_tokenizer,
     split_parts,
 )
-from megatron_long.preprocess.survey import refuse_too_many_tokens, set_limits
+from megatron_long.preprocess.survey import check_budget, set_limits
 from megatron_long.preprocess.workdir import (
     check_unchanged,
     only_run,
@@ -118,6 +120,8 @@ def preprocess(
         output: A folder, or a URL to copy the finished dataset to (then `work_dir` must be given).
         on_listing: Gets the files that will be read, and the others, before any is opened.
     """
+    work = work_folder(config.work_dir, output)
+    check_folders(config.inputs, output, work)
     listing, executor = config.list_inputs(), config.executor
     on_listing(listing)
     files = listing.files
@@ -125,14 +129,16 @@ def preprocess(
     tokenizer = check_sample(tokenizer, sample_texts(files, config.keys))
     if tokenizer.bos_id is None and (notice := explain_no_bos(config.tokenizer)):
         logger.warning("--tokenizer %s: %s", config.tokenizer, notice)
+    keep_tokenizer(config.tokenizer, tokenizer)
     options = tokenize_options(config, tokenizer)
-    refuse_too_many_tokens(files, options, config.mixture)
-    work = work_folder(config.work_dir, output)
+    check_budget(files, options, config.mixture)
     with disk_errors(work), only_run(work), interrupts():
         open_work(work, config.command(), files, force=config.force)
         with Monitor("prepare", on_progress):
             items = split_inputs(files, work, executor)
             set_limits(work, items, tokenizer, options, config.mixture)
+        if not runs_here(executor, len(items)):
+            forget_tokenizers()
         job = tokenize_job(items, config.tokenizer, tokenizer.engine_name, options)
         request = PlanRequest(job, config.mixture, config.keep_work)
         plan, tokens = _tokenize_and_plan(request, work, executor, on_progress)

@@ -1,6 +1,7 @@
 """A finished dataset goes to where it was asked to be; a file system that refuses is an error of the user."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from megatron_long.files import atomic_path, move_into_place
 def publish(folder: Path, output: Path | str) -> None:
     """Put the finished dataset in its place; at a URL the manifest comes last."""
     if not is_url(output):
+        output = os.path.realpath(output)  # a link stays, and leads to the dataset
         try:
             move_into_place(folder, Path(output))
         except OSError as error:

@@ -23,7 +23,6 @@ from megatron_long.mixture.shares import NATURAL_ERROR, format_token_count, keep
 from megatron_long.preprocess.monitor import EXPECTED_FILE
 from megatron_long.preprocess.tokenize_file import TokenizeOptions, measure_file
 from megatron_long.preprocess.workdir import write_json, write_limits
-from megatron_long.tokenizer.engines import release_engine
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 SURVEY_TEXT_BYTES = 32 << 20
@@ -52,16 +51,21 @@ MOST_TEXT_BYTES = {
 shortest code has 2 bits for 258 bytes; Zstandard's smallest block has 4 bytes for 128 KiB."""
 
 
-def refuse_too_many_tokens(
-    files: Sequence[InputFile], options: TokenizeOptions, mixture: Mixture
-) -> None:
-    """Refuse a budget that the sizes of the files prove too large.
+def check_budget(files: Sequence[InputFile], options: TokenizeOptions, mixture: Mixture) -> None:
+    """Refuse a budget without room for a document, or that the sizes of the files prove too large.
 
     A token stands for at least one byte of text (`tokenizer.length_bound`), special tokens in a text are text
     too, and what is added to it (a space, BOS, EOD) is less than its line holds besides.
 
-    Raises: ConfigError: no text that these files can hold has so many tokens.
+    Raises: ConfigError: a token of text does not fit, or no text of these files has so many tokens.
     """
+    least = options.overhead + 1
+    if mixture.train_tokens < least:
+        around = "BOS and EOD" if options.overhead == 2 else "EOD"
+        raise ConfigError(
+            f"--train-tokens {mixture.train_tokens} has no room for a document, which is {around} and a "
+            f"token of text at least; give {least} or more"
+        )
     most_of = [MOST_TEXT_BYTES.get(suffix_of(file.path)) for file in files]
     found = [file.size_bytes * most for file, most in zip(files, most_of, strict=True) if most]
     if options.extra_tokens is None or len(found) < len(files):
@@ -95,7 +99,6 @@ def set_limits(
     admission = options.admission
     if sum(file.read_bytes for file in files) > SURVEY_FROM_BYTES:
         survey = survey_corpus(files, tokenizer, options, SURVEY_TEXT_BYTES)
-        release_engine(tokenizer)
         admission = admit(survey, mixture)
         write_json(work / EXPECTED_FILE, expected_tokens(survey, admission))
     write_limits(work, 0, admission)
@@ -108,8 +111,10 @@ def survey_corpus(
 
     Bad documents are counted and left out, and every source is allowed: a sample refuses nothing.
     """
-    whole = [file for file in files if file.first_line == 1]
-    whole = [dataclasses.replace(file, piece_bytes=None, groups=None) for file in whole]
+    whole = [file for file in files if file.first_line == 1 and file.share[0] == 0]
+    whole = [
+        dataclasses.replace(file, piece_bytes=None, groups=None, share=(0, 1)) for file in whole
+    ]
     sample = sample_blocks(whole, READ_FACTOR * text_bytes, options.seed)
     options = dataclasses.replace(options, skip_bad=True, sources_allowed=None)
 

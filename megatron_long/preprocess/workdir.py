@@ -64,6 +64,12 @@ def open_work(
     for leftover in work.parent.glob(f".{glob.escape(work.name)}.*.tmp"):
         remove_path(leftover)  # of a run that was killed while it removed its work
     work.mkdir(parents=True, exist_ok=True)
+    others = {path.name for path in work.iterdir() if not _is_leftover(path.name)} - {INPUTS_FILE}
+    if others and not (work / COMMAND_FILE).exists():
+        raise ConfigError(
+            f"--work-dir {work} holds files of something else ({min(others)}), and is removed at the end; "
+            "give a folder that is new or empty"
+        )
     _remove_leftovers(work)
     if not (work / COMMAND_FILE).exists():
         listed = [[item.name, item.size_bytes, item.version] for item in files]
@@ -198,10 +204,14 @@ def _changed(name: str, what: str) -> DataError:
     )
 
 
+def _is_leftover(name: str) -> bool:
+    return name.startswith(".") and name.endswith((".tmp", ".old"))
+
+
 def _remove_leftovers(work: Path) -> None:
     """Remove temporary files of processes that were killed."""
     for folder, names, files in os.walk(work):
         for name in [*names, *files]:
-            if name.startswith(".") and name.endswith((".tmp", ".old")):
+            if _is_leftover(name):
                 path = Path(folder) / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

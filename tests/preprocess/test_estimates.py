@@ -170,8 +170,8 @@ def config(folder, model_file, **changes):
     )
 
 
-def sampled(asked):
-    return plan_dataset(asked, text_bytes=1 << 15, whole_bytes=0)
+def sampled(asked, text_bytes=1 << 15):
+    return plan_dataset(asked, text_bytes)
 
 
 def test_nothing_is_refused_on_the_word_of_a_sample(hard, model_file):
@@ -218,46 +218,6 @@ def test_bad_documents_of_a_sample_are_told(tmp_path, model_file):
     (tmp_path / "a.jsonl").write_bytes(good + b"{}\n" * 50 + good)
     found = sampled(config(tmp_path, model_file))
     assert any("documents of the sample are bad, which a run stops at" in n for n in found.notes)
-
-
-def test_what_cannot_be_reached_in_compressed_files_is_told(tmp_path, model_file, write_jsonl):
-    rng = np.random.default_rng(0)
-    words = ["bocu", "dofa", "nulo", "rite"]
-    for number in range(3):
-        texts = (" ".join(rng.choice(words, 200)) for _ in range(800))
-        rows = [{"text": text, "source": "Book"} for text in texts]
-        write_jsonl(tmp_path / f"{number}.jsonl.zst", rows)
-    small = plan_dataset(config(tmp_path, model_file), text_bytes=1 << 12, whole_bytes=0)
-    assert any("is the rest of compressed files" in note for note in small.notes)
-    large = plan_dataset(config(tmp_path, model_file), text_bytes=1 << 16, whole_bytes=0)
-    assert not any("is the rest of compressed files" in note for note in large.notes)
-
-
-def test_row_groups_of_parquet_files_are_sampled(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    rng = np.random.default_rng(0)
-    tokens = 0
-    for number in range(3):
-        counts = np.sort(rng.integers(10, 200, 20_000))  # long documents last
-        tokens += int((counts + 2).sum())
-        texts = [f"{count} {'ab ' * int(count)}" for count in counts]
-        table = pyarrow.table({"text": texts, "source": ["Book"] * len(texts)})
-        path = tmp_path / f"{number}.parquet"
-        parquet.write_table(
-            table, path, row_group_size=500, compression="none", use_dictionary=False
-        )
-    held = []
-    for seed in range(10):
-        options = dataclasses.replace(OPTIONS, seed=seed)
-        estimate = survey_corpus(find_inputs([tmp_path]), counting_tokenizer(), options, 1 << 18)
-        assert not estimate.is_whole
-        assert estimate.read_share < 1
-        found = estimate.estimate("Book").tokens
-        held.append(found.low <= tokens <= found.high)
-        assert abs(found.value / tokens - 1) < 0.3
-    assert np.mean(held) >= 0.8
 
 
 def test_what_is_measured_changes_no_row(hard, tmp_path):
