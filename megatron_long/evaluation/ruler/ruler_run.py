@@ -90,6 +90,8 @@ def prepare_ruler(
     """
     is_ours = args.force or (args.output_dir / SAMPLES).exists()
     check_output(args.output_dir / REPORT, force=is_ours, flag="--output-dir")
+    if not 0 <= args.seed < 2**32:
+        raise ConfigError(f"--seed {args.seed} is not from 0 to {2**32 - 1}, as RULER's must be")
     lengths, tasks = sorted(set(args.context_lengths)), list(dict.fromkeys(args.tasks))
     check_context_length(lengths[-1], megatron_argv)
     choice = choose_model(args, megatron_argv)

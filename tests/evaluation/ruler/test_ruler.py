@@ -18,6 +18,7 @@ from megatron_long.evaluation.generation.sample_results import (
 from megatron_long.evaluation.needle.needle_scores import Deadline
 from megatron_long.evaluation.ruler import prompt_checks, ruler_run
 from megatron_long.evaluation.ruler.ruler_definitions import CHAT_TEMPLATES, KINDS, RULER_TASKS
+from megatron_long.evaluation.ruler.ruler_drawers import CommonWords
 from megatron_long.evaluation.ruler.ruler_report import (
     RulerReport,
     effective_length,
@@ -202,7 +203,7 @@ def test_the_own_template_frames_the_task(command, model, files, tmp_path):
 def test_files_that_are_missing_are_asked_for(command, task, dropped, said, monkeypatch):
     args = command(tasks=[task])
     setattr(args, dropped, None)
-    monkeypatch.setattr("megatron_long.evaluation.ruler.ruler_drawers.CommonWords.probe_size", 9000)
+    monkeypatch.setattr(CommonWords, "probe_size", 9000)
     with pytest.raises(ConfigError, match=said):
         ruler_run.prepare_ruler(args, [])
 
@@ -216,6 +217,25 @@ def test_files_that_are_others_are_refused(command, files, tmp_path):
         ruler_run.prepare_ruler(command("--num-samples", 9999, tasks=["qa_1"]), [])
     with pytest.raises(ConfigError, match="too short for niah_multikey_1"):
         ruler_run.prepare_ruler(command("--context-lengths", 600, tasks=["niah_multikey_1"]), [])
+
+
+def test_values_that_would_end_in_tracebacks_are_refused(command, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(CommonWords, "probe_size", 9000)
+    squad = json.loads(files.squad.read_text())
+    squad["data"][0]["paragraphs"][0]["qas"][0]["answers"] = []
+    (tmp_path / "squad.json").write_text(json.dumps(squad))
+    (tmp_path / "words.json").write_text('{"0": "one", "1": "two"}')
+    for task, name, value, said in (
+        ("qa_1", "squad", tmp_path / "squad.json", "'Which part is 0.0.' has no answer"),
+        ("qa_1", "squad", tmp_path, "is not a file"),
+        ("cwe", "english_words", tmp_path / "words.json", "holds 2 words"),
+        ("vt", "seed", -1, "--seed -1 is not from 0"),
+        ("niah_single_2", "haystack", tmp_path / "none.txt", "is not a file"),
+    ):
+        args = command(tasks=[task])
+        setattr(args, name, value)
+        with pytest.raises((ConfigError, DataError), match=said):
+            ruler_run.prepare_ruler(args, [])
 
 
 def test_essays_from_a_folder_are_those_of_the_json(files, tmp_path):
