@@ -221,8 +221,7 @@ def _answer(
     deadline: Deadline,
     keep: Callable[[list[SampleResult]], None],
 ) -> bool:
-    """Answer the samples of one task and length, a batch a replica at a time; gives whether there was "
-    "time."""
+    """Answer samples of one task and length, a batch a replica at a time; gives whether there was time."""
     rows = [(sample, with_bos(sample.tokens, tokenizer)) for sample in samples]
     problems = [
         too_long(sample, request.task, tokenizer, request.tokens_to_generate) for sample in samples
