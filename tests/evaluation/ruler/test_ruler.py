@@ -179,6 +179,27 @@ def test_chat_templates_that_are_not_the_models(command, model, tmp_path, caplog
     assert "--template base is not the model's own chat template" in caplog.text
 
 
+def test_markers_of_a_chat_template_are_one_token_each(command, tmp_path):
+    """With a tokenizer that knows them, whose own template is RULER's Phi3 but for white space."""
+    markers = ("<|user|>", "<|end|>", "<|assistant|>")
+    tokenizer = save_tokenizer(tmp_path / "chat", *markers)
+    (tmp_path / "chat" / "config.json").write_text(json.dumps(llama_config(VOCAB_SIZE, 4096)))
+    own = "<|user|>\n{{ messages[0].content }}<|end|>\n<|assistant|>\n"
+    (tmp_path / "chat" / "chat_template.jinja").write_text(own)
+    for template in ("Phi3", "own"):
+        args = command("--template", template, tasks=["niah_single_1"])
+        args.checkpoint = tmp_path / "chat"
+        _, plan = ruler_run.prepare_ruler(args, [])
+        (sample,) = plan.samples(plan.requests[0], 1)
+        assert [list(sample.tokens).count(tokenizer.token_to_id(word)) for word in markers] == [
+            1,
+            1,
+            1,
+        ]
+        assert sample.tokens[0] == tokenizer.token_to_id("<|user|>")
+        assert len(sample.tokens) <= 2048 - 128
+
+
 def test_the_own_template_frames_the_task(command, model, files, tmp_path):
     from megatron_long.evaluation.ruler.drawing import Request
     from megatron_long.evaluation.ruler.ruler_samples import make_samples
