@@ -53,7 +53,7 @@ setup(
         "jinja2",
         "shtab",  # completion of commands in a shell
     ],
-    entry_points={"console_scripts": ["megatron-long=megatron_long.commands.entry:main"]},
+    entry_points={"console_scripts": ["megatron-long=megatron_long.entry:main"]},
     extras_require={
         **EXTRAS,
         "all": [item for items in EXTRAS.values() for item in items],

@@ -11,6 +11,7 @@ from typing import IO, Any, cast
 
 import xxhash
 
+from megatron_long.corpus.stores import StoreFile
 from megatron_long.errors import ConfigError
 
 LINES = (".jsonl", ".ndjson", ".json")
@@ -88,23 +89,6 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def file_system(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL, and the path inside it.
-
-    Raises: ConfigError: fsspec, or its package for this kind of store, is not installed.
-    """
-    try:
-        import fsspec
-
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        kind = url.partition("://")[0]
-        package = {"s3": " s3fs", "gs": " gcsfs", "gcs": " gcsfs", "abfs": " adlfs"}.get(kind, "")
-        raise ConfigError(f"{url}: {error}; `pip install fsspec{package}`") from None
-    except ValueError as error:
-        raise ConfigError(f"{url}: {error}") from None
-
-
 class HashingReader(io.RawIOBase):
     """Reads a binary file, or a piece of it, and hashes what it reads.
 
@@ -155,8 +139,7 @@ def open_seekable(item: InputFile, buffering: int = -1) -> Any:
     """Open the stored file itself."""
     if not is_url(item.path):
         return open(item.path, "rb", buffering=buffering)
-    system, path = file_system(item.path)
-    return system.open(path, "rb")
+    return StoreFile(item.path)
 
 
 def hash_input(item: InputFile) -> str:

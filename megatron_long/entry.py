@@ -19,6 +19,10 @@ GROUPS = {
     },
     "checkpoints": {
         "convert": ("commands.convert_checkpoint", "Hugging Face to Megatron checkpoints and back"),
+        "average": (
+            "commands.average_checkpoints",
+            "the mean of several checkpoints, as a checkpoint",
+        ),
     },
     "before training": {
         "plan": (
