@@ -11,7 +11,7 @@ from typing import IO, Any, cast
 
 import xxhash
 
-from megatron_long.errors import ConfigError
+from megatron_long.errors import ConfigError, DataError
 
 LINES = (".jsonl", ".ndjson", ".json")
 """Suffixes of files with one JSON object a line."""
@@ -138,11 +138,20 @@ def open_input(item: InputFile) -> Iterator[HashingReader]:
 
 
 def open_seekable(item: InputFile, buffering: int = -1) -> Any:
-    """Open the stored file itself."""
-    if not is_url(item.path):
-        return open(item.path, "rb", buffering=buffering)
-    system, path = file_system(item.path)
-    return system.open(path, "rb")
+    """Open the stored file itself.
+
+    Raises: DataError: it has gone since it was listed, or cannot be opened.
+    """
+    try:
+        if not is_url(item.path):
+            return open(item.path, "rb", buffering=buffering)
+        system, path = file_system(item.path)
+        return system.open(path, "rb")
+    except OSError as error:
+        raise DataError(
+            f"{item.path} cannot be opened ({error.strerror or error}), and was listed before; put it back, "
+            "and give the same command again"
+        ) from error
 
 
 def hash_input(item: InputFile) -> str:

@@ -114,7 +114,10 @@ def expected_rows(found: DryRun) -> Iterator[list[str]]:
 def _count_text(interval: Interval, unsure: str = "") -> str:
     if interval.is_exact:
         return f"~{short_count(interval.value)}" if unsure else f"{interval.value:,.0f}"
-    value, low, high = map(short_count, (interval.value, interval.low, interval.high))
+    numbers = (interval.value, interval.low, interval.high)
+    value, low, high = map(short_count, numbers)
+    if low == high:  # closer than three digits
+        value, low, high = (f"{number:,.0f}" for number in numbers)
     return f"{value} ({low}-{high})"
 
 
@@ -140,8 +143,8 @@ def _bad_notes(stats: CorpusStats) -> Iterator[str]:
     if stats.documents_bad:
         first = stats.bad[0]
         yield (
-            f"{stats.documents_bad:,} bad documents are left out (first: {first['file']}:{first['line']} "
-            f"{first['reason']})"
+            f"bad documents that are left out: {stats.documents_bad:,} (first: "
+            f"{first['file']}:{first['line']} {first['reason']})"
         )
 
 
@@ -188,7 +191,7 @@ def _sample_notes(estimate: CorpusEstimate, config: PreprocessConfig) -> Iterato
         first = stats.bad[0]
         what = "skips" if config.on_bad_document == "skip" else "stops at"
         yield (
-            f"{stats.documents_bad:,} documents of the sample are bad, which a run {what} "
+            f"bad documents in the sample: {stats.documents_bad:,}, which a run {what} "
             f"(first: {first['file']}: {first['reason']})"
         )
 

@@ -77,7 +77,9 @@ def test_a_dry_run_of_all_tells_what_the_run_tells(words, tmp_path, records):
     *warnings, bad = notes
     assert warnings == manifest_of(words)["warnings"]
     assert any("out of reach" in warning for warning in warnings)
-    assert bad.startswith("2 bad documents are left out (first: a.jsonl:201 has no text string")
+    assert bad.startswith(
+        "bad documents that are left out: 2 (first: a.jsonl:201 has no text string"
+    )
     assert manifest_of(words)["documents_bad"] == 2
 
 
