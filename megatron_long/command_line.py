@@ -142,6 +142,13 @@ def _check_windows(manifest: Manifest, args: argparse.Namespace) -> None:
     )
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of training: our flags and Megatron's."""
+    from megatron_long.engine import megatron_adapter
+
+    return megatron_adapter.build_parser(_add_own_flags)
+
+
 def _add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     from megatron_long.engine import megatron_adapter
 

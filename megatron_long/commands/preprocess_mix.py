@@ -26,7 +26,7 @@ from megatron_long.preprocess.workdir import sweep
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    args = build_parser().parse_args()
     config = read_config(args)
     if args.dry_run:
         _print_dry_run(plan_dataset(config, on_listing=print_listing))
@@ -69,7 +69,7 @@ def _print_dry_run(found: DryRun) -> None:
     )
 
 
-def _parser() -> ArgumentParser:
+def build_parser() -> ArgumentParser:
     parser = tool_parser(__doc__)
     _add_corpus(parser.add_argument_group("corpus").add_argument)
     _add_mixture(parser.add_argument_group("mixture").add_argument)

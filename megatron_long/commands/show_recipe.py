@@ -16,7 +16,7 @@ from megatron_long.model.geometry import geometry_from_hf
 from megatron_long.model.rope import LLAMA3_ARGUMENTS
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "recipe", nargs="?", help="recipe to print; without it the names are listed"
@@ -25,7 +25,11 @@ def main() -> int:
     parser.add_argument(
         "--backend", choices=("gpu", "host"), default="gpu", help="machine the flags are for"
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
     if arguments.recipe is None:
         for name, make in RECIPES.items():
             print(f"{name:16} {(make.__doc__ or '').splitlines()[0]}")

@@ -138,7 +138,7 @@ def read_documents(
         is_table = suffix_of(item.path) in TABLES
         read = _read_table if is_table else _read_lines
         for batch in read(item, reader, keys, bad, state):
-            share = min(reader.used_share(state.used_bytes), 1.0)
+            share = min(reader.used_share(state.used_bytes), 1.0) / item.share[1]
             state.position_bytes = min(round(reader.position * share), item.read_bytes)
             yield batch
         state.position_bytes = item.read_bytes
@@ -229,11 +229,11 @@ def _read_lines(
     state: FileState,
 ) -> Iterator[list[Document]]:
     batch: list[Document] = []
-    size_bytes, number = 0, item.first_line - 1
+    size_bytes, number, is_shared = 0, item.first_line - 1, item.share[1] > 1
     try:
         for number, line in enumerate(decompressed(item, reader), item.first_line):
-            state.used_bytes += len(line)
-            if line.isspace():
+            begins, state.used_bytes = state.used_bytes, state.used_bytes + len(line)
+            if (is_shared and not item.owns(begins)) or line.isspace():
                 continue
             try:
                 batch.append(parse_line(line, item, number, keys))
@@ -247,7 +247,8 @@ def _read_lines(
         if not _is_damage(error):
             raise
         reason = f"cannot be read ({error or type(error).__name__}): the file is cut off or damaged"
-        bad.add(item, number + 1, reason, "fetch it again")
+        if item.owns(state.used_bytes):
+            bad.add(item, number + 1, reason, "fetch it again")
     yield batch
 
 

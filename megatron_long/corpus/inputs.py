@@ -19,6 +19,8 @@ COMPRESSIONS = (".gz", ".zst")
 TABLES = (".parquet", ".arrow")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """At the beginning of files from Windows, and of their parts where such files were joined."""
+SHARE_BYTES = 1 << 20
+"""Text of a compressed file that one share takes before it leaves as much to each of the others."""
 SUFFIXES = (*LINES, *(lines + end for end in COMPRESSIONS for lines in LINES), *TABLES)
 
 
@@ -47,13 +49,25 @@ class InputFile:
     """Rows of the first group that lie before the piece."""
     num_rows: int | None = None
     """Rows of the piece; None for all of its groups."""
+    share: tuple[int, int] = (0, 1)
+    """Which share of the text of a compressed file this is, and of how many; see `owns`."""
     xxh3_128: str = ""
     """Hash of the whole file, if already known."""
 
     @property
     def read_bytes(self) -> int:
-        """Number of bytes of this piece, or of the whole file."""
-        return self.size_bytes if self.piece_bytes is None else self.piece_bytes
+        """Number of bytes of this piece, or of the whole file; of a share, its part of them."""
+        size = self.size_bytes if self.piece_bytes is None else self.piece_bytes
+        return size * (self.share[0] + 1) // self.share[1] - size * self.share[0] // self.share[1]
+
+    def owns(self, position: int) -> bool:
+        """Return whether a line that begins at a byte of the text belongs to this share.
+
+        >>> first, second = (InputFile("a.zst", "a.zst", 9, share=(n, 2)) for n in (0, 1))
+        >>> [first.owns(n << 20) for n in (0, 1, 2)], second.owns(1 << 20)
+        ([True, False, True], True)
+        """
+        return position // SHARE_BYTES % self.share[1] == self.share[0]
 
 
 def suffix_of(path: str) -> str:

@@ -10,6 +10,7 @@ Source: Cochran 1977, "Sampling Techniques", chapter 6 (separate ratio estimator
 section 5A.12 (collapsed strata).
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from megatron_long.corpus.documents import MAX_LISTED_PER_FILE
 from megatron_long.mixture.estimates.intervals import Z
 from megatron_long.mixture.rows import INFO_FILE, LengthCount, StratumCounts, read_strata
 
@@ -194,7 +196,7 @@ def gather_stats(
     """
     cells: dict[str, dict[Key, _Cell]] = defaultdict(lambda: defaultdict(_Cell))
     empty = by_reference = num_bad = text_bytes = 0
-    bad: list[dict[str, Any]] = []
+    bad: dict[str, list[dict[str, Any]]] = {}
     for place, info in enumerate(infos):
         names = info["sources"]
         weight = 1.0 if weights is None else weights[place]
@@ -209,9 +211,14 @@ def gather_stats(
         by_reference += info.get("documents_by_reference", 0)
         num_bad += info["documents_bad"]
         text_bytes += info["text_bytes"]
-        bad += info["bad"][: max_listed - len(bad)]
+        for one in info["bad"]:
+            if one["file"] in bad or len(bad) < max_listed:
+                bad.setdefault(one["file"], []).append(one)
     sources = {name: _source_stats(cells[name]) for name in sorted(cells)}
-    return CorpusStats(sources, empty, by_reference, num_bad, bad, text_bytes)
+    # The same documents are listed, whatever the pieces or shares that files were read in.
+    first = [sorted(of, key=lambda one: one["line"])[:MAX_LISTED_PER_FILE] for of in bad.values()]
+    listed = list(itertools.chain(*first))[:max_listed]
+    return CorpusStats(sources, empty, by_reference, num_bad, listed, text_bytes)
 
 
 def _source_stats(cells: Mapping[Key, _Cell]) -> SourceStats:

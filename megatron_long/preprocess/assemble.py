@@ -73,6 +73,8 @@ def write_valid(
     (folder / "valid").mkdir(exist_ok=True)
     splits = {}
     for name, rows in valid.items():
+        # Shares of a file are by turns, not one after the other.
+        rows = rows[np.lexsort((rows["line"], numbers[rows["file"]]))]
         prefix = f"valid/{quote(name, safe=' ')}"
         with IndexedDatasetWriter(folder / prefix, job.dtype) as writer:
             for row in rows:

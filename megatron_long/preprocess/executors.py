@@ -87,11 +87,16 @@ def run_stage(stage: Stage, count: int, options: ExecutorOptions) -> None:
         return
     if options.executor != "local":
         _run_on_cluster(stage, pending, options)
-    elif options.workers == 1 or len(pending) == 1:
+    elif runs_here(options, len(pending)):
         for index in pending:
             stage.run(index)
     else:
         _run_in_processes(stage, pending, min(options.workers, len(pending)))
+
+
+def runs_here(options: ExecutorOptions, count: int) -> bool:
+    """Return whether this process itself runs that many items."""
+    return options.executor == "local" and (options.workers == 1 or count <= 1)
 
 
 def _run_in_processes(stage: Stage, pending: Sequence[int], workers: int) -> None:

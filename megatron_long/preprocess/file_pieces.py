@@ -1,9 +1,10 @@
 """Large files in pieces, so that one file keeps many workers busy.
 
-Plain files of lines are divided at line ends, .parquet files between row groups; what is compressed from end
-to end (.gz, .zst) and .arrow files stay whole. A document keeps the number of its line (or row) in the file,
-so its keys, and with them the dataset, are the same whatever the pieces. To know the lines before each piece,
-a file is read once beforehand, which also gives its hash.
+Plain files of lines are divided at line ends, .parquet files between row groups; .arrow files stay whole.
+What is compressed from end to end (.gz, .zst) can only be read from its beginning: if there are too few files
+for the workers, each of them decompresses all of it and tokenizes a share of the lines. A document keeps the
+number of its line (or row) in the file, so its keys, and with them the dataset, are the same whatever the
+pieces. To know the lines before each piece, a plain file is read once beforehand, which also gives its hash.
 """
 
 import dataclasses
@@ -15,8 +16,9 @@ from typing import Any
 
 import orjson
 
+from megatron_long.corpus.blocks import EXPANSION
 from megatron_long.corpus.inputs import (
-    LINES,
+    COMPRESSIONS,
     InputFile,
     hash_input,
     open_input,
@@ -44,6 +46,8 @@ class Piece:
     """Number of its first line, or row, in the file, from 1."""
     groups: tuple[int, int] | None = None
     """First row group and end, in a parquet file."""
+    share: tuple[int, int] = (0, 1)
+    """Number and count, in a compressed file."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class PiecesStage:
     work: Path
     files: tuple[InputFile, ...]
     piece_bytes: int
+    shares: tuple[int, ...]
+    """How many shares each file gets if it is compressed."""
     name: str = STAGE_NAME
 
     def path(self, index: int) -> Path:
@@ -66,7 +72,12 @@ class PiecesStage:
     def run(self, index: int) -> None:
         """Go through a file."""
         item = self.files[index]
-        pieces, digest = find_pieces(item, self.piece_bytes)
+        if _is_compressed(item):
+            count = self.shares[index]
+            pieces = [Piece(0, item.size_bytes, 1, share=(n, count)) for n in range(count)]
+            digest = ""
+        else:
+            pieces, digest = find_pieces(item, self.piece_bytes)
         content = {"name": item.name, "xxh3_128": digest, "pieces": [asdict(p) for p in pieces]}
         with atomic_path(self.path(index)) as temporary:
             temporary.write_bytes(orjson.dumps(content))
@@ -76,8 +87,11 @@ def split_inputs(
     files: Sequence[InputFile], work: Path, options: ExecutorOptions
 ) -> list[InputFile]:
     """Give the files, large ones in pieces, in their order."""
-    large = tuple(item for item in files if _is_divisible(item) and item.size_bytes > PIECE_BYTES)
-    stage = PiecesStage(work, large, PIECE_BYTES)
+    large = tuple(item for item in files if _is_divisible(item) and _text_bytes(item) > PIECE_BYTES)
+    total = sum(map(_text_bytes, files))
+    # Kept in the work folder: another number of workers resumes with the same shares.
+    shares = tuple(max(round(options.workers * _text_bytes(item) / total), 1) for item in large)
+    stage = PiecesStage(work, large, PIECE_BYTES, shares)
     run_stage(stage, len(large), options)
     contents = {item.name: stage.path(index) for index, item in enumerate(large)}
     items: list[InputFile] = []
@@ -89,7 +103,7 @@ def split_inputs(
     if len(items) < options.workers:
         logger.warning(
             "--workers %d: the corpus has %d files or pieces of files to read, so only as many workers "
-            "have work; .gz, .zst and .arrow files are never divided: make more of them",
+            "have work; small files and .arrow files are not divided: make more of them",
             options.workers,
             len(items),
         )
@@ -149,14 +163,25 @@ def _row_groups(item: InputFile, piece_bytes: int) -> Iterator[Piece]:
 def known_hashes(work: Path) -> dict[str, str]:
     """Give the hashes of the files that were scanned so far."""
     contents = (orjson.loads(path.read_bytes()) for path in (work / STAGE_NAME).glob("*.json"))
-    return {content["name"]: content["xxh3_128"] for content in contents}
+    return {content["name"]: content["xxh3_128"] for content in contents if content["xxh3_128"]}
 
 
 def _pieces(item: InputFile, content: dict[str, Any]) -> Iterator[InputFile]:
     for piece in content["pieces"]:
         groups = tuple(piece.pop("groups") or ()) or None
-        yield dataclasses.replace(item, **piece, groups=groups, xxh3_128=content["xxh3_128"])
+        share = tuple(piece.pop("share"))
+        yield dataclasses.replace(
+            item, **piece, groups=groups, share=share, xxh3_128=content["xxh3_128"]
+        )
 
 
 def _is_divisible(item: InputFile) -> bool:
-    return suffix_of(item.path) in (*LINES, ".parquet")
+    return suffix_of(item.path) != ".arrow"
+
+
+def _is_compressed(item: InputFile) -> bool:
+    return suffix_of(item.path).endswith(COMPRESSIONS)
+
+
+def _text_bytes(item: InputFile) -> int:
+    return round(item.size_bytes * (EXPANSION if _is_compressed(item) else 1))

@@ -43,7 +43,7 @@ from megatron_long.mixture.plan import Plan, TooTight, make_plan
 from megatron_long.mixture.rows import read_strata
 from megatron_long.mixture.supply import TooLittle
 from megatron_long.preprocess.assemble import write_train, write_valid
-from megatron_long.preprocess.executors import ExecutorOptions, run_stage
+from megatron_long.preprocess.executors import ExecutorOptions, run_stage, runs_here
 from megatron_long.preprocess.file_pieces import split_inputs
 from megatron_long.preprocess.monitor import (
     Monitor,
@@ -67,6 +67,7 @@ from megatron_long.preprocess.stages import (
     WriteStage,
     forget_tokenizers,
     item_folder,
+    keep_tokenizer,
     split_parts,
 )
 from megatron_long.preprocess.survey import check_budget, set_limits
@@ -128,6 +129,7 @@ def preprocess(
     tokenizer = check_sample(tokenizer, sample_texts(files, config.keys))
     if tokenizer.bos_id is None and (notice := explain_no_bos(config.tokenizer)):
         logger.warning("--tokenizer %s: %s", config.tokenizer, notice)
+    keep_tokenizer(config.tokenizer, tokenizer)
     options = tokenize_options(config, tokenizer)
     check_budget(files, options, config.mixture)
     with disk_errors(work), only_run(work), interrupts():
@@ -135,6 +137,8 @@ def preprocess(
         with Monitor("prepare", on_progress):
             items = split_inputs(files, work, executor)
             set_limits(work, items, tokenizer, options, config.mixture)
+        if not runs_here(executor, len(items)):
+            forget_tokenizers()
         job = tokenize_job(items, config.tokenizer, tokenizer.engine_name, options)
         request = PlanRequest(job, config.mixture, config.keep_work)
         plan, tokens = _tokenize_and_plan(request, work, executor, on_progress)

@@ -32,7 +32,7 @@ from megatron_long.tokenizer.length_bound import extra_tokens_bound
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 WORK_SUFFIX = ".work"
-WORK_VERSION = 4
+WORK_VERSION = 5
 """Changes with what lies in the work folder, and with what is chosen."""
 
 

@@ -24,6 +24,7 @@ from megatron_long.preprocess.tokenize_file import (
     TokenizeOptions,
     tokenize_file,
 )
+from megatron_long.tokenizer.engines import release_engine
 from megatron_long.tokenizer.loading import load_tokenizer
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
@@ -87,7 +88,7 @@ class TokenizeStage:
         """Tokenize a file."""
         keep_batch_memory()
         job: TokenizeJob = _load_job(self.job_path, self.job_path.stat().st_mtime_ns)
-        tokenizer = _load_tokenizer(job.tokenizer, job.engine)
+        tokenizer = _open_tokenizer(job.tokenizer, job.engine)
         report = _reporter(self.work / "progress" / f"{self.name}.{index:06d}.json")
         tokenize_file(job.files[index], index, tokenizer, job.options, self.folder(index), report)
 
@@ -196,15 +197,27 @@ def _load_job(path: Path, modified_ns: int) -> Any:
         return read_pickle(file, _JOBS)
 
 
+_TOKENIZERS: dict[tuple[Path, str], Tokenizer] = {}
+"""Those that this process has open, by their file and engine."""
+
+
+def keep_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+    """Tokenize with an open tokenizer, where this process itself runs the items."""
+    _TOKENIZERS[path, tokenizer.engine_name] = tokenizer
+
+
 def forget_tokenizers() -> None:
     """Free what tokenizing has left in this process: what follows needs memory of its own."""
-    _load_tokenizer.cache_clear()
+    for tokenizer in _TOKENIZERS.values():
+        release_engine(tokenizer)
+    _TOKENIZERS.clear()
     give_memory_back()
 
 
-@functools.lru_cache(maxsize=2)
-def _load_tokenizer(path: Path, engine: str) -> Tokenizer:
-    return load_tokenizer(path, engine)
+def _open_tokenizer(path: Path, engine: str) -> Tokenizer:
+    if (path, engine) not in _TOKENIZERS:
+        _TOKENIZERS[path, engine] = load_tokenizer(path, engine)
+    return _TOKENIZERS[path, engine]
 
 
 def _reporter(path: Path) -> Callable[[FileProgress], None]:

@@ -24,7 +24,6 @@ from megatron_long.mixture.shares import NATURAL_ERROR, format_token_count, keep
 from megatron_long.preprocess.monitor import EXPECTED_FILE
 from megatron_long.preprocess.tokenize_file import TokenizeOptions, measure_file
 from megatron_long.preprocess.workdir import write_json, write_limits
-from megatron_long.tokenizer.engines import release_engine
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 SURVEY_TEXT_BYTES = 32 << 20
@@ -101,7 +100,6 @@ def set_limits(
     admission = options.admission
     if sum(file.read_bytes for file in files) > SURVEY_FROM_BYTES:
         survey = survey_corpus(files, tokenizer, options, SURVEY_TEXT_BYTES)
-        release_engine(tokenizer)
         admission = admit(survey, mixture)
         write_json(work / EXPECTED_FILE, expected_tokens(survey, admission))
     write_limits(work, 0, admission)
@@ -114,8 +112,10 @@ def survey_corpus(
 
     Bad documents are counted and left out, and every source is allowed: a sample refuses nothing.
     """
-    whole = [file for file in files if file.first_line == 1]
-    whole = [dataclasses.replace(file, piece_bytes=None, groups=None) for file in whole]
+    whole = [file for file in files if file.first_line == 1 and file.share[0] == 0]
+    whole = [
+        dataclasses.replace(file, piece_bytes=None, groups=None, share=(0, 1)) for file in whole
+    ]
     sample = sample_blocks(whole, READ_FACTOR * text_bytes, options.seed)
     options = dataclasses.replace(options, skip_bad=True, sources_allowed=None)
 

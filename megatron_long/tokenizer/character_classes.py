@@ -2,24 +2,27 @@
 
 Vocabularies like Llama-3's split text by Unicode classes (letters, numbers, blanks), and each package has
 the tables of some Unicode version. With Llama-3's vocabulary gigatoken 0.10.0 splits 4,657 code points
-differently from tokenizers 0.23.3 (each followed by ",j"), all unassigned in Unicode 15. Each block of 256
-code points is compared when one of its characters first occurs, so nothing is compared at the start, and
-every character that is used has been.
+differently from tokenizers 0.23.3 (each followed by ",j"), all unassigned in Unicode 15. Each character is
+compared when it first occurs, so nothing is compared at the start, and every character that is used has been.
 """
 
-import re
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_long.tokenizer.tokenizer_types import Tokens
 
-BLOCK = 256
 CONTEXT = "a{0}a 1{0}1 {0} it'{0}b {0},j{0}.c{0}(s{0}_t{0}-m{0}=x"
 """Its tokens depend on whether the character is a letter, a number, a blank, or none of these, and on whether
 a contraction (`'s` in any case) matches it: the last six are single tokens of usual vocabularies, but only
 after a letter or a number."""
-SURROGATES = range(0xD800, 0xE000)
+SURROGATES = slice(0xD800, 0xE000)
+"""No text in UTF-8 has them."""
+ASCII = bytes(range(128))
+"""Compared by `engines.HARD_STRINGS`."""
+UNKNOWN, ALIKE, DIFFERENT = range(3)
 
 Encode = Callable[[Sequence[str]], list[Tokens]]
 
@@ -33,58 +36,37 @@ class CharacterClasses:
 
     def __init__(self, engine: Encode, reference: Encode) -> None:
         self._engine, self._reference = engine, reference
-        self._compared: set[int] = set()
-        self.different: set[str] = set()
-        """Characters of the blocks compared so far that they treat differently."""
-        self._suspect = self._pattern()
+        self._known = np.full(sys.maxunicode + 1, UNKNOWN, np.uint8)
+        self._known[SURROGATES] = ALIKE
 
-    def differ(self, text: str) -> bool:
-        """Whether a text contains a character that they treat differently."""
-        if text.isascii():  # compared by `engines.HARD_STRINGS`
-            return False
-        while (found := self._suspect.search(text)) is not None:
-            block = ord(found[0]) // BLOCK
-            if block in self._compared:
-                return True
-            self._compare(block)
-        return False
+    def differing(self, texts: Sequence[str]) -> list[int]:
+        """Return the numbers of the texts that contain a character that they treat differently."""
+        # Most characters are ASCII, which bytes drop fastest; a batch has few others.
+        rest = {
+            number: text.encode("utf-8", "surrogatepass").translate(None, ASCII)
+            for number, text in enumerate(texts)
+            if not text.isascii()
+        }
+        codes = _codes(b"".join(rest.values()))
+        new = codes[self._known[codes] == UNKNOWN]
+        if len(new):
+            self._compare(np.unique(new))
+        if not (self._known[codes] == DIFFERENT).any():
+            return []
+        return [n for n, part in rest.items() if (self._known[_codes(part)] == DIFFERENT).any()]
 
-    def _compare(self, block: int) -> None:
-        codes = range(block * BLOCK, (block + 1) * BLOCK)
-        characters = [chr(code) for code in codes if code not in SURROGATES]
-        texts = [CONTEXT.format(character) for character in characters]
-        each = zip(characters, self._engine(texts), self._reference(texts), strict=True)
-        self.different |= {c for c, got, expected in each if not np.array_equal(got, expected)}
-        self._compared.add(block)
-        self._suspect = self._pattern()
-
-    def _pattern(self) -> re.Pattern[str]:
-        """Characters beyond ASCII of blocks that are not compared, and those that differ.
-
-        One class of characters, which `re` searches much faster than alternatives.
-        """
-        alike = [
-            code
-            for block in sorted(self._compared)
-            for code in range(block * BLOCK, (block + 1) * BLOCK)
-            if chr(code) not in self.different
-        ]
-        known = "".join(
-            f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges([*range(128), *alike])
-        )
-        return re.compile(f"[^{known}]")
+    def _compare(self, codes: NDArray[np.uint32]) -> None:
+        texts = [CONTEXT.format(chr(code)) for code in codes.tolist()]
+        pairs = zip(self._engine(texts), self._reference(texts), strict=True)
+        alike = [np.array_equal(got, expected) for got, expected in pairs]
+        self._known[codes] = np.where(alike, ALIKE, DIFFERENT)
 
 
-def ranges(codes: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last of each run of ascending numbers.
+def _codes(text: bytes) -> NDArray[np.uint32]:
+    """Return the code points of a text in UTF-8.
 
-    >>> ranges([1, 2, 3, 7, 9, 10])
-    [(1, 3), (7, 7), (9, 10)]
+    >>> _codes("é\N{GRINNING FACE}".encode()).tolist()
+    [233, 128512]
     """
-    found: list[tuple[int, int]] = []
-    for code in codes:
-        if found and code <= found[-1][1] + 1:
-            found[-1] = found[-1][0], code
-        else:
-            found.append((code, code))
-    return found
+    wide = text.decode("utf-8", "surrogatepass").encode("utf-32-le", "surrogatepass")
+    return np.frombuffer(wide, np.dtype("<u4"))

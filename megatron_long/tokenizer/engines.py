@@ -130,7 +130,7 @@ class FastTokenizer:
         return split_flat(*self.engine.encode_flat(texts))
 
     def encode_flat(self, texts: Sequence[str]) -> TokensAndLengths:
-        differing = [number for number, text in enumerate(texts) if self._classes.differ(text)]
+        differing = self._classes.differing(texts)
         if not differing:
             return self.engine.encode_flat(texts)
         self.num_by_reference += len(differing)

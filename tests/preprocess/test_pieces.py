@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from megatron_long.corpus import inputs
 from megatron_long.corpus.documents import BadDocuments, FileState, RecordKeys, read_documents
 from megatron_long.corpus.inputs import hash_input
 from megatron_long.corpus.listing import find_inputs
@@ -21,10 +22,10 @@ from megatron_long.preprocess.workdir import _known_hashes
 from tests.corpus_fixtures import files_of
 
 
-def read_all(items):
+def read_all(items, skip=False):
     found = []
     for item in items:
-        for batch in read_documents(item, RecordKeys(), BadDocuments(), FileState()):
+        for batch in read_documents(item, RecordKeys(), BadDocuments(skip), FileState()):
             found += batch
     return found
 
@@ -80,6 +81,64 @@ def test_a_file_that_grows_meanwhile(tmp_path, write_jsonl, records):
         find_pieces(item, 1000)
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_shares_are_the_file(count, suffix, tmp_path, write_jsonl, records, monkeypatch):
+    monkeypatch.setattr(inputs, "SHARE_BYTES", 3000)
+    whole = find_inputs([write_jsonl(tmp_path / f"a.jsonl{suffix}", [*records, {}, *records])])[0]
+    shares = [dataclasses.replace(whole, share=(number, count)) for number in range(count)]
+    assert sum(share.read_bytes for share in shares) == whole.size_bytes
+    bad, states, found = BadDocuments(skip=True), [], []
+    for share in shares:
+        states.append(FileState())
+        found.append(
+            [d for part in read_documents(share, RecordKeys(), bad, states[-1]) for d in part]
+        )
+    assert min(map(len, found)) > 600 // count
+    assert sorted((d for part in found for d in part), key=lambda d: d.line) == read_all(
+        [whole], True
+    )
+    assert bad.count == 1
+    assert {state.xxh3_128 for state in states} == {hash_input(whole)}
+    assert [state.position_bytes for state in states] == [share.read_bytes for share in shares]
+
+
+def read_skipping(items):
+    bad = BadDocuments(skip=True)
+    for item in items:
+        list(read_documents(item, RecordKeys(), bad, FileState()))
+    return bad.listed
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_damage_is_told_by_one_share(suffix, tmp_path, write_jsonl, records, monkeypatch):
+    monkeypatch.setattr(inputs, "SHARE_BYTES", 3000)
+    path = write_jsonl(tmp_path / f"a.jsonl{suffix}", records)
+    path.write_bytes(path.read_bytes()[:-5000])
+    whole = find_inputs([path])[0]
+    shares = [dataclasses.replace(whole, share=(number, 4)) for number in range(4)]
+    assert read_skipping(shares) == read_skipping([whole])
+    with pytest.raises(DataError, match="cut off or damaged"):
+        read_all(shares)
+
+
+def test_shares_are_as_many_as_workers_need(tmp_path, write_jsonl, records, monkeypatch):
+    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 4000)
+    for name in ("a.jsonl.zst", "b.jsonl.gz", "c.jsonl.zst"):
+        write_jsonl(tmp_path / "in" / name, records)
+    alone, together = find_inputs([tmp_path / "in/a.jsonl.zst"]), find_inputs([tmp_path / "in"])
+
+    def shares(files, name, workers):
+        items = split_inputs(files, tmp_path / name, ExecutorOptions(workers=workers))
+        return [item.share for item in items]
+
+    assert shares(alone, "one", 1) == [(0, 1)]
+    assert shares(alone, "four", 4) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert shares(alone, "four", 2) == [(0, 4), (1, 4), (2, 4), (3, 4)]  # resumed with fewer
+    assert shares(together, "three", 3) == [(0, 1)] * 3
+    assert len(shares(together, "many", 12)) in (12, 13, 14)
+
+
 @pytest.fixture
 def config(tmp_path, write_jsonl, records, parquet, model_file):
     write_jsonl(tmp_path / "in" / "a.jsonl", records[:400])
@@ -107,6 +166,25 @@ def test_a_dataset_does_not_show_the_pieces(workers, config, tmp_path, monkeypat
     inputs = {item.name: item.xxh3_128 for item in read_manifest(tmp_path / "out").inputs}
     assert inputs == {item.name: hash_input(item) for item in find_inputs([tmp_path / "in"])}
     assert _known_hashes(tmp_path / "out.work") == inputs
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_dataset_does_not_show_the_shares(
+    suffix, config, tmp_path, write_jsonl, records, monkeypatch
+):
+    many = [*records[:300], *[{}] * 50, *records[300:]]
+    path = write_jsonl(tmp_path / "one" / f"a.jsonl{suffix}", many)
+    path.write_bytes(path.read_bytes()[:-3000])
+    config = dataclasses.replace(config, inputs=[path], on_bad_document="skip")
+    preprocess(config, tmp_path / "whole")
+    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 4000)
+    monkeypatch.setattr(inputs, "SHARE_BYTES", 3000)
+    # As if a run with five workers was killed, and resumed with one.
+    split_inputs(find_inputs([path]), tmp_path / "out.work", ExecutorOptions(workers=5))
+    preprocess(dataclasses.replace(config, keep_work=True), tmp_path / "out")
+    assert len(list((tmp_path / "out.work" / "tokens.0").iterdir())) == 5
+    assert read_manifest(tmp_path / "out").documents_bad == 51
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
 def test_a_held_out_document_knows_its_line(config, tmp_path, monkeypatch, records):
