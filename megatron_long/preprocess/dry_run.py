@@ -114,10 +114,11 @@ def expected_rows(found: DryRun) -> Iterator[list[str]]:
 def _count_text(interval: Interval, unsure: str = "") -> str:
     if interval.is_exact:
         return f"~{short_count(interval.value)}" if unsure else f"{interval.value:,.0f}"
+    digits = 3
+    while digits < 9 and short_count(interval.low, digits) == short_count(interval.high, digits):
+        digits += 1
     numbers = (interval.value, interval.low, interval.high)
-    value, low, high = map(short_count, numbers)
-    if low == high:  # closer than three digits
-        value, low, high = (f"{number:,.0f}" for number in numbers)
+    value, low, high = (short_count(number, digits) for number in numbers)
     return f"{value} ({low}-{high})"
 
 

@@ -254,8 +254,9 @@ def test_a_stratum_of_which_nearly_nothing_is_known_has_a_wide_error(tokenized):
     assert (stats.tokens_error > 20_000) == (tokenized < 2)  # two alike tell that all are
 
 
-def test_figures_closer_than_three_digits_are_shown_whole():
-    assert _count_text(Interval(15_220, 15_218, 15_221)) == "15,220 (15,218-15,221)"
+def test_figures_have_the_digits_that_tell_their_interval():
+    assert _count_text(Interval(15_220, 15_218, 15_221)) == "15.220K (15.218K-15.221K)"
+    assert _count_text(Interval(122, 121.9, 122.1)) == "122 (122-122)"
     assert _count_text(Interval(15_220, 15_118, 15_321)) == "15.2K (15.1K-15.3K)"
 
 
