@@ -38,9 +38,9 @@ def print_sources(sources: Mapping[str, SourceInfo]) -> None:
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table of text, wide enough for its columns when the output is a file."""
-    table = Table(*header[:1], box=None, pad_edge=False)
-    for column in header[1:]:
-        table.add_column(column, justify="right", overflow="fold")  # no digit is left out
+    table = Table(box=None, pad_edge=False)
+    for place, column in enumerate(header):  # folded: no digit is left out
+        table.add_column(column, justify="right" if place else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console = Console()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_long.corpus.documents import SOURCE_FROM_FOLDER, RecordKeys
-from megatron_long.corpus.inputs import InputFile, is_url
+from megatron_long.corpus.inputs import InputFile, file_system, is_url
 from megatron_long.corpus.listing import Listing, list_inputs
 from megatron_long.dataset.indexed import token_dtype
 from megatron_long.errors import ConfigError
@@ -104,6 +104,8 @@ def read_config(flags: Namespace) -> PreprocessConfig:
     shares, missing = flags.source_shares, "error"
     if shares not in (NATURAL, SLIMPAJAMA):
         shares, missing = read_shares(Path(shares))
+    if "" in flags.input:
+        raise ConfigError("--input '' is empty; give files or folders")
     strategy, *named = flags.strategy
     _refuse_unused(flags, strategy)
     mixture = Mixture(
@@ -269,7 +271,9 @@ def check_folders(inputs: Sequence[Path | str], output: Path | str, work: Path) 
         another of them, so that it would be read, replaced or removed with it.
     """
     local = [("--input", path) for path in inputs if not is_url(path)]
-    if not is_url(output):
+    if is_url(output):
+        file_system(str(output))
+    else:
         _check_output(Path(output))
     for flag, path in [*[("--output", output)] * (not is_url(output)), ("--work-dir", work)]:
         for other_flag, other in local:

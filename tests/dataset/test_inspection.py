@@ -17,7 +17,7 @@ from megatron_long.dataset.indexed import HEADER, IndexedDatasetReader
 from megatron_long.dataset.inspection import DatasetBrowser
 from megatron_long.dataset.manifest import read_manifest, write_manifest
 from megatron_long.dataset.report_page import report_page, write_report
-from megatron_long.dataset.tables import add_sources, print_table, plot_sources
+from megatron_long.dataset.tables import add_sources, plot_sources, print_table
 from megatron_long.dataset.verification import verify_dataset
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.hashing import hash_file

@@ -102,6 +102,8 @@ def test_dry_run_prints_the_table_and_writes_nothing(words, tmp_path):
         ({"--source-shares": "/nowhere.yaml"}, "--source-shares /nowhere.yaml does not exist"),
         ({"--source-key": "meta.none"}, "a.jsonl:1 has no source"),
         ({"--strategy": "best"}, "--strategy best: choose one of per-source"),
+        ({"--input": ""}, "--input '' is empty"),
+        ({"--output": "xyz://a/b", "--work-dir": "/nowhere/work"}, "xyz://a/b: Protocol not known"),
         ({"--source-key": ""}, "--source-key '' has an empty part"),
         ({"--text-key": "a..b"}, "--text-key 'a..b' has an empty part"),
         ({"--cut-length": "4K"}, "--cut-length 4096 has no effect with --strategy per-source"),
