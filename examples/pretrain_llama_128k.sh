@@ -17,6 +17,7 @@
 #       examples/pretrain_llama_128k.sh [any flag of megatron_long.pretrain or Megatron]
 #
 # CHECKPOINT   Megatron checkpoint to start from (tools/convert_checkpoint.py hf-to-megatron)
+# NEXT_STAGE_OF  instead of CHECKPOINT: a finished run, whose optimizer is kept
 # DATASET      folder that tools/preprocess_mix.py wrote
 # OUTPUT       checkpoints, TensorBoard and losses; a second start resumes from the newest checkpoint there
 # RECIPE       llama3_8b_128k (default), llama2_7b_80k, llama2_7b_128k, llama2_13b_64k, llama3_70b_128k
@@ -39,7 +40,7 @@ set -euo pipefail
 need() {
     [[ -n ${!1:-} ]] || { echo "error: $1 is not set; set it to $2" >&2; exit 2; }
 }
-need CHECKPOINT "the Megatron checkpoint to start from"
+[[ ${NEXT_STAGE_OF:-} ]] || need CHECKPOINT "the Megatron checkpoint to start from"
 need DATASET "the folder of tools/preprocess_mix.py"
 need OUTPUT "the folder for checkpoints and logs"
 RECIPE=${RECIPE:-llama3_8b_128k}
@@ -84,10 +85,12 @@ check_port() {
         exit 2
     fi
 }
+START=(--pretrained-checkpoint "${CHECKPOINT:-}")
+[[ ${NEXT_STAGE_OF:-} ]] && START=(--next-stage-of "$NEXT_STAGE_OF")
 TRAIN_ARGS=(
     --recipe "$RECIPE"
     --dataset "$DATASET"
-    --pretrained-checkpoint "$CHECKPOINT"
+    "${START[@]}"
     --load "$OUTPUT"
     --save "$OUTPUT"
     --tensorboard-dir "$OUTPUT/tensorboard"

@@ -43,8 +43,8 @@ def test_every_page_is_in_the_navigation(site):
 
 def test_the_reference_has_every_flag(site):
     from megatron_long.command_line import build_parser
-    from megatron_long.commands.entry import COMMANDS
     from megatron_long.commands.preprocess_mix import build_parser as preprocess_parser
+    from megatron_long.entry import COMMANDS
 
     commands = text_of(site / "reference" / "commands" / "index.html")
     assert all(f" {name} " in commands for name in COMMANDS)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from megatron_long.cli import length_tokens
 from megatron_long.errors import ConfigError
+from megatron_long.machine import gigabytes
 from megatron_long.planning.hardware import ATTENTION_KERNELS, GPUS, GPUS_PER_NODE
-from megatron_long.planning.machine import gigabytes
 from megatron_long.planning.memory import checkpoint_bytes, host_memory_of_save
 from megatron_long.planning.run_shape import RunShape
 from megatron_long.planning.search import PRECISIONS, Plan, find_plans, read_task

@@ -88,11 +88,12 @@ def _add_corpus(add) -> None:  # type: ignore[no-untyped-def]
         required=True,
         help="*.model (SentencePiece, or Llama-3's tiktoken), tokenizer.json, or their folder",
     )
-    add(
-        "--engine",
-        default="auto",
-        help="what makes the tokens: auto (the fastest exact), reference",
+    engine = "what makes the tokens: auto (the fastest exact), reference"
+    add("--engine", default="auto", help=engine)
+    separator = (
+        "special token that ends each document instead of EOD, without BOS; default: EOD, BOS"
     )
+    add("--document-separator", metavar="TOKEN", help=separator)
     key = f"where a record keeps its source; default: {' or '.join(DEFAULT_SOURCE_KEYS)}"
     add("--source-key", metavar="PATH", help=key)
     folder = "the source of a file is its first folder below --input (or the --input folder itself)"
@@ -105,18 +106,18 @@ def _add_corpus(add) -> None:  # type: ignore[no-untyped-def]
 
 
 def _add_mixture(add) -> None:  # type: ignore[no-untyped-def]
-    add(
-        "--train-tokens",
-        required=True,
-        metavar="N",
-        help="training tokens: 5B, 64M, 200K (K is 1,000)",
-    )
+    tokens = "training tokens: 5B, 64M, 200K (K is 1,000)"
+    add("--train-tokens", required=True, metavar="N", help=tokens)
     strategy = f"{', '.join(STRATEGIES)} NAME=SHARE ...; default: per-source"
     add("--strategy", nargs="+", default=["per-source"], metavar="NAME", help=strategy)
     ratio = "probability of keeping a short document under per-source and global; default: 0.1"
     add("--short-keep-ratio", type=float, metavar="P", help=ratio)
     solved = "instead: thin the short documents of each source until long ones have this share"
     add("--long-token-share", type=float, metavar="SHARE", help=solved)
+    plain = (
+        "share of the training tokens in documents as they are, beside the upsampled; default: 0"
+    )
+    add("--short-share", type=float, default=0.0, metavar="SHARE", help=plain)
     long = "long from here (K is 1,024): %(default)s"
     add("--long-threshold", type=length_tokens, default="4K", metavar="TOKENS", help=long)
     cut = "length of pieces under --strategy cut; default: 4K"
@@ -146,5 +147,4 @@ def _add_run(add) -> None:  # type: ignore[no-untyped-def]
     more = "more flags of sbatch, without dashes"
     add("--slurm-args", nargs="*", default=[], metavar="NAME=VALUE", help=more)
     add("--dry-run", action="store_true", help="print the table from a sample, write nothing")
-    force = "replace --output if it exists, and unfinished work of another command"
-    add("--force", action="store_true", help=force)
+    add("--force", action="store_true", help="replace --output, and unfinished work of another run")

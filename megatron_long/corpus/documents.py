@@ -244,18 +244,23 @@ def _read_lines(
                 yield batch
                 batch, size_bytes = [], 0
     except Exception as error:
-        if not _is_damage(error):
-            raise
+        _require_damage(error, item)
         reason = f"cannot be read ({error or type(error).__name__}): the file is cut off or damaged"
         if item.owns(state.used_bytes):
             bad.add(item, number + 1, reason, "fetch it again")
     yield batch
 
 
-def _is_damage(error: Exception) -> bool:
+def _require_damage(error: Exception, item: InputFile) -> None:
+    """Raise what is not damage of the file: skipping the rest when a disk fails would lose documents."""
+    if isinstance(error, OSError) and error.errno:
+        raise DataError(
+            f"{item.path}: reading fails ({error}); when it works, the same command resumes where it was"
+        ) from error
     # zlib.error and zstandard.ZstdError derive from Exception; pyarrow's from ValueError and OSError.
     package = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError | EOFError) or package in ("zlib", "zstandard", "pyarrow")
+    if not (isinstance(error, OSError | EOFError) or package in ("zlib", "zstandard", "pyarrow")):
+        raise error
 
 
 def _read_table(
@@ -282,10 +287,7 @@ def _read_table(
                     bad.add(item, number, *error.args)
             reader.position = position - item.start_bytes
             yield batch
-    except DataError:
-        raise
     except Exception as error:
-        if not _is_damage(error):
-            raise
+        _require_damage(error, item)
         reason = f"cannot be read ({error}): the file is cut off or damaged"
         bad.add(item, number + 1, reason, "fetch it again")

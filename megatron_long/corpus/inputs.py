@@ -11,6 +11,7 @@ from typing import IO, Any, cast
 
 import xxhash
 
+from megatron_long.corpus.stores import StoreFile
 from megatron_long.errors import ConfigError, DataError
 
 LINES = (".jsonl", ".ndjson", ".json")
@@ -88,23 +89,6 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def file_system(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL, and the path inside it.
-
-    Raises: ConfigError: fsspec, or its package for this kind of store, is not installed.
-    """
-    try:
-        import fsspec
-
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        kind = url.partition("://")[0]
-        package = {"s3": " s3fs", "gs": " gcsfs", "gcs": " gcsfs", "abfs": " adlfs"}.get(kind, "")
-        raise ConfigError(f"{url}: {error}; `pip install fsspec{package}`") from None
-    except ValueError as error:
-        raise ConfigError(f"{url}: {error}") from None
-
-
 class HashingReader(io.RawIOBase):
     """Reads a binary file, or a piece of it, and hashes what it reads.
 
@@ -156,15 +140,14 @@ def open_seekable(item: InputFile, buffering: int = -1) -> Any:
 
     Raises: DataError: it has gone since it was listed, or cannot be opened.
     """
+    if is_url(item.path):
+        return StoreFile(item.path)
     try:
-        if not is_url(item.path):
-            return open(item.path, "rb", buffering=buffering)
-        system, path = file_system(item.path)
-        return system.open(path, "rb")
+        return open(item.path, "rb", buffering=buffering)
     except OSError as error:
         raise DataError(
-            f"{item.path} cannot be opened ({error.strerror or error}), and was listed before; put it back, "
-            "and give the same command again"
+            f"{item.path} cannot be opened ({error.strerror}), and was listed before; put it back, and give "
+            "the same command again"
         ) from error
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_long.flags.recipe import build_recipe
+from megatron_long.machine import free_disk, gigabytes, host_memory
 from megatron_long.planning.hardware import GPUS_PER_NODE
-from megatron_long.planning.machine import free_disk, gigabytes, host_memory
 from megatron_long.planning.memory import checkpoint_bytes, host_memory_of_save
 from megatron_long.planning.run_shape import RunShape, run_of_recipe
 

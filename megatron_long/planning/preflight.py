@@ -15,8 +15,8 @@ from pathlib import Path
 from megatron_long.checkpoint.choosing import saved_iterations
 from megatron_long.errors import ConfigError
 from megatron_long.job import rendezvous
+from megatron_long.machine import Room, free_disk, gigabytes, host_memory
 from megatron_long.planning.hardware import GIB, GPUS, GPUS_PER_NODE, Gpu
-from megatron_long.planning.machine import Room, free_disk, gigabytes, host_memory
 from megatron_long.planning.memory import (
     MemoryParts,
     checkpoint_bytes,

@@ -25,7 +25,7 @@ from megatron_long.preprocess.publish import disk_errors
 from megatron_long.preprocess.survey import check_budget, survey_corpus
 from megatron_long.preprocess.tokenize_file import TokenizeOptions, tokenize_file
 from megatron_long.tokenizer.engines import check_sample
-from megatron_long.tokenizer.loading import load_tokenizer
+from megatron_long.tokenizer.loading import load_tokenizer, separate_documents
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 SAMPLE_TEXT_BYTES = 64 << 20
@@ -59,6 +59,7 @@ def plan_dataset(
     listing = config.list_inputs()
     on_listing(listing)
     files, tokenizer = listing.files, load_tokenizer(config.tokenizer, config.engine)
+    separate_documents(tokenizer, config.tokenizer, config.document_separator)
     options = tokenize_options(config, tokenizer)
     check_budget(files, options, config.mixture)
     if sum(map(expected_text, files)) <= text_bytes:

@@ -36,7 +36,7 @@ from megatron_long.dataset.manifest import (
 )
 from megatron_long.dataset.report_page import REPORT_FOLDER, write_report
 from megatron_long.errors import UserError
-from megatron_long.files import refuse_overwrite, remove_folder
+from megatron_long.files import remove_folder
 from megatron_long.mixture.corpus_stats import read_info
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.mixture.plan import Plan, TooTight, make_plan
@@ -59,7 +59,7 @@ from megatron_long.preprocess.preprocess_config import (
     tokenize_options,
     work_folder,
 )
-from megatron_long.preprocess.publish import disk_errors, interrupts, publish
+from megatron_long.preprocess.publish import check_url, disk_errors, interrupts, publish
 from megatron_long.preprocess.stages import (
     TokenizeJob,
     TokenizeStage,
@@ -80,7 +80,7 @@ from megatron_long.preprocess.workdir import (
     write_pickle,
 )
 from megatron_long.tokenizer.engines import check_sample
-from megatron_long.tokenizer.loading import load_tokenizer
+from megatron_long.tokenizer.loading import load_tokenizer, separate_documents
 from megatron_long.tokenizer.tokenizer_files import copy_tokenizer, explain_no_bos
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
@@ -122,12 +122,16 @@ def preprocess(
     """
     work = work_folder(config.work_dir, output)
     check_folders(config.inputs, output, work)
+    if is_url(output):
+        check_url(str(output), work, force=config.force)
     listing, executor = config.list_inputs(), config.executor
     on_listing(listing)
     files = listing.files
     tokenizer = load_tokenizer(config.tokenizer, config.engine)
     tokenizer = check_sample(tokenizer, sample_texts(files, config.keys))
-    if tokenizer.bos_id is None and (notice := explain_no_bos(config.tokenizer)):
+    separate_documents(tokenizer, config.tokenizer, config.document_separator)
+    marked = tokenizer.bos_id is not None or config.document_separator
+    if not marked and (notice := explain_no_bos(config.tokenizer)):
         logger.warning("--tokenizer %s: %s", config.tokenizer, notice)
     keep_tokenizer(config.tokenizer, tokenizer)
     options = tokenize_options(config, tokenizer)
@@ -163,11 +167,7 @@ def preprocess(
             write_report(written.folder / REPORT_FOLDER, manifest, name)
             # What has come since, such as an unfinished download, does not matter.
             check_unchanged(work, files, find_inputs(config.inputs, skip_unread=True))
-            if not is_url(
-                output
-            ):  # another run, with another --work-dir, may have made it meanwhile
-                refuse_overwrite(Path(output), force=config.force)
-            publish(written.folder, output)
+            publish(written.folder, output, work, force=config.force)
         if not config.keep_work:
             remove_folder(work)
     return manifest
@@ -244,7 +244,7 @@ def _manifest(
 ) -> Manifest:
     return Manifest(
         seed=config.seed,
-        mixture=dataclasses.asdict(config.mixture),
+        mixture=config.mixture.to_json(),
         tokenizer=tokenizer_info(tokenizer),
         dtype=written.dtype.name,
         train=written.train,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_long.corpus.documents import SOURCE_FROM_FOLDER, RecordKeys
-from megatron_long.corpus.inputs import InputFile, file_system, is_url
+from megatron_long.corpus.inputs import InputFile, is_url
 from megatron_long.corpus.listing import Listing, list_inputs
 from megatron_long.dataset.indexed import token_dtype
 from megatron_long.errors import ConfigError
@@ -59,6 +59,8 @@ class PreprocessConfig:
     work_dir: Path | None = None
     """Folder for unfinished work; None for `OUTPUT.work`."""
     keep_work: bool = False
+    document_separator: str | None = None
+    """Special token that ends each document instead of EOD, without BOS."""
     force: bool = False
     """Throw away unfinished work of another command."""
 
@@ -85,10 +87,11 @@ class PreprocessConfig:
 
     def command(self) -> dict[str, Any]:
         """Give what decides which bytes come out, for the work folder to compare."""
-        return {
+        separator = {"document_separator": self.document_separator}
+        return (separator if self.document_separator else {}) | {
             "version": WORK_VERSION,
             "tokenizer": hash_tokenizer(self.tokenizer),
-            "mixture": dataclasses.asdict(self.mixture),
+            "mixture": self.mixture.to_json(),
             "seed": self.seed,
             "keys": dataclasses.asdict(self.keys),
             "on_bad_document": self.on_bad_document,
@@ -122,6 +125,7 @@ def read_config(flags: Namespace) -> PreprocessConfig:
             flags.valid_tokens_per_source, "--valid-tokens-per-source"
         ),
         allow_repeat=flags.allow_repeat,
+        short_share=flags.short_share,
     )
     return PreprocessConfig(
         inputs=flags.input,
@@ -137,6 +141,7 @@ def read_config(flags: Namespace) -> PreprocessConfig:
         execution=_read_execution(flags),
         work_dir=flags.work_dir,
         keep_work=flags.keep_work,
+        document_separator=flags.document_separator,
         force=flags.force,
     )
 
@@ -271,9 +276,7 @@ def check_folders(inputs: Sequence[Path | str], output: Path | str, work: Path) 
         another of them, so that it would be read, replaced or removed with it.
     """
     local = [("--input", path) for path in inputs if not is_url(path)]
-    if is_url(output):
-        file_system(str(output))
-    else:
+    if not is_url(output):
         _check_output(Path(output))
     for flag, path in [*[("--output", output)] * (not is_url(output)), ("--work-dir", work)]:
         for other_flag, other in local:

@@ -284,6 +284,7 @@ def _limits(stats: SourceStats, budget: int, mixture: Mixture) -> Limits:
         supply = tokens * (long_share + (1 - long_share) * keep_short / MARGIN)
     else:
         supply = tokens * (long_share + (1 - long_share) * keep_short)
-    valid = min(2 * MARGIN * mixture.valid_tokens_per_source / tokens, 1.0)
-    order = min(MARGIN * budget / max(supply, 1.0) + valid, 1.0)
+    plain = mixture.short_share * budget
+    valid = min(MARGIN * (2 * mixture.valid_tokens_per_source + plain) / tokens, 1.0)
+    order = min(MARGIN * (budget - plain) / max(supply, 1.0) + valid, 1.0)
     return Limits(order, keep_short, valid)

@@ -38,6 +38,7 @@ OF_THE_PLAN = {
     "missing_sources",
     "valid_tokens_per_source",
     "allow_repeat",
+    "short_share",
 }
 """Options of a mixture that decide what is taken of the tokens: other values use the same tokens."""
 INPUTS_FILE = "inputs.json"

@@ -1,6 +1,7 @@
 """gigatoken as an engine, with a small cache of words that are worth keeping.
 
-The cache never evicts a word (gigatoken 0.10.0), so the engine is recreated when the process has grown.
+The cache never evicts a word (gigatoken 0.10.0), so the engine is recreated when the process has grown by
+more than its share of the memory that is left. Recreating takes half a second of Llama-3's vocabulary.
 For vocabularies like Llama-2's a "word" is all between two spaces, "end\\nBegin" or "x[127]=3.5": most
 of these occur once and cost ten times as much as a cached word. A character that no merge of the vocabulary
 contains is always a token of its own; given these (newlines, digits), gigatoken splits words at them,
@@ -8,18 +9,22 @@ gives the same ids and needs half the cache.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from megatron_long.freed_memory import give_memory_back, resident_bytes
+from megatron_long.machine import host_memory
 from megatron_long.tokenizer.tokenizer_types import TokensAndLengths
 
 CACHE_CHECK_BYTES = 4 << 20
 """Amount of text after which an engine's memory is checked."""
-CACHE_GROWTH_BYTES = 96 << 20
-"""Growth of the process after which the engine is recreated."""
+CACHE_GROWTH_BYTES = 96 << 20, 384 << 20
+"""Least and most growth of the process after which the engine is recreated."""
+CACHE_SHARE = 1 / 4
+"""Share of the available memory of each core that the cache may use, within these limits."""
 SEPARATE_CANDIDATES = "\n\t\r0123456789"
 LLAMA_NORMALIZER = {
     "type": "Sequence",
@@ -62,7 +67,7 @@ class GigatokenEngine:
         if self._seen < CACHE_CHECK_BYTES:
             return
         self._seen = 0
-        if resident_bytes() - self._resident_before > CACHE_GROWTH_BYTES:
+        if resident_bytes() - self._resident_before > growth_limit():
             self._rebuild()
 
     def _rebuild(self) -> None:
@@ -74,6 +79,16 @@ class GigatokenEngine:
         self._seen = 0
         self._resident_before = resident_bytes()
         self.num_rebuilds += 1
+
+
+def growth_limit() -> float:
+    """Return the growth in bytes after which an engine is recreated: less when memory is short."""
+    least, most = CACHE_GROWTH_BYTES
+    free = host_memory()
+    has_affinity = hasattr(os, "sched_getaffinity")  # macOS has not
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    share = CACHE_SHARE * free.free_bytes / cores if free else least
+    return min(max(share, least), most)
 
 
 def separate_characters(tokenizer_json: str) -> tuple[str, bool]:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_long import machine
 from megatron_long.engine import host_backend
 from megatron_long.errors import ConfigError
 from megatron_long.flags.backend import GPU, HOST
-from megatron_long.planning import machine, preflight
+from megatron_long.machine import Room
+from megatron_long.planning import preflight
 from megatron_long.planning.hardware import GPUS
-from megatron_long.planning.machine import Room
 from tests.checkpoint.test_saving import NAMESPACE, can_mount
 from tests.fake_checkpoints import write_fake_checkpoint
 from tests.launched import REPOSITORY

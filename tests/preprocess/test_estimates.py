@@ -16,9 +16,10 @@ from megatron_long.errors import ConfigError
 from megatron_long.mixture.admission import Admission, Limits
 from megatron_long.mixture.corpus_stats import gather_stats, read_info
 from megatron_long.mixture.estimates.block_estimates import SourceEstimate
-from megatron_long.mixture.estimates.forecast import SourceForecast
+from megatron_long.mixture.estimates.forecast import SourceForecast, forecast
 from megatron_long.mixture.estimates.intervals import Interval, exact
 from megatron_long.mixture.mixture import Mixture
+from megatron_long.mixture.plan import make_plan
 from megatron_long.preprocess.dry_run import _count_text, _supply_notes, plan_dataset
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 from megatron_long.preprocess.survey import survey_corpus
@@ -109,6 +110,38 @@ def test_errors_of_a_run_hold_the_truth(hard):
                 off = abs(found.long_share - true.long_tokens / true.tokens)
                 hits[name, "long"].append(off <= found.long_share_error + 1e-6)
     mean, least = coverage({key: found for key, found in hits.items() if len(found) > 10})
+    assert mean > 0.9
+    assert least >= 0.75
+
+
+@pytest.mark.parametrize("short_share", [0.0, 0.66])
+def test_what_a_sample_expects_of_the_lengths_holds_what_a_run_makes(hard, short_share, tmp_path):
+    folder, truth = hard
+    files = find_inputs([folder])
+    big = [name for name, found in truth.items() if found.tokens > 50_000]
+    shares = {name: float(name in big) for name in truth}
+    mixture = Mixture(
+        train_tokens=40_000 * len(big),
+        long_threshold_tokens=THRESHOLD,
+        valid_tokens_per_source=500,
+        source_shares=shares,
+        short_share=short_share,
+        allow_repeat=4,
+    )
+    hits = defaultdict(list)
+    for seed in range(8):
+        options = dataclasses.replace(OPTIONS, seed=seed)
+        expected = forecast(survey_corpus(files, counting_tokenizer(), options, 1 << 15), mixture)
+        folders = [tmp_path / f"{seed}-{index}" for index in range(len(files))]
+        for index, file in enumerate(files):
+            tokenize_file(file, index, counting_tokenizer(), options, folders[index])
+        (tmp_path / f"{seed}-plan").mkdir()
+        made = make_plan(folders, mixture, Admission(), 2, tmp_path / f"{seed}-plan").sources
+        for name in big:
+            after, true = expected[name].long_share_after, made[name].long_share_after
+            hits[name].append(after.low - 1e-9 <= true <= after.high + 1e-9)
+    mean, least = coverage(hits)
+    print(mean, least, {name: len(found) for name, found in hits.items()})
     assert mean > 0.9
     assert least >= 0.75
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import sysconfig
 from itertools import chain, islice
@@ -16,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from megatron_long.dataset.manifest import read_manifest
 from megatron_long.errors import ConfigError
+from megatron_long.machine import Room
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess.preprocess import PreprocessConfig, preprocess
 from megatron_long.tokenizer import engines, gigatoken_engine
@@ -323,7 +325,7 @@ def test_name_of_the_reference_is_an_engine(vocabulary):
 def test_cache_is_bounded(llama3_like, monkeypatch):
     """Random words fill the cache; the engine is made anew and its ids stay the same."""
     monkeypatch.setattr(gigatoken_engine, "CACHE_CHECK_BYTES", 200_000)
-    monkeypatch.setattr(gigatoken_engine, "CACHE_GROWTH_BYTES", 1 << 20)
+    monkeypatch.setattr(gigatoken_engine, "CACHE_GROWTH_BYTES", (1 << 20, 1 << 20))
     generator = random.Random(0)
     engine = ENGINES["gigatoken"](engines.plain_json(load_tokenizer(llama3_like, "reference")))
     texts = ["".join(generator.choices("abcdefgh ", k=100_000)) for _ in range(40)]
@@ -331,6 +333,16 @@ def test_cache_is_bounded(llama3_like, monkeypatch):
     assert 1 <= engine.num_rebuilds <= 20
     fresh = ENGINES["gigatoken"](engines.plain_json(load_tokenizer(llama3_like, "reference")))
     np.testing.assert_array_equal(np.concatenate(parts), fresh.encode_flat(texts)[0])
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "megabytes"), [(64, 384), (4, 256), (1, 96), (0, 96), (None, 96)]
+)
+def test_cache_gets_a_share_of_the_memory_left(free_gb, megabytes, monkeypatch):
+    room = None if free_gb is None else Room(free_gb * 2**30, "here")
+    monkeypatch.setattr(gigatoken_engine, "host_memory", lambda: room)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 2, 3, 5})
+    assert gigatoken_engine.growth_limit() == megabytes << 20
 
 
 def test_words_are_divided_only_at_characters_that_never_merge():

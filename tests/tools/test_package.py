@@ -78,7 +78,7 @@ def test_both_pythons_read_it(name, installed):
     python = shutil.which(name)
     if python is None or run(python, "-V").returncode:
         pytest.skip(f"{name} is not installed")
-    listed = run(python, "-m", "megatron_long.commands.entry", PYTHONPATH=str(installed))
+    listed = run(python, "-m", "megatron_long.entry", PYTHONPATH=str(installed))
     assert "evaluate needle" in listed.stdout, listed.stderr
     compiled = run(
         python, "-W", "error", "-m", "compileall", "-q", "-f", installed / "megatron_long"
@@ -89,7 +89,7 @@ def test_both_pythons_read_it(name, installed):
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The completion of bash."""
-    from megatron_long.commands.entry import completion
+    from megatron_long.entry import completion
 
     path = tmp_path_factory.mktemp("completion") / "megatron-long"
     path.write_text(completion("bash"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long.planning.machine import free_disk, host_memory
+from megatron_long.machine import free_disk, host_memory
 
 GIB = 2**30
 MEMINFO = (

@@ -19,6 +19,10 @@ GROUPS = {
     },
     "checkpoints": {
         "convert": ("commands.convert_checkpoint", "Hugging Face to Megatron checkpoints and back"),
+        "average": (
+            "commands.average_checkpoints",
+            "the mean of several checkpoints, as a checkpoint",
+        ),
     },
     "before training": {
         "plan": (
@@ -38,6 +42,7 @@ GROUPS = {
     },
     "evaluation": {
         "evaluate needle": ("commands.evaluate_needle", "needle in a haystack, as a heatmap"),
+        "evaluate ruler": ("commands.evaluate_ruler", "RULER's 13 tasks by context length"),
         "evaluate loss": ("commands.evaluate_loss", "loss by source and position"),
         "evaluate bookqa": ("commands.evaluate_bookqa", "questions about whole novels"),
         "report": ("commands.report", "one HTML page of a run"),
