@@ -287,6 +287,17 @@ def test_a_stratum_of_which_nearly_nothing_is_known_has_a_wide_error(tokenized):
     assert (stats.tokens_error > 20_000) == (tokenized < 2)  # two alike tell that all are
 
 
+def test_two_documents_of_which_one_is_most_of_the_bytes_tell_no_deviation():
+    """Of the large stratum the other document may be anything, whatever the small one says."""
+    small = [0, 0, 9, 100, 100_000, 1, 1000, 0, 500, 1e6, 25e4, 5e5, 0.0, 0.0]
+    large = [0, 0, 20, 2, 2_000_000, 1, 1_000_000, 1e5, 1e5, 1e12, 1e10, 1e11, 1e10, 1e11]
+    info = {"sources": ["Book"], "strata": [small, large], "lengths": [], "bad": []}
+    info |= {"documents_empty": 0, "documents_bad": 0, "text_bytes": 2_100_000}
+    stats = gather_stats([info]).sources["Book"]
+    assert [len(group.keys) for group in stats.groups] == [2]
+    assert stats.tokens_error > 100_000
+
+
 def test_figures_have_the_digits_that_tell_their_interval():
     assert _count_text(Interval(15_220, 15_218, 15_221)) == "15.220K (15.218K-15.221K)"
     assert _count_text(Interval(122, 121.9, 122.1)) == "122 (122-122)"
