@@ -44,7 +44,8 @@ def forecast(estimate: CorpusEstimate, mixture: Mixture) -> dict[str, SourceFore
     made = {}
     for name, found in corpus.items():
         asked = exact(shares[name] * mixture.train_tokens)
-        if mixture.is_natural and found.share.value and name not in mixture.upsampled_shares:
+        is_estimated = mixture.is_natural and 0 < found.share.value < 1  # one source alone has all
+        if is_estimated and name not in mixture.upsampled_shares:
             factor = shares[name] / found.share.value * mixture.train_tokens
             asked = _wider(found.share, NATURAL_ERROR * found.share.value).scaled(factor)
         made[name] = _one(stats[name], found, asked, mixture)
