@@ -12,7 +12,13 @@ import pytest
 
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.mixture.mixture import Mixture
-from megatron_long.preprocess.executors import ExecutorOptions, _private_folder
+from megatron_long.preprocess.executors import (
+    ExecutorOptions,
+    _is_queued,
+    _job_name,
+    _private_folder,
+    end_earlier_tasks,
+)
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 from tests import slurm_cluster
@@ -66,7 +72,7 @@ def fake_slurm(tmp_path, monkeypatch, importable):
     tools.mkdir()
     scripts = {"sbatch": FAKE_SBATCH.format(python=sys.executable)}
     scripts |= {
-        "squeue": "#!/bin/sh\nexit 1\n",
+        "squeue": "#!/bin/sh\n",
         "scancel": "#!/bin/sh\n",
         "scontrol": "#!/bin/sh\necho here\n",
     }
@@ -104,6 +110,50 @@ def test_errors_of_slurm_tasks_come_back(config, tmp_path, fake_slurm, write_jso
     config = dataclasses.replace(config, inputs=[file], mixture=few)
     with pytest.raises(DataError, match=r"a\.jsonl:6 has no source"):
         run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+
+
+def test_tasks_of_a_start_that_was_killed_are_ended_first(config, tmp_path, fake_slurm):
+    """They would write parts of another plan among those of this one."""
+    queue, asked = tmp_path / "queue", tmp_path / "asked"
+    scripts = {"squeue": f"cat {queue}", "scancel": f'echo "$@" >> {asked}; : > {queue}'}
+    for name, text in scripts.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+    queue.write_text("1 x preprocess\n")
+    work = tmp_path / "out.work"
+    end_earlier_tasks(work)
+    assert not asked.exists()  # nothing was started here before
+    (work / "logs").mkdir(parents=True)
+    run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+    assert asked.read_text() == f"--me --name={_job_name(work)}\n"
+    assert _job_name(work) != _job_name(tmp_path / "other.work")
+
+
+def test_tasks_are_not_told_of_the_job_that_started_them(config, tmp_path, fake_slurm, monkeypatch):
+    seen = tmp_path / "seen"
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\nenv > {seen}\nexit 1\n")
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "500")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")  # by which datatrove takes itself for a task
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    with pytest.raises(ConfigError, match="sbatch failed"):
+        run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+    names = [line.split("=")[0] for line in seen.read_text().splitlines()]
+    assert [name for name in names if name.startswith("SLURM_")] == ["SLURM_CONF"]
+    assert os.environ["SLURM_ARRAY_TASK_ID"] == "7"
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, fake_slurm):
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    assert _is_queued(tmp_path)
+
+
+def test_tasks_end_with_the_run(config, tmp_path, fake_slurm, monkeypatch):
+    asked = tmp_path / "asked"
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 1\n")
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/sh\nkill -INT {os.getpid()}; echo 1\n")
+    (tmp_path / "bin" / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    with pytest.raises(KeyboardInterrupt):
+        run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+    assert _job_name(tmp_path / "out.work") in asked.read_text()
 
 
 def test_an_sbatch_that_fails(config, tmp_path, fake_slurm):
@@ -174,8 +224,8 @@ def test_options_check_themselves(options, message):
 
 
 def test_a_missing_package_is_named(config, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datatrove", None)
-    with pytest.raises(ConfigError, match="--executor ray needs `pip install datatrove` ray"):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match="--executor ray needs `pip install ray`"):
         run_on(config, tmp_path / "out", executor="ray")
     preprocess(config, tmp_path / "local", lambda progress: None)
 
