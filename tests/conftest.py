@@ -169,14 +169,16 @@ def make_dataset(
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_of_a_terminal() -> None:
-    """Programs under test get SIGHUP as in a terminal, also where the tests run under nohup."""
+    """Programs under test get signals as in a terminal, also under nohup or behind `&`."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
-def warm_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmJobs]:
+def warm_jobs(tmp_path_factory: pytest.TempPathFactory, warm_python: Path) -> Iterator[WarmJobs]:
     """A server that has imported torch, Megatron and transformers, for machines without CUDA."""
-    server = WarmJobs(tmp_path_factory.mktemp("warm"))
+    server = WarmJobs(tmp_path_factory.mktemp("warm"), warm_python)
     yield server
     server.close()
 

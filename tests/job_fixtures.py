@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +34,10 @@ class Job:
 class JobServer:
     """Starts `job_server.py` and hands it jobs."""
 
-    def __init__(self, folder: Path, dataset: Path) -> None:
+    def __init__(self, folder: Path, dataset: Path, python: Path) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen(
-            [sys.executable, SERVER],
+            [python, SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -87,9 +86,11 @@ class JobServer:
 
 
 @pytest.fixture(scope="session")
-def jobs(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Iterator[JobServer]:
+def jobs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path, warm_python: Path
+) -> Iterator[JobServer]:
     """The job server."""
-    server = JobServer(tmp_path_factory.mktemp("jobs"), tiny_dataset)
+    server = JobServer(tmp_path_factory.mktemp("jobs"), tiny_dataset, warm_python)
     yield server
     assert server.process.stdin is not None
     server.process.stdin.close()

@@ -99,10 +99,11 @@ def test_each_room_is_told_in_the_order_of_imports():
 
 
 def test_changelog_is_kept():
-    """Keep a Changelog: versions, the newest first, with entries under the known headings."""
+    """Keep a Changelog: what is unreleased, then versions, the newest first, with known headings."""
     text = (REPOSITORY / "docs" / "CHANGELOG.md").read_text()
     sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
-    versions = [tuple(map(int, section.split()[0].split("."))) for section in sections]
+    names = [section.split()[0] for section in sections]
+    versions = [tuple(map(int, name.split("."))) for name in names[names[0] == "Unreleased" :]]
     assert versions == sorted(versions, reverse=True)
     kinds = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
     for section in sections:

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,8 +13,8 @@ SERVER = Path(__file__).with_name("warm_server.py")
 class WarmJobs:
     """A server, started with the first job."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
+    def __init__(self, folder: Path, python: Path) -> None:
+        self.folder, self.python, self.count = folder, python, 0
         self.process: subprocess.Popen[str] | None = None
 
     def run(
@@ -31,7 +30,7 @@ class WarmJobs:
         """
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, SERVER],
+                [self.python, SERVER],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},

@@ -4,6 +4,7 @@ For evaluation and conversion. Training, which skips damaged ones, uses `choosin
 """
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +60,18 @@ class Checkpoint:
     def name(self) -> str:
         """Its iteration, or `release`."""
         return RELEASE if self.iteration is None else str(self.iteration)
+
+
+def split_checkpoint(path: Path) -> tuple[Path, int | None]:
+    """Return the folder of checkpoints that a path names, and which of them (None: the newest).
+
+    >>> split_checkpoint(Path("runs/64k/iter_0000600"))
+    (PosixPath('runs/64k'), 600)
+    >>> split_checkpoint(Path("runs/64k"))
+    (PosixPath('runs/64k'), None)
+    """
+    number = re.fullmatch(r"iter_(\d{7,})", path.name)
+    return (path.parent, int(number[1])) if number else (path, None)
 
 
 def open_checkpoint(folder: Path, iteration: int | None = None, *, reader: Reader) -> Checkpoint:

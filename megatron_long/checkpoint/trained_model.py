@@ -1,7 +1,7 @@
 """The model of a resumed run: the trained one, including RoPE, not the recipe's initial one."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,17 +62,33 @@ def check_same_model(trained: LlamaGeometry, now: LlamaGeometry, load: str) -> N
 
     Raises: ConfigError: names everything that differs, before and now.
     """
-    found = differences(vars(trained), vars(now), _NAMES)
-    if not found:
-        return
-    listed = "; ".join(
+    if listed := _list_differences(trained, now, _NAMES):
+        raise ConfigError(
+            f"the model in --load {load} was trained with other flags ({listed}); drop them to resume with "
+            "the model unchanged, or give --finetune (and another --save) to change it: this starts at "
+            "step 0 from its weights"
+        )
+
+
+def check_same_shape(trained: LlamaGeometry, now: LlamaGeometry, flag: str) -> None:
+    """Refuse another model as the next stage; its RoPE may change.
+
+    Args:
+        flag: The flag that names the stage before, with its value.
+    Raises: ConfigError: names everything that differs, before and now.
+    """
+    names = [name for name in _NAMES if name not in ("rope", "rotary_base")]
+    if listed := _list_differences(trained, now, names):
+        raise ConfigError(
+            f"{flag} trained another model ({listed}); drop these flags: its optimizer has the shape of its "
+            "weights"
+        )
+
+
+def _list_differences(trained: LlamaGeometry, now: LlamaGeometry, names: Iterable[str]) -> str:
+    return "; ".join(
         format_differences(
             [item._replace(name=_NAMES[item.name])], _SHOWN.get(item.name, json.dumps)
         )
-        for item in found
-    )
-    raise ConfigError(
-        f"the model in --load {load} was trained with other flags ({listed}); drop them to resume with the "
-        "model unchanged, or give --finetune (and another --save) to change it: this starts at "
-        "step 0 from its weights"
+        for item in differences(vars(trained), vars(now), names)
     )

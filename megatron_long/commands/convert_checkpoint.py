@@ -25,7 +25,7 @@ from megatron_long.freed_memory import keep_tensor_memory
 from megatron_long.job.unwinding import unwound_by_signals
 
 
-def make_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Give the parser of this tool's flags."""
     parser = tool_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -138,7 +138,7 @@ def convert(args: argparse.Namespace) -> ConversionReport:
 def main() -> None:
     """Parse, convert, print."""
     keep_tensor_memory()
-    args = make_parser().parse_args()
+    args = build_parser().parse_args()
     with unwound_by_signals():
         report = convert(args)
     print(report.describe(is_dry_run=args.dry_run))

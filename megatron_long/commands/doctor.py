@@ -13,7 +13,7 @@ from megatron_long.planning.diagnosis import Finding, examine
 MARKS = {"ok": " ", "note": "-", "problem": "!"}
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(
         "--output",
@@ -27,7 +27,11 @@ def main() -> int:
         "llama3_8b_128k)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
     findings = examine(arguments.output, arguments.recipe)
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))

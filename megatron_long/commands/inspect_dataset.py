@@ -93,7 +93,7 @@ def show_part(args: argparse.Namespace) -> None:
     Console(markup=False, highlight=False, width=width).print(table)
 
 
-def _parse_args() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = tool_parser(__doc__)
     add = parser.add_argument
     dataset = "folder made by tools/preprocess_mix.py"
@@ -108,6 +108,11 @@ def _parse_args() -> argparse.Namespace:
     add("--report", type=Path, metavar="FOLDER", help="write figure and HTML page anew, here")
     add("--verify", action="store_true", help="check hashes, index, lengths and tokens")
     add("--force", action="store_true", help="replace --plot or --report if it exists")
+    return parser
+
+
+def _parse_args() -> argparse.Namespace:
+    parser = build_parser()
     args = parser.parse_args()
     if (args.dataset is None) == (args.dataset_flag is None):
         parser.error("give one dataset folder")

@@ -20,16 +20,18 @@ from megatron_long.mixture.shares import NATURAL, SLIMPAJAMA
 from megatron_long.preprocess.dry_run import HEADER, DryRun, expected_rows, plan_dataset
 from megatron_long.preprocess.executors import EXECUTORS
 from megatron_long.preprocess.preprocess import preprocess
-from megatron_long.preprocess.preprocess_config import read_config
+from megatron_long.preprocess.preprocess_config import read_config, work_folder
 from megatron_long.preprocess.progress_bar import ProgressBars, print_listing
+from megatron_long.preprocess.workdir import sweep
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    args = build_parser().parse_args()
     config = read_config(args)
     if args.dry_run:
         _print_dry_run(plan_dataset(config, on_listing=print_listing))
         return
+    sweep(work_folder(config.work_dir, args.output))
     if not is_url(args.output):
         refuse_overwrite(Path(args.output), force=args.force)
         if not Path(args.output).absolute().parent.exists():
@@ -54,19 +56,20 @@ def main() -> None:
 def _print_dry_run(found: DryRun) -> None:
     if found.planned:
         print_sources(found.planned)
-        print("dry run: all of the corpus was read, nothing was written")
-        return
     if found.expected:
         print_table(HEADER, expected_rows(found))
     for note in found.notes:
         print(f"note: {note}")
+    if found.planned:
+        print("dry run: all of the corpus was read, nothing was written")
+        return
     print(
         f"dry run: {found.read_share:.2%} of the corpus was read, in parentheses are 95% intervals; "
         "nothing was written"
     )
 
 
-def _parser() -> ArgumentParser:
+def build_parser() -> ArgumentParser:
     parser = tool_parser(__doc__)
     _add_corpus(parser.add_argument_group("corpus").add_argument)
     _add_mixture(parser.add_argument_group("mixture").add_argument)
@@ -85,11 +88,12 @@ def _add_corpus(add) -> None:  # type: ignore[no-untyped-def]
         required=True,
         help="*.model (SentencePiece, or Llama-3's tiktoken), tokenizer.json, or their folder",
     )
-    add(
-        "--engine",
-        default="auto",
-        help="what makes the tokens: auto (the fastest exact), reference",
+    engine = "what makes the tokens: auto (the fastest exact), reference"
+    add("--engine", default="auto", help=engine)
+    separator = (
+        "special token that ends each document instead of EOD, without BOS; default: EOD, BOS"
     )
+    add("--document-separator", metavar="TOKEN", help=separator)
     key = f"where a record keeps its source; default: {' or '.join(DEFAULT_SOURCE_KEYS)}"
     add("--source-key", metavar="PATH", help=key)
     folder = "the source of a file is its first folder below --input (or the --input folder itself)"
@@ -102,22 +106,22 @@ def _add_corpus(add) -> None:  # type: ignore[no-untyped-def]
 
 
 def _add_mixture(add) -> None:  # type: ignore[no-untyped-def]
-    add(
-        "--train-tokens",
-        required=True,
-        metavar="N",
-        help="training tokens: 5B, 64M, 200K (K is 1,000)",
-    )
+    tokens = "training tokens: 5B, 64M, 200K (K is 1,000)"
+    add("--train-tokens", required=True, metavar="N", help=tokens)
     strategy = f"{', '.join(STRATEGIES)} NAME=SHARE ...; default: per-source"
     add("--strategy", nargs="+", default=["per-source"], metavar="NAME", help=strategy)
-    ratio = "probability of keeping a short document; default: 0.1"
+    ratio = "probability of keeping a short document under per-source and global; default: 0.1"
     add("--short-keep-ratio", type=float, metavar="P", help=ratio)
     solved = "instead: thin the short documents of each source until long ones have this share"
     add("--long-token-share", type=float, metavar="SHARE", help=solved)
+    plain = (
+        "share of the training tokens in documents as they are, beside the upsampled; default: 0"
+    )
+    add("--short-share", type=float, default=0.0, metavar="SHARE", help=plain)
     long = "long from here (K is 1,024): %(default)s"
     add("--long-threshold", type=length_tokens, default="4K", metavar="TOKENS", help=long)
-    cut = "length of pieces under --strategy cut; default: %(default)s"
-    add("--cut-length", type=length_tokens, default="4K", metavar="TOKENS", help=cut)
+    cut = "length of pieces under --strategy cut; default: 4K"
+    add("--cut-length", type=length_tokens, metavar="TOKENS", help=cut)
     shares = f"{NATURAL} (the corpus's own, default), {SLIMPAJAMA}, or a YAML file"
     add("--source-shares", default=NATURAL, metavar="SHARES", help=shares)
     missing = "what to do with shares of sources that the corpus lacks; default: error"
@@ -143,5 +147,4 @@ def _add_run(add) -> None:  # type: ignore[no-untyped-def]
     more = "more flags of sbatch, without dashes"
     add("--slurm-args", nargs="*", default=[], metavar="NAME=VALUE", help=more)
     add("--dry-run", action="store_true", help="print the table from a sample, write nothing")
-    force = "replace --output if it exists, and unfinished work of another command"
-    add("--force", action="store_true", help=force)
+    add("--force", action="store_true", help="replace --output, and unfinished work of another run")

@@ -1,4 +1,4 @@
-"""Make one HTML page of a run: mixture, loss curves, throughput, needle heatmaps, loss table.
+"""Make one HTML page of a run: mixture, loss curves, throughput, needle heatmaps, loss table, RULER.
 
 The page holds its figures, so it opens from a file without a server or a network. Everything is found
 in the folder by what the files hold; nothing there is changed.
@@ -41,6 +41,7 @@ def main() -> None:
         "training curves": len(found.curves),
         "needle reports": len(found.needles),
         "loss reports": len(found.losses),
+        "RULER reports": len(found.rulers),
     }
     print(", ".join(f"{number} {name}" for name, number in counts.items()))
     for reason in found.left_out:

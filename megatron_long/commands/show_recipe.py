@@ -1,7 +1,7 @@
-"""Print a recipe as the bash array of Megatron flags that it stands for.
+"""Print a recipe as the bash array of Megatron flags that it stands for, or a published one as a script.
 
-The array works with any Megatron-LM entry point. Where the model's RoPE needs flags that only megatron_long
-has, standard error names them.
+The array works with any Megatron-LM entry point. The script (docs/recipes.md) makes data and
+trains. Where the model's RoPE needs flags that only megatron_long has, standard error names them.
 """
 
 import argparse
@@ -11,12 +11,14 @@ from pathlib import Path
 
 from megatron_long.flags.argv import Argv
 from megatron_long.flags.backend import GPU, HOST
+from megatron_long.flags.published import PUBLISHED
+from megatron_long.flags.published_script import as_script
 from megatron_long.flags.recipe import RECIPES, build_recipe
 from megatron_long.model.geometry import geometry_from_hf
 from megatron_long.model.rope import LLAMA3_ARGUMENTS
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "recipe", nargs="?", help="recipe to print; without it the names are listed"
@@ -25,10 +27,17 @@ def main() -> int:
     parser.add_argument(
         "--backend", choices=("gpu", "host"), default="gpu", help="machine the flags are for"
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
     if arguments.recipe is None:
-        for name, make in RECIPES.items():
+        for name, make in (RECIPES | PUBLISHED).items():
             print(f"{name:16} {(make.__doc__ or '').splitlines()[0]}")
+        return 0
+    if arguments.recipe in PUBLISHED:
+        print(as_script(PUBLISHED[arguments.recipe]()))
         return 0
     model = geometry_from_hf(arguments.hf_config) if arguments.hf_config else None
     recipe = build_recipe(arguments.recipe, model)

@@ -30,7 +30,6 @@ from megatron_long.checkpoint.sidecars import (
 from megatron_long.checkpoint.stored import read_ahead
 from megatron_long.conversion.checks import check_folders, check_hf_tensors, choose_hf_dtype
 from megatron_long.conversion.formats import hf_folder, sources
-from megatron_long.conversion.formats.weights import Weights
 from megatron_long.conversion.options import ConversionReport, Options, Progress, make_report
 from megatron_long.conversion.pieces import read_source, size_of
 from megatron_long.conversion.stretch import Stretch
@@ -80,7 +79,14 @@ def hf_to_megatron(
         if options.dry_run:
             return report
         with atomic_path(output_dir, directory=True) as folder:
-            hashed = _write_megatron(folder, weights, geometry, stored, options.progress)
+            hashed = write_release(
+                folder,
+                geometry,
+                stored,
+                partial(read_source, weights=weights, stored=stored),
+                lambda unit, found: unit.rule.layout.to_megatron([t for _, t in found], geometry),
+                options.progress,
+            )
             hf_folder.write_config(folder / HF_CONFIG_NAME, config, geometry, stored)
             sources.copy_generation_config(input_path, folder / GENERATION_CONFIG_NAME)
             sources.copy_model_tokenizer(input_path, folder / TOKENIZER_DIR_NAME)
@@ -94,30 +100,52 @@ def hf_to_megatron(
                 is_import=True,
                 is_stretched=stretch not in (None, Stretch()),
             )
-            release = folder / RELEASE
-            others = [name for name in files_within(release) if name not in hashed]
-            write_hashes(release, hashed | hash_files(release, others))
-            write_sidecar_hashes(folder, RELEASE)
+            write_hashed(folder, hashed)
     return report
 
 
-def _write_megatron(
-    folder: Path, weights: Weights, geometry: LlamaGeometry, stored: dtype, progress: Progress
+def write_hashed(folder: Path, hashed: dict[str, FileInfo]) -> None:
+    """Write the hashes of a checkpoint of converted weights, the last of its files.
+
+    Args:
+        hashed: What `write_release` returned.
+    """
+    release = folder / RELEASE
+    others = [name for name in files_within(release) if name not in hashed]
+    write_hashes(release, hashed | hash_files(release, others))
+    write_sidecar_hashes(folder, RELEASE)
+
+
+def write_release[Found](
+    folder: Path,
+    geometry: LlamaGeometry,
+    stored: dtype,
+    read: Callable[[Unit], Found],
+    to_megatron: Callable[[Unit, Found], Tensor],
+    progress: Progress,
 ) -> dict[str, FileInfo]:
-    """Returns: Size and hash of the files that hold the tensors, as they were written."""
+    """Write the checkpoint of converted weights, one tensor or layer at a time.
+
+    Args:
+        folder: Of the checkpoints.
+        stored: Type of the tensors.
+        read: Reads a unit, in a separate thread.
+        to_megatron: Makes Megatron's tensor of what was read.
+    Returns: Size and hash of the files that hold the tensors, as they were written.
+    """
     from megatron_long.checkpoint.torch_dist import COMMON_STATE
     from megatron_long.checkpoint.torch_dist_writer import write_torch_dist
 
     readings = read_ahead(
         units_of(geometry),
-        partial(read_source, weights=weights, stored=stored),
+        read,
         partial(size_of, geometry=geometry, stored=stored),
     )
 
     def make(unit: Unit, shape: tuple[int, ...]) -> Tensor:
         read, found = next(readings)
         assert read == unit
-        tensor = unit.rule.layout.to_megatron([part for _, part in found], geometry)
+        tensor = to_megatron(unit, found)
         progress(tensor.nbytes)
         return tensor.reshape(shape)
 

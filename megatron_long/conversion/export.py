@@ -92,15 +92,15 @@ def megatron_to_hf(
     options = options or Options()
     source = open_checkpoint(input_dir, iteration, reader=CONVERSION).path
     check_folders(input_dir, output_dir, force=options.force)
-    is_hashed = not options.check_hashes or _check_hashes(input_dir, source, hf_config)
+    is_hashed = not options.check_hashes or check_source(input_dir, source, hf_config)
     TorchDistReader(source)  # its files exist, before any other message about it
     state = read_common_state(source)
-    config, geometry = _trained_model(input_dir, source, state, hf_config, stretch or Stretch())
+    config, geometry = trained_model(input_dir, source, state, hf_config, stretch or Stretch())
     prefix = find_weights(state, weights, source)
     taken = describe_weights(prefix, state)
     reader = TorchDistReader(source, prefix=prefix, check_bytes=options.verify or not is_hashed)
     check_tensors(reader, geometry)
-    stored = _choose_dtype(reader, geometry, state, options)
+    stored = choose_dtype(reader, geometry, state, options)
     report = replace(make_report(output_dir, geometry, stored), weights=taken)
     if options.dry_run:
         return report
@@ -116,7 +116,7 @@ def megatron_to_hf(
             return verify_output(report, folder, reader, written, stored, options, is_import=False)
 
 
-def _check_hashes(input_dir: Path, source: Path, hf_config: Path | None) -> bool:
+def check_source(input_dir: Path, source: Path, hf_config: Path | None) -> bool:
     """Compare the files with their hashes, if there are any; else log what is checked without them."""
     if hf_config is None:
         check_sidecars(input_dir)
@@ -134,7 +134,7 @@ def _check_hashes(input_dir: Path, source: Path, hf_config: Path | None) -> bool
     return False
 
 
-def _choose_dtype(
+def choose_dtype(
     reader: TorchDistReader, geometry: LlamaGeometry, state: dict[str, Any], options: Options
 ) -> dtype:
     """Return the type to store; main copies are float32, of a model that was trained in another type."""
@@ -180,7 +180,7 @@ def gguf_to_hf(
     return replace(report, is_verified=True)
 
 
-def _trained_model(
+def trained_model(
     input_dir: Path, source: Path, state: dict[str, Any], hf_config: Path | None, stretch: Stretch
 ) -> tuple[dict[str, Any], LlamaGeometry]:
     """Return the model's original configuration, and its shape with the RoPE of training."""

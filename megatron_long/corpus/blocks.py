@@ -1,7 +1,8 @@
 """A probability sample of the corpus: blocks of bytes, at random positions in every stratum of files.
 
 A document belongs to the block in which its first byte lies, so the blocks divide the documents, whatever
-their lengths, and a block is found without reading what is before it. What is compressed from end to end
+their lengths, and a block is found without reading what is before it. In a parquet file rows count as equally
+long; of a group of rows, what lies before a block is decoded. What is compressed from end to end
 (.gz, .zst) has no such blocks: the file is one, read from its beginning as far as the sample may read.
 
 The strata are the files, or, where there are many, files of one folder and similar size. A stratum is
@@ -23,6 +24,8 @@ MIN_BLOCKS = 4
 """Of a stratum, if it has as many: fewer would not tell how much blocks differ."""
 BLOCK_BYTES = 1 << 20
 MIN_BLOCK_BYTES = 1 << 14
+GROUP_BLOCKS = 8
+"""Most blocks of a group of rows, in a parquet file that is sampled alone: each decodes what is before it."""
 STREAM_FACTOR = 8
 """How many times more of compressed files is read."""
 EXPANSION = 3.5
@@ -48,13 +51,8 @@ class Block:
     @property
     def text_bytes(self) -> float:
         """Text that is read of it, about."""
-        size = self.item.read_bytes * (1.0 if _has_blocks(self.item) else EXPANSION)
+        size = expected_text(self.item)
         return min(size, size if self.max_text_bytes is None else self.max_text_bytes)
-
-    @property
-    def may_repeat(self) -> bool:
-        """Return whether other blocks may be the same rows: of a parquet file, whose groups are large."""
-        return self.item.groups is not None
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,11 @@ class BlockSample:
     strata: list[Stratum]
 
 
+def expected_text(item: InputFile) -> float:
+    """Return about how many bytes of text a file, or a piece of it, has."""
+    return item.read_bytes * (1.0 if _kind(item) in LINES else EXPANSION)
+
+
 def sample_blocks(files: Sequence[InputFile], text_bytes: int, seed: int) -> BlockSample:
     """Choose blocks with about `text_bytes` of text, the same for the same files and seed.
 
@@ -84,10 +87,11 @@ def sample_blocks(files: Sequence[InputFile], text_bytes: int, seed: int) -> Blo
     block_bytes = text_bytes // max(MIN_BLOCKS * len(groups), 1)
     block_bytes = min(max(block_bytes, MIN_BLOCK_BYTES), BLOCK_BYTES)
     rng = np.random.default_rng([seed, len(files)])
-    chosen: list[tuple[InputFile, int, int, int]] = []
+    chosen: list[tuple[InputFile, int, int, int, int]] = []
     sizes: list[tuple[int, int]] = []
     for group in groups:
-        counts = [_num_blocks(item, block_bytes) for item in group]
+        size = max(block_bytes, _least_block(group))
+        counts = [_num_blocks(item, size) for item in group]
         ends, num_blocks = np.cumsum(counts), sum(counts)
         # Each stratum gets blocks by its share of the cost: as many of each are taken of its own.
         number = round(text_bytes * num_blocks / max(total_cost, 1.0))
@@ -96,14 +100,11 @@ def sample_blocks(files: Sequence[InputFile], text_bytes: int, seed: int) -> Blo
         for place, run in zip(rng.integers(bounds[:-1], bounds[1:]), np.diff(bounds), strict=True):
             index = int(np.searchsorted(ends, place, "right"))
             inside = int(place - (ends[index] - counts[index]))
-            chosen.append((group[index], inside, len(sizes), int(run)))
+            chosen.append((group[index], inside, len(sizes), int(run), size))
         sizes.append((sum(item.size_bytes for item in group), num_blocks))
     streams = [item.size_bytes * EXPANSION for item, *_ in chosen if not _has_blocks(item)]
     limit = _limit(streams, 1.5 * STREAM_FACTOR * text_bytes)
-    blocks = [
-        _block(item, inside, stratum, run, block_bytes, limit)
-        for item, inside, stratum, run in chosen
-    ]
+    blocks = [_block(*block, limit) for block in chosen]
     return BlockSample(_with_documents(blocks), [Stratum(*size) for size in sizes])
 
 
@@ -164,14 +165,11 @@ def _block(
     item: InputFile, inside: int, stratum: int, run_blocks: int, block_bytes: int, limit: int | None
 ) -> Block:
     piece = dataclasses.replace(item, xxh3_128=SAMPLED)
+    if not _has_blocks(item):
+        return Block(piece, stratum, run_blocks, item.size_bytes, limit)
     start, end = inside * block_bytes, min((inside + 1) * block_bytes, item.size_bytes)
-    if _kind(item) in LINES:
-        piece = _lines(piece, start, end)
-        return Block(piece, stratum, run_blocks, piece.read_bytes)
-    if _kind(item) == ".parquet":
-        piece = _row_group(piece, (start + end) // 2)
-        return Block(piece, stratum, run_blocks, end - start, 4 * block_bytes)
-    return Block(piece, stratum, run_blocks, item.size_bytes, limit)
+    piece = _piece(piece, start, end)
+    return Block(piece, stratum, run_blocks, piece.read_bytes)
 
 
 def _with_documents(blocks: Sequence[Block]) -> list[Block]:
@@ -181,9 +179,14 @@ def _with_documents(blocks: Sequence[Block]) -> list[Block]:
     for place, block in enumerate(blocks):
         if block.stratum not in found:
             found.add(block.stratum)
-            item = _lines(block.item, 0, 1)
+            item = _piece(block.item, 0, 1)
             blocks[place] = dataclasses.replace(block, item=item, size_bytes=item.read_bytes)
     return blocks
+
+
+def _piece(item: InputFile, start: int, end: int) -> InputFile:
+    """Return the documents that begin in [start, end)."""
+    return (_lines if _kind(item) in LINES else _rows)(item, start, end)
 
 
 def _lines(item: InputFile, start: int, end: int) -> InputFile:
@@ -215,27 +218,39 @@ def _chunks(raw: object) -> Iterator[bytes]:
         yield chunk
 
 
-def _row_group(item: InputFile, place: int) -> InputFile:
-    """Return the group of rows around a byte of a parquet file."""
+def _group_rows(item: InputFile) -> list[int]:
+    """Return the number of rows of each group of a parquet file; nothing if it is damaged."""
     from pyarrow import parquet
 
     try:
         with open_seekable(item) as raw, parquet.ParquetFile(raw) as file:
-            metadata = file.metadata
-            rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-    except (OSError, ValueError):  # damaged: reading it as a whole tells what is wrong
+            found = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            return [group.num_rows for group in found]
+    except (OSError, ValueError):
+        return []
+
+
+def _least_block(items: Sequence[InputFile]) -> int:
+    """Return the bytes of the smallest block of files that are sampled together."""
+    rows = _group_rows(items[0]) if len(items) == 1 and _kind(items[0]) == ".parquet" else []
+    return items[0].size_bytes * max(rows) // (sum(rows) * GROUP_BLOCKS) if sum(rows) else 0
+
+
+def _rows(item: InputFile, start: int, end: int) -> InputFile:
+    """Return the rows of a parquet file that begin in [start, end), if all are equally long."""
+    ends = np.cumsum([0, *_group_rows(item)])
+    total = int(ends[-1])
+    if not total:  # reading it as a whole tells what is wrong
         return item
-    bytes_per_row = item.size_bytes / max(sum(rows), 1)
-    ends = np.cumsum(rows)
-    index = min(int(np.searchsorted(ends * bytes_per_row, place, "right")), len(rows) - 1)
-    if index < 0:
-        return item
-    first = int(ends[index] - rows[index])
-    start, end = round(bytes_per_row * first), round(bytes_per_row * int(ends[index]))
+    first, last = (-(-place * total // item.size_bytes) for place in (start, end))
+    group = int(np.searchsorted(ends, first, "right")) - 1
+    begin, stop = (row * item.size_bytes // total for row in (first, last))
     return dataclasses.replace(
         item,
-        start_bytes=start,
-        piece_bytes=end - start,
+        start_bytes=begin,
+        piece_bytes=stop - begin,
         first_line=first + 1,
-        groups=(index, index + 1),
+        groups=(group, max(int(np.searchsorted(ends, last)), group)),
+        skip_rows=first - int(ends[group]),
+        num_rows=last - first,
     )

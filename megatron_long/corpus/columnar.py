@@ -36,14 +36,18 @@ def read_rows(
 def _parquet_rows(item: InputFile, columns: Set[str]) -> Iterator[tuple[list[Any], int]]:
     from pyarrow import parquet
 
-    number = item.first_line - 1
+    number, skip, left = item.first_line - 1, item.skip_rows, item.num_rows
     with open_seekable(item) as raw, parquet.ParquetFile(raw) as file:
         wanted = sorted(columns & set(file.schema_arrow.names))
         for group in range(*(item.groups or (0, file.num_row_groups))):
             for table in file.iter_batches(MAX_ROWS, [group], wanted):
-                number += table.num_rows
+                found = table.slice(min(skip, table.num_rows), left)
+                skip -= min(skip, table.num_rows)
+                number += found.num_rows
                 share = number / max(file.metadata.num_rows, 1)
-                yield _records(table), round(item.size_bytes * share)
+                yield _records(found), round(item.size_bytes * share)
+                if left is not None and not (left := left - found.num_rows):
+                    return
 
 
 def _arrow_rows(

@@ -165,7 +165,7 @@ def parse_line(line: bytes, item: InputFile, number: int, keys: RecordKeys) -> D
 def _document(record: Any, line: int, keys: RecordKeys, label: str | None) -> Document:
     text = _look_up(record, keys.text_parts)
     if not isinstance(text, str):
-        raise ValueError(*_lacks(record, "text", "--text-key", keys.text))
+        raise ValueError(*_lacks(record, text, "text", "--text-key", keys.text))
     if label is None:
         source = None
         for parts in keys.source_parts:
@@ -174,7 +174,7 @@ def _document(record: Any, line: int, keys: RecordKeys, label: str | None) -> Do
                 break
         if not isinstance(source, str) or not source:
             raise ValueError(
-                *_lacks(record, "source", "--source-key", " or ".join(keys.source_paths))
+                *_lacks(record, source, "source", "--source-key", " or ".join(keys.source_paths))
             )
         label = canonical_source(source)
     _check_label(label)
@@ -206,10 +206,12 @@ def _look_up(record: Any, parts: list[str]) -> Any:
     return record
 
 
-def _lacks(record: Any, what: str, flag: str, key: str) -> tuple[str, str]:
+def _lacks(record: Any, value: Any, what: str, flag: str, key: str) -> tuple[str, str]:
     found = (
         f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
     )
+    if value is not None:
+        found = "it is empty" if value == "" else f"it is of type {type(value).__name__}"
     folder = ", or give --source-from-folder if each source has a folder" * (what == "source")
     return (
         f"has no {what} string at {key!r} ({found})",
@@ -240,18 +242,23 @@ def _read_lines(
                 yield batch
                 batch, size_bytes = [], 0
     except Exception as error:
-        if not _is_damage(error):
-            raise
+        _require_damage(error, item)
         reason = f"cannot be read ({error or type(error).__name__}): the file is cut off or damaged"
         if item.owns(state.used_bytes):
             bad.add(item, number + 1, reason, "fetch it again")
     yield batch
 
 
-def _is_damage(error: Exception) -> bool:
+def _require_damage(error: Exception, item: InputFile) -> None:
+    """Raise what is not damage of the file: skipping the rest when a disk fails would lose documents."""
+    if isinstance(error, OSError) and error.errno:
+        raise DataError(
+            f"{item.path}: reading fails ({error}); when it works, the same command resumes where it was"
+        ) from error
     # zlib.error and zstandard.ZstdError derive from Exception; pyarrow's from ValueError and OSError.
     package = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError | EOFError) or package in ("zlib", "zstandard", "pyarrow")
+    if not (isinstance(error, OSError | EOFError) or package in ("zlib", "zstandard", "pyarrow")):
+        raise error
 
 
 def _read_table(
@@ -278,10 +285,7 @@ def _read_table(
                     bad.add(item, number, *error.args)
             reader.position = position - item.start_bytes
             yield batch
-    except DataError:
-        raise
     except Exception as error:
-        if not _is_damage(error):
-            raise
+        _require_damage(error, item)
         reason = f"cannot be read ({error}): the file is cut off or damaged"
         bad.add(item, number + 1, reason, "fetch it again")

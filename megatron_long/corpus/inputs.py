@@ -11,6 +11,7 @@ from typing import IO, Any, cast
 
 import xxhash
 
+from megatron_long.corpus.stores import StoreFile
 from megatron_long.errors import ConfigError
 
 LINES = (".jsonl", ".ndjson", ".json")
@@ -45,6 +46,10 @@ class InputFile:
     """Number of its first line or row in the file."""
     groups: tuple[int, int] | None = None
     """First row group and end, for a piece of a parquet file."""
+    skip_rows: int = 0
+    """Rows of the first group that lie before the piece."""
+    num_rows: int | None = None
+    """Rows of the piece; None for all of its groups."""
     share: tuple[int, int] = (0, 1)
     """Which share of the text of a compressed file this is, and of how many; see `owns`."""
     xxh3_128: str = ""
@@ -82,23 +87,6 @@ def is_url(path: str | Path) -> bool:
     (True, False)
     """
     return "://" in str(path)
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL, and the path inside it.
-
-    Raises: ConfigError: fsspec, or its package for this kind of store, is not installed.
-    """
-    try:
-        import fsspec
-
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        kind = url.partition("://")[0]
-        package = {"s3": " s3fs", "gs": " gcsfs", "gcs": " gcsfs", "abfs": " adlfs"}.get(kind, "")
-        raise ConfigError(f"{url}: {error}; `pip install fsspec{package}`") from None
-    except ValueError as error:
-        raise ConfigError(f"{url}: {error}") from None
 
 
 class HashingReader(io.RawIOBase):
@@ -151,8 +139,7 @@ def open_seekable(item: InputFile, buffering: int = -1) -> Any:
     """Open the stored file itself."""
     if not is_url(item.path):
         return open(item.path, "rb", buffering=buffering)
-    system, path = file_system(item.path)
-    return system.open(path, "rb")
+    return StoreFile(item.path)
 
 
 def hash_input(item: InputFile) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -23,11 +23,11 @@ from megatron_long.corpus.inputs import (
     SUFFIXES,
     TABLES,
     InputFile,
-    file_system,
     is_url,
     open_seekable,
     suffix_of,
 )
+from megatron_long.corpus.stores import AT_START, attempt, file_system
 from megatron_long.errors import DataError
 
 OTHER_COMPRESSIONS = (".bz2", ".xz", ".lzma", ".lz4", ".br", ".sz", ".snappy", ".zip", ".gzip")
@@ -343,15 +343,19 @@ def _local(path: str, name: str, label: str) -> _Entry:
 def _list_url(root: str) -> Iterator[_Entry]:
     system, top = file_system(root)
     top = top.rstrip("/")
-    if not system.exists(top):
-        raise DataError(f"--input {root} does not exist; give existing files or folders")
-    is_named = not system.isdir(top)
+
+    def look() -> tuple[bool, list[dict[str, Any]]]:
+        system.invalidate_cache()  # or a file that changes during the run looks as it did at the start
+        if not system.exists(top):
+            raise DataError(f"--input {root} does not exist; give existing files or folders")
+        if not system.isdir(top):
+            return True, [system.info(top)]
+        found = system.find(top, detail=True)
+        return False, [found[path] for path in sorted(found)]
+
+    is_named, details = attempt(f"--input {root}", look, AT_START)
     if is_named:
         _require_suffix(root)
-        details = [system.info(top)]
-    else:
-        found = system.find(top, detail=True)
-        details = [found[path] for path in sorted(found)]
     for detail in details:
         path, problem = detail["name"], tuple[str, ...]()
         # A store without a tag or a time still has the size: changes of content alone are not detected.

@@ -121,7 +121,7 @@ class DatasetBrowser:
 
     def decode(self, tokens: NDArray) -> str:
         """Return the text of tokens, without the BOS and EOD around it."""
-        marks = (self.tokenizer.bos_id, self.tokenizer.eod_id)
+        marks = (self.manifest.tokenizer.bos_id, self.manifest.tokenizer.eod_id)
         ids = tokens.tolist()
         first = 1 if ids and ids[0] == marks[0] else 0
         last = len(ids) - 1 if ids and ids[-1] == marks[1] else len(ids)

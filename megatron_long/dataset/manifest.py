@@ -91,6 +91,9 @@ class SourceInfo:
     share_in_error: float = 0.0
     """Of this source's share of the tokens of the corpus."""
     long_share_before_error: float = 0.0
+    documents_plain: int = 0
+    """Of the training documents, those as they are (`--short-share`), beside the length-upsampled ones."""
+    tokens_plain: int = 0
 
 
 @dataclass(frozen=True)

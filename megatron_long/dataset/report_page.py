@@ -37,6 +37,7 @@ WORDS = {
     "source_shares": "shares of the sources (--source-shares)",
     "missing_sources": "sources with a share that the corpus lacks (--missing-sources)",
     "valid_tokens_per_source": "tokens to hold out of each source (--valid-tokens-per-source)",
+    "short_share": "share of tokens in documents as they are (--short-share)",
     "allow_repeat": "times a document may be used (--allow-repeat)",
     "kind": "kind of vocabulary",
     "vocab_size": "ids in the vocabulary",
@@ -89,7 +90,8 @@ code { font-size: .9em; overflow-wrap: anywhere; } .conclusion { font-size: 1.2e
 <p class="conclusion">{{ conclusion }}</p>
 <p>{{ count(manifest.train.num_tokens) }} training tokens in \
 {{ count(manifest.train.num_documents) }} documents from {{ count(manifest.sources | length) }} \
-source{{ "s" if manifest.sources | length != 1 }}; strategy <code>{{ manifest.mixture.strategy }}</code>, \
+source{{ "s" if manifest.sources | length != 1 }}; strategy <code>{{ manifest.mixture.strategy }}</code>\
+{% if plain %} with {{ count(plain) }} tokens in documents as they are{% endif %}, \
 seed {{ manifest.seed }}; fingerprint <code>{{ manifest.fingerprint }}</code>.</p>
 {% if manifest.warnings %}
 <ul>{% for warning in manifest.warnings %}<li>{{ warning }}</li>{% endfor %}</ul>
@@ -165,6 +167,7 @@ def report_page(manifest: Manifest, name: str, figure_png: bytes) -> str:
         tables=tables,
         inputs=_inputs_table(manifest.inputs[:MAX_INPUTS]),
         most=MAX_INPUTS,
+        plain=sum(info.tokens_plain for info in sources.values()),
         count="{:,}".format,
     )
 
@@ -248,6 +251,7 @@ def _sources_table(sources: Mapping[str, SourceInfo]) -> PageTable:
 
 def _details_table(sources: Mapping[str, SourceInfo]) -> PageTable:
     """Build the table of what is left to tell of each source."""
+    has_plain = any(info.tokens_plain for info in sources.values())
     rows = [
         [
             name,
@@ -261,6 +265,7 @@ def _details_table(sources: Mapping[str, SourceInfo]) -> PageTable:
             f"{info.passes:,}",
             f"{info.documents_repeated:,}",
             f"{info.tokens_repeated:,}",
+            *((f"{info.documents_plain:,}", f"{info.tokens_plain:,}") if has_plain else ()),
         ]
         for name, info in sources.items()
     ]
@@ -268,6 +273,7 @@ def _details_table(sources: Mapping[str, SourceInfo]) -> PageTable:
         *("source", "bytes of text", "documents tokenized", "tokens made", "held-out documents"),
         *("documents not used", "tokens not used", "probability of keeping a short document"),
         *("passes", "documents used again", "tokens used again"),
+        *(("documents as they are", "tokens as they are") if has_plain else ()),
     )
     return PageTable(header, rows)
 
@@ -300,6 +306,9 @@ def _other_fields(manifest: Manifest) -> dict[str, Any]:
     """Return fields of the manifest that have no table of their own."""
     names = ("format_version", "order", "documents_empty", "documents_bad", "made_by")
     content = dataclasses.asdict(manifest)
+    if manifest.order and not manifest.order.num_windows:
+        window = manifest.order.window_tokens
+        content["order"] = f"not measured: the set is smaller than a window of {window:,} tokens"
     return {name: content[name] for name in names if content[name] not in (None, {}, 0)}
 
 

@@ -144,6 +144,19 @@ def share_text(share: float, error: float = 0.0) -> str:
     return f"{100 * share:.2f}%" + (f" ±{100 * error:.2f}" if error else "")
 
 
+def short_count(number: float) -> str:
+    """Write a count with three digits.
+
+    >>> short_count(627_312_000_000), short_count(1_234_567), short_count(12)
+    ('627B', '1.23M', '12')
+    """
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            digits = max(2 - len(f"{number / size:.0f}") + 1, 0)
+            return f"{number / size:.{digits}f}{unit}"
+    return f"{number:.0f}"
+
+
 def _cells(info: SourceInfo, tokens_in: int) -> list[str]:
     counts = (info.documents_in, info.tokens_in, info.documents_kept, info.tokens_kept)
     return [

@@ -13,7 +13,10 @@ from megatron_long.checkpoint.choosing import Choice
 
 CHANGED_SYMBOLS = {
     "megatron.training.training": ("load_checkpoint",),
-    "megatron.training.checkpointing": ("read_metadata", "checkpoint_exists"),
+    "megatron.training.checkpointing": (
+        *("read_metadata", "checkpoint_exists"),
+        "_maybe_setup_gpt_to_hybrid_load",
+    ),
     "megatron.core.dist_checkpointing": ("load",),
 }
 """Symbols replaced, by module."""
@@ -35,6 +38,26 @@ def load_from(choice: Choice, args: Namespace) -> None:
     checkpointing.read_metadata = read_metadata
     checkpointing.checkpoint_exists = checkpoint_exists
     args.ckpt_step = choice.iteration
+
+
+def keep_optimizer() -> None:
+    """Make Megatron load the optimizer with weights that start another run, and set the rates of this run.
+
+    Megatron-Core 0.19.2 does so for a model of another kind; the parameter groups then still have the
+    learning rate and weight decay of the checkpoint's last step.
+    """
+    training: Any = importlib.import_module("megatron.training.training")
+    checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
+    set_up, stock = checkpointing._maybe_setup_gpt_to_hybrid_load, training.load_checkpoint
+
+    @functools.wraps(stock)
+    def load_checkpoint(model, optimizer, scheduler, *args, **kwargs):
+        found = stock(model, optimizer, scheduler, *args, **kwargs)
+        scheduler.step(0)
+        return found
+
+    checkpointing._maybe_setup_gpt_to_hybrid_load = lambda *given: (set_up(*given)[0], True)
+    training.load_checkpoint = load_checkpoint
 
 
 def load_main_copy(iteration: Path, prefix: str) -> None:

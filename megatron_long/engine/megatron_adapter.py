@@ -93,15 +93,8 @@ def parse_flags(
         )
 
     def add_and_fix(parser: ArgumentParser) -> ArgumentParser:
-        parser = add_arguments(parser) if add_arguments else parser
-        parser = add_dataclass_flags(parser, Llama3RopeArguments, "megatron_long RoPE")
-        flag_help.take_lengths(parser)
-        flag_help.describe_own(parser)
-        flag_help.put_own_first(parser)
+        parser = _add_and_fix(parser, add_arguments)
         parser.error = functools.partial(_refuse_flags, parser, tool_flags)  # type: ignore[method-assign]
-        for action in parser._actions:  # a bare "%" in a help text breaks `--help`
-            if action.help and "%" in action.help.replace("%%", "").replace("%(", ""):
-                action.help = action.help.replace("%", "%%")
         return parser
 
     program = sys.argv[0]
@@ -110,6 +103,27 @@ def parse_flags(
         return parse_args(add_and_fix)
     finally:
         sys.argv = kept
+
+
+def build_parser(add_arguments: Callable[[ArgumentParser], ArgumentParser]) -> ArgumentParser:
+    """Return the parser of `parse_flags`, for what lists its flags."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    return _add_and_fix(add_megatron_arguments(ArgumentParser(allow_abbrev=False)), add_arguments)
+
+
+def _add_and_fix(
+    parser: ArgumentParser, add_arguments: Callable[[ArgumentParser], ArgumentParser] | None
+) -> ArgumentParser:
+    parser = add_arguments(parser) if add_arguments else parser
+    parser = add_dataclass_flags(parser, Llama3RopeArguments, "megatron_long RoPE")
+    flag_help.take_lengths(parser)
+    flag_help.describe_own(parser)
+    flag_help.put_own_first(parser)
+    for action in parser._actions:  # a bare "%" in a help text breaks `--help`
+        if action.help and "%" in action.help.replace("%%", "").replace("%(", ""):
+            action.help = action.help.replace("%", "%%")
+    return parser
 
 
 def _refuse_flags(parser: ArgumentParser, tool_flags: Sequence[str], message: str) -> NoReturn:

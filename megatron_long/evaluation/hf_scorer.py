@@ -7,7 +7,7 @@ Legend: b batch, s sequence, h hidden, v vocabulary.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ class HFScorer:
         self.context_length = context_length
         self.data_parallel_rank, self.data_parallel_size = share()
         self.is_writer = self.data_parallel_rank == 0
+        own = model.generation_config or model.config
+        ends = own.eos_token_id
+        self.stop_ids = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        """Tokens that end an answer."""
 
     def score(self, tokens: Tensor, labels: Tensor) -> TokenScores:
         """Score a batch of tokens and labels [b, s]; see `Scorer.score`."""
@@ -69,9 +73,18 @@ class HFScorer:
         whole = self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            generation_config=_greedy(self.model, max_new_tokens),
+            generation_config=_greedy(self.model, max_new_tokens, self.stop_ids),
         )
         return whole[0, prompt.size(1) :].cpu().numpy()
+
+    def generate_rows(self, prompts: Sequence[np.ndarray], max_new_tokens: int) -> list[np.ndarray]:
+        """Give the tokens added to each prompt, without the one that ends it.
+
+        One prompt at a time: padding would want a mask of the square of the length.
+        """
+        return [
+            until_stop(self.generate(prompt, max_new_tokens), self.stop_ids) for prompt in prompts
+        ]
 
     def gather(self, value: Any) -> list:
         """Collect a picklable object from every process, on each."""
@@ -96,17 +109,25 @@ class HFScorer:
             torch.distributed.destroy_process_group()
 
 
-def _greedy(model: Any, max_new_tokens: int) -> Any:
+def until_stop(tokens: np.ndarray, stop_ids: Iterable[int]) -> np.ndarray:
+    """Cut an answer before the token that ends it.
+
+    >>> until_stop(np.array([5, 2, 7]), {2, 9}).tolist()
+    [5]
+    """
+    (ends,) = np.nonzero(np.isin(tokens, list(stop_ids)))
+    return tokens[: ends[0]] if len(ends) else tokens
+
+
+def _greedy(model: Any, max_new_tokens: int, ends: Iterable[int]) -> Any:
     """Plain greedy decoding; of the model's own settings (penalties!) only its ends hold."""
     from transformers import GenerationConfig
 
-    own = model.generation_config
-    ends = own.eos_token_id if own is not None else model.config.eos_token_id
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        eos_token_id=ends,
+        eos_token_id=sorted(ends) or None,
         pad_token_id=0,
     )
     # `generate` takes from the model's settings whatever is None in those it is given.

@@ -50,6 +50,12 @@ class CheckpointFolder:
             return None
         return Checkpoint(self.path, None if self.iteration == RELEASE else int(self.iteration))
 
+    def stop_ids(self) -> set[int]:
+        """Give the tokens that end a text by the model's config; none where it names none."""
+        config = json.loads(self.hf_config.read_text()) if self.hf_config is not None else {}
+        named = config.get("eos_token_id")
+        return set(named if isinstance(named, list) else [] if named is None else [named])
+
     @classmethod
     def of_config(cls, path: Path) -> CheckpointFolder:
         """A model that is nothing but a config, a Hugging Face folder or its config.json.

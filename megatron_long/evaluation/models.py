@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from megatron_long.checkpoint.choosing import SKIP_HASH_CHECK
 from megatron_long.checkpoint.megatron_folder import WEIGHTS, choose_weights
@@ -27,6 +29,7 @@ from megatron_long.model.geometry import LlamaGeometry, geometry_from_hf
 
 if TYPE_CHECKING:
     from megatron_long.evaluation.hf_scorer import HFScorer
+    from megatron_long.evaluation.scoring import Scorer
 
 MEGATRON, HF = "megatron", "hf"
 LAYOUT_FLAGS = (
@@ -215,10 +218,44 @@ def warn_beyond_rope(choice: ModelChoice, context_length: int) -> None:
         )
 
 
+class RowGenerator(TokenScorer, Protocol):
+    """A model, sharded or not, that also writes on; replicas may be given different prompts."""
+
+    def generate_rows(self, prompts: Sequence[np.ndarray], max_new_tokens: int) -> list[np.ndarray]:
+        """Give the tokens that greedy decoding adds to each prompt, without the one that ends it."""
+        ...
+
+
 def open_model(choice: ModelChoice, *, context_length: int) -> TokenScorer:
     """Load the model; under torchrun every rank calls this."""
     if choice.backend == HF:
         return open_generator(choice, context_length=context_length)
+    from megatron_long.evaluation.scoring import Scorer
+
+    return _open_shards(choice, context_length, Scorer)
+
+
+def open_row_generator(
+    choice: ModelChoice, *, context_length: int, stop_ids: Collection[int]
+) -> RowGenerator:
+    """Load the model to generate; under torchrun every rank calls this.
+
+    Args:
+        stop_ids: Tokens that end an answer, besides those that the model's config names.
+    """
+    if choice.backend == HF:
+        model = open_generator(choice, context_length=context_length)
+        model.stop_ids = model.stop_ids | set(stop_ids)
+        return model
+    from megatron_long.evaluation.generation.shard_generator import ShardGenerator
+
+    shards = _open_shards(choice, context_length, ShardGenerator)
+    assert isinstance(shards, ShardGenerator)
+    shards.stop_ids = {*choice.folder.stop_ids(), *stop_ids}
+    return shards
+
+
+def _open_shards(choice: ModelChoice, context_length: int, kind: type[Scorer]) -> Scorer:
     from megatron_long.evaluation import scoring
 
     return scoring.open_scorer(
@@ -231,6 +268,7 @@ def open_model(choice: ModelChoice, *, context_length: int) -> TokenScorer:
         tool_flags=choice.tool_flags,
         iteration=None if choice.random_weights else choice.folder.iteration,
         weights=choice.weights,
+        kind=kind,
     )
 
 

@@ -123,7 +123,7 @@ class Scorer:
         if self.on_batch is not None:
             self.on_batch()
         with torch.no_grad():
-            local = self._forward(tokens, labels)
+            local = self._forward(tokens, labels, self._output_processor)
             whole = self._collect(local, tokens.shape)
         return TokenScores(whole[0].cpu(), whole[1].cpu() > 0.5)
 
@@ -164,26 +164,33 @@ class Scorer:
                 "was made with another tokenizer than the model's"
             )
 
-    def _forward(self, tokens: Tensor, labels: Tensor) -> Tensor | None:
-        """Losses and matches of this rank's shard [2, b, s/cp]; None before the last stage."""
+    def own_shard(self, whole: Tensor) -> Tensor:
+        """Give the part of [b, s] that this context-parallel rank holds, [b, s/cp]."""
         from megatron.core import parallel_state
-        from megatron.core.pipeline_parallel import get_forward_backward_func
 
         from megatron_long.model.attention import zigzag_shard
 
         rank = parallel_state.get_context_parallel_rank()
-        cp = parallel_state.get_context_parallel_world_size()
+        return zigzag_shard(whole, rank, parallel_state.get_context_parallel_world_size(), dim=1)
+
+    def _forward(
+        self, tokens: Tensor, labels: Tensor, processor: Callable[..., Tensor]
+    ) -> Tensor | None:
+        """What a processor makes of this rank's shard [2, b, s/cp]; None before the last stage."""
         positions = torch.arange(tokens.size(1)).expand_as(tokens)
-        shards = [
-            zigzag_shard(whole.to(torch.cuda.current_device()), rank, cp, dim=1)
-            for whole in (tokens, labels, positions)
-        ]
+        device = torch.cuda.current_device()
+        own = [self.own_shard(whole.to(device)) for whole in (tokens, labels, positions)]
+        return self._run(own[0], own[1], own[2], processor)
+
+    def _run(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor, processor: Callable[..., Tensor]
+    ) -> Tensor | None:
+        """Run the stages on this rank's tokens, labels and positions [b, s/cp]."""
+        from megatron.core import parallel_state
+        from megatron.core.pipeline_parallel import get_forward_backward_func
 
         def forward_step(_iterator: None, model: torch.nn.Module) -> tuple:
-            tokens, labels, positions = shards
-            output = model(
-                tokens, positions, None, labels=labels, output_processor=self._output_processor
-            )
+            output = model(tokens, positions, None, labels=labels, output_processor=processor)
             return output, lambda output, **_: output
 
         outputs = get_forward_backward_func()(
@@ -191,7 +198,7 @@ class Scorer:
             data_iterator=None,
             model=[self.model],
             num_microbatches=1,
-            seq_length=tokens.size(1),
+            seq_length=tokens.size(1) * parallel_state.get_context_parallel_world_size(),
             micro_batch_size=tokens.size(0),
             forward_only=True,
             collect_non_loss_data=True,
@@ -208,20 +215,12 @@ class Scorer:
         **_: Any,
     ) -> Tensor:
         """Take the place of output layer and loss: hidden [s/cp(/tp), b, h] -> [2, b, s/cp]."""
-        from megatron.core import parallel_state, tensor_parallel
+        from megatron.core import parallel_state
 
-        if output_layer.sequence_parallel:
-            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
-        weight = output_layer.weight if output_weight is None else output_weight
-        first = parallel_state.get_tensor_model_parallel_rank() * weight.size(0)
+        hidden, weight, shard = self._output_parts(hidden_states, output_layer, output_weight)
         flat_labels = labels.transpose(0, 1).reshape(-1)  # hidden states run sequence first
         asked = torch.nonzero(flat_labels != UNSCORED)[:, 0]
-        local = shard_statistics(
-            hidden_states.reshape(-1, hidden_states.size(-1))[asked],
-            weight,
-            flat_labels[asked],
-            VocabularyShard(first, self.vocab_size),
-        )
+        local = shard_statistics(hidden[asked], weight, flat_labels[asked], shard)
         group = parallel_state.get_tensor_model_parallel_group()
         scores = combine_statistics(gather_statistics(local, group), flat_labels[asked])
         both = torch.zeros(2, flat_labels.numel(), device=flat_labels.device)
@@ -229,8 +228,21 @@ class Scorer:
         both[:, asked] = torch.stack([scores.losses, scores.is_greedy.float()])
         return both.view(2, labels.size(1), labels.size(0)).transpose(1, 2).contiguous()
 
+    def _output_parts(
+        self, hidden_states: Tensor, output_layer: Any, output_weight: Any
+    ) -> tuple[Tensor, Tensor, VocabularyShard]:
+        """Hidden states [s/cp * b, h], sequence first, and this rank's rows of the output layer."""
+        from megatron.core import parallel_state, tensor_parallel
+
+        if output_layer.sequence_parallel:
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
+        weight = output_layer.weight if output_weight is None else output_weight
+        first = parallel_state.get_tensor_model_parallel_rank() * weight.size(0)
+        shard = VocabularyShard(first, self.vocab_size)
+        return hidden_states.reshape(-1, hidden_states.size(-1)), weight, shard
+
     def _collect(self, local: Tensor | None, shape: torch.Size) -> Tensor:
-        """Put the shards of the context-parallel ranks in order, and share them with all stages."""
+        """Put the shards of the context-parallel ranks in order, and give them to all stages."""
         from megatron.core import parallel_state
 
         from megatron_long.model.attention import zigzag_unshard
@@ -241,8 +253,14 @@ class Scorer:
             torch.distributed.all_gather(
                 shards, local, group=parallel_state.get_context_parallel_group()
             )
-            whole = zigzag_unshard(shards, dim=-1).contiguous()
-        else:
+            local = zigzag_unshard(shards, dim=-1).contiguous()
+        return self._share(local, shape)
+
+    def _share(self, whole: Tensor | None, shape: torch.Size) -> Tensor:
+        """Give all stages what the last one has [2, b, s]."""
+        from megatron.core import parallel_state
+
+        if whole is None:
             whole = torch.empty(2, *shape, device=torch.cuda.current_device())
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             torch.distributed.broadcast(
@@ -264,6 +282,7 @@ def open_scorer(
     tool_flags: Sequence[str] = (),
     iteration: str | None = None,
     weights: str = "auto",
+    kind: type[Scorer] = Scorer,
 ) -> Scorer:
     """Load a checkpoint in the layout of the flags; under torchrun, every rank calls this.
 
@@ -279,6 +298,7 @@ def open_scorer(
         iteration: Which checkpoint of the folder, a number or `release`; None is that of `--ckpt-step`, or
             the newest. Every rank takes that of rank 0.
         weights: Which of the checkpoint's weights, one of `checkpoint.megatron_folder.WEIGHTS`.
+        kind: `Scorer`, or `evaluation.generation.shard_generator.ShardGenerator`.
     Raises: ConfigError: no checkpoint there, or a layout that cannot be cut. DataError: it is damaged.
     """
     host_backend.install()
@@ -302,7 +322,7 @@ def open_scorer(
     ):  # Megatron's own lines; the result alone is the output
         megatron_adapter.validate_flags(args, quiet=True)
         model = megatron_adapter.load_model_for_scoring(args)
-    return Scorer(
+    return kind(
         model,
         context_length=context_length,
         vocab_size=geometry.vocab_size,

@@ -25,6 +25,11 @@ class LongContextArguments:
     """Start from this Hugging Face model folder (or GGUF file): each rank reads its slices of the weights.
     A checkpoint in --load is resumed instead."""
 
+    next_stage_of: str | None = None
+    """Start from this finished run (its --save folder, or one checkpoint of it, iter_N) with its optimizer,
+    at step 0 of a new schedule and of another dataset; windows and RoPE base may grow. A checkpoint in --load
+    is resumed instead."""
+
     export_hf: str | None = None
     """When training ends, write the model saved last as a Hugging Face folder here; needs --save."""
 

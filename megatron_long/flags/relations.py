@@ -14,7 +14,8 @@ from megatron_long.flags.rules import check_rules, flag_of
 from megatron_long.model.rope import rope_from_arguments
 
 PATH_FLAGS = (
-    *("--save", "--load", "--pretrained-checkpoint", "--tensorboard-dir", "--wandb-save-dir"),
+    *("--save", "--load", "--pretrained-checkpoint", "--next-stage-of"),
+    *("--tensorboard-dir", "--wandb-save-dir"),
     *("--dataset", "--hf-config", "--hf-checkpoint", "--export-hf", "--loss-log"),
     *("--tokenizer-model", "--data-cache-path", "--needle-haystack"),
 )

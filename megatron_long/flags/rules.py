@@ -208,6 +208,13 @@ RULES = (
         "drop one of them, or convert the checkpoint with tools/convert_checkpoint.py",
         when="--init-model-with-meta-device",
     ),
+    Rule(
+        "--hf-checkpoint --finetune --no-load-optim --use-checkpoint-opt-param-scheduler",
+        "and --next-stage-of contradict each other: a stage keeps the weights and the optimizer of the run "
+        "before it, and has a schedule of its own",
+        "drop one of them; --pretrained-checkpoint starts from weights alone",
+        when="--next-stage-of",
+    ),
     Rule("--export-hf", "writes the checkpoint saved last", "give --save too", unless="--save"),
     # Checkpoints
     Rule(

@@ -160,24 +160,20 @@ def start_log_path(save: str | None, loss_log: str | None) -> Path | None:
     return Path(loss_log).parent / FILE_NAME if loss_log else None
 
 
-def describe_start(
-    args: Namespace, checkpoint: Path | None, resumes: bool, *, is_main_copy: bool = False
-) -> list[str]:
+def describe_start(args: Namespace, checkpoint: Path | None, how: str) -> list[str]:
     """Describe what is about to be trained.
 
     Args:
         args: Flags after Megatron's validation.
         checkpoint: What the weights are loaded from; None for random ones or a Hugging Face folder.
-        resumes: Whether its step and optimizer are, too.
-        is_main_copy: Whether the weights are those of its optimizer's float32 main copy.
+        how: What of it is loaded besides the weights.
     """
     tokens = args.global_batch_size * args.seq_length
     steps = args.train_iters or -(-args.train_samples // args.global_batch_size)
     heads = f"{args.num_attention_heads} heads, {args.num_query_groups or args.num_attention_heads} groups"
     start = args.hf_checkpoint or "random weights"
     if checkpoint is not None:
-        start = f"{checkpoint}, {'resumed' if resumes else 'weights alone, from step 0'}"
-        start += "; they are its optimizer's float32 main copy" if is_main_copy else ""
+        start = f"{checkpoint}, {how}"
     times = [f"every {args.save_minutes:g} minutes"] if args.save_minutes else []
     times += [f"every {args.save_interval} steps"] if args.save_interval < steps else []
     kept = f"the last {args.keep_last} are kept" if args.keep_last else "all are kept"

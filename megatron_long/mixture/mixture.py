@@ -1,7 +1,8 @@
 """What a training set should contain: the mixture, its strategies, and the tokens of each source."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from megatron_long.errors import ConfigError
 from megatron_long.mixture.shares import (
@@ -11,6 +12,9 @@ from megatron_long.mixture.shares import (
     SLIMPAJAMA_SHARES,
     resolve_shares,
 )
+
+MOST_TOKENS, MOST_PASSES = 10**15, 2**16 - 1
+"""Passes are counted in two bytes; tokens in eight, and their products in float64 must be exact."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ class Mixture:
     """Tokens that each source holds out, in whole documents."""
     allow_repeat: int = 1
     """How many times one document may be used."""
+    short_share: float = 0.0
+    """Share of the training tokens in documents as they are, in the corpus's own distribution of lengths,
+    beside the length-upsampled rest; each source gives both in its share."""
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -82,9 +89,24 @@ class Mixture:
         for name, (flag, minimum) in flags.items():
             if getattr(self, name) < minimum:
                 raise ConfigError(f"{flag} {getattr(self, name)} is too small; at least {minimum}")
+            most = MOST_PASSES if name == "allow_repeat" else MOST_TOKENS
+            if getattr(self, name) > most:
+                raise ConfigError(f"{flag} {getattr(self, name)} is too large; at most {most:,}")
         if isinstance(self.source_shares, str) and self.source_shares not in (NATURAL, SLIMPAJAMA):
             raise ConfigError(f"--source-shares {self.source_shares}: {SHARES_RULE}")
         _check_strategy(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, without what was added later and is not used: older records compare equal."""
+        content = asdict(self)
+        if not self.short_share:
+            del content["short_share"]
+        return content
+
+    @property
+    def plain_tokens(self) -> int:
+        """Training tokens in documents as they are."""
+        return round(self.short_share * self.train_tokens)
 
     @property
     def rules(self) -> Strategy:
@@ -151,6 +173,13 @@ def _check_strategy(mixture: Mixture) -> None:
         raise ConfigError(
             f"--long-token-share has no effect with --strategy {mixture.strategy}, which keeps every "
             "document; use per-source or global"
+        )
+    if not 0 <= mixture.short_share < 1:
+        raise ConfigError(f"--short-share {mixture.short_share} is not at least 0 and below 1")
+    if mixture.short_share and (rules.is_pooled or not rules.thins_short):
+        raise ConfigError(
+            f"--short-share has no effect with --strategy {mixture.strategy}: documents as they are lie "
+            "beside those of --strategy per-source; use that"
         )
     if rules.is_pooled and mixture.source_shares != NATURAL:
         raise ConfigError(

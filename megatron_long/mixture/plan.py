@@ -27,10 +27,12 @@ from megatron_long.mixture.selection import (
     Group,
     choose_valid,
     count_apart,
-    fill_budget,
+    fill_plain,
+    fill_upsampled,
     measure,
     measure_long_share,
     solve_keep_short,
+    take_plain,
 )
 from megatron_long.mixture.shares import NATURAL_ERROR, split_budget
 from megatron_long.mixture.summary import SourceCounts, source_info
@@ -46,6 +48,8 @@ from megatron_long.mixture.supply import (
 ORDER_NAME = "order"
 POOL = "all sources"
 WIDER = 1.5
+LEAST_LIMIT = 1e-6
+"""A limit of 0 is widened from here."""
 
 
 class TooTight(Exception):
@@ -110,7 +114,7 @@ def make_plan(
     warnings = _fill_budgets(groups, pools, mixture, admission, stats)
     for name in set(valid) & {group.names[0] for group in groups if not len(group.held_out)}:
         del valid[name]
-    order, used = _choose_and_order(groups, len(names), scratch)
+    order, used, plain = _choose_and_order(groups, len(names), mixture, scratch)
     counts = [SourceCounts() for _ in names]
     for chunk in iterate_rows(order):
         for index, count in enumerate(counts):
@@ -132,9 +136,10 @@ def make_plan(
             group.keep_short,
             used[index],
             errors[name],
+            plain[index],
         )
     for group in groups:
-        mine = [counts[names.index(name)] for name in group.names]
+        mine = [counts[at].without(plain[at]) for at in map(names.index, group.names)]
         warnings += share_warning(group, mine, stats, mixture)
     evenness = measure_evenness(iterate_rows(order), kept)
     return Plan(names, order, valid, infos, stats, evenness, warnings)
@@ -216,14 +221,17 @@ def _fill_budgets(
     """
     warnings: list[str] = []
     while True:
-        for group, budget in zip(
-            groups, split_budget(mixture.train_tokens, shares).values(), strict=True
-        ):
-            group.budget = budget
+        plain = split_budget(mixture.plain_tokens, shares)
+        upsampled = split_budget(mixture.train_tokens - mixture.plain_tokens, shares)
+        for name, group in zip(shares, groups, strict=True):
+            group.budget, group.plain_budget = upsampled[name], plain[name]
         tokens = _settle(groups, mixture, admission, stats)
         available = dict(zip(shares, tokens, strict=True))
         asked = {name: group.budget for name, group in zip(shares, groups, strict=True)}
         short = find_short(asked, available, mixture.allow_repeat)
+        for name, group in zip(shares, groups, strict=True):
+            if (taken := take_plain(group, 1.0)) < group.plain_budget:
+                short[name] = taken, group.plain_budget
         if not short:
             return warnings
         found = []
@@ -262,6 +270,10 @@ def _settle(
         if limits.valid == 1:  # every document was tokenized, whatever the other limits
             limits = Limits()
         group.long_budget, group.trimmed = None, {}
+        plain = take_plain(group, limits.valid)
+        if plain < group.plain_budget and limits.valid < 1:
+            wider |= dict.fromkeys(group.names, _widen_plain(limits, plain, group.plain_budget))
+            continue
         if given is None:
             needed = group.budget / mixture.allow_repeat
             group.keep_short = solve_keep_short(group, target or 0.0, needed, limits.keep_short)
@@ -321,17 +333,28 @@ def _widen(limits: Limits, tokens: int, budget: int, keep_short: float) -> Limit
     return dataclasses.replace(limits, order=order, keep_short=keep_short, valid=valid)
 
 
+def _widen_plain(limits: Limits, tokens: int, budget: int) -> Limits:
+    factor = max(WIDER * budget / max(tokens, 1), WIDER)
+    valid = min(max(limits.valid, LEAST_LIMIT) * factor, 1.0)
+    return dataclasses.replace(limits, order=max(limits.order, valid), valid=valid)
+
+
 def _choose_and_order(
-    groups: Sequence[Group], num_sources: int, scratch: Path
-) -> tuple[NDArray, list[int]]:
-    """Return the training documents in order, and the number of documents of each source."""
+    groups: Sequence[Group], num_sources: int, mixture: Mixture, scratch: Path
+) -> tuple[NDArray, list[int], list[SourceCounts]]:
+    """Return the training documents in order, and of each source how many there are and those as they are."""
     path, num_passes, num_rows = scratch / "chosen.rows", 1, 0
     used = np.zeros(num_sources, np.int64)
+    plain = [SourceCounts() for _ in range(num_sources)]
     with open(path, "wb") as file:
         for group in groups:
-            for pieces in fill_budget(group):
+            parts = zip(fill_plain(group), itertools.repeat(True), strict=False)
+            others = zip(fill_upsampled(group), itertools.repeat(False), strict=False)
+            for pieces, is_plain in itertools.chain(parts, others):
                 file.write(pieces.tobytes())
                 num_rows += len(pieces)
+                for index, count in enumerate(plain if is_plain else ()):
+                    count.add(pieces[pieces["source"] == index], mixture.long_threshold_tokens)
                 # Pieces of a document are consecutive.
                 places = pieces[["file", "line"]]
                 is_first = np.append(True, places[1:] != places[:-1]) & (pieces["repeat"] == 0)
@@ -340,4 +363,4 @@ def _choose_and_order(
     chosen = np.memmap(path, CHOSEN_DTYPE, "r", shape=(num_rows,))
     order = order_documents(chosen, num_sources, num_passes, scratch, ORDER_NAME)
     path.unlink()
-    return order, used.tolist()
+    return order, used.tolist(), plain

@@ -66,6 +66,10 @@ class Group:
     """Tokens of long documents, if they and the short ones are counted apart (`count_apart`)."""
     trimmed: dict[int, int] = field(default_factory=dict)
     """Tokens left of long documents that are cut so that the last one stays long, by row."""
+    plain_budget: int = 0
+    """Tokens of documents as they are, which are taken first, besides `budget`."""
+    plain_stop: int = 0
+    """Row behind the last of them: what `budget` takes begins there."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,27 @@ def measure(group: Group, keep_short: float) -> Supply:
         supply += int(lengths.sum())
         long_supply += int(lengths[is_long].sum())
     return Supply(supply, long_taken / taken if taken else 0.0, long_supply)
+
+
+def take_plain(group: Group, limit: float) -> int:
+    """Set aside the first documents of a group in key order, whatever their lengths, for `plain_budget`.
+
+    Args:
+        limit: Probability of the keys below which every document was tokenized.
+    Returns: Tokens found, at most the budget; the group is unchanged if they are fewer.
+    """
+    group.plain_stop, taken = 0, 0
+    for rows, chunk in _usable(group, 1.0) if group.plain_budget else ():
+        inside = below(chunk["order_key"], limit)
+        ends = taken + np.cumsum(chunk["length_tokens"][inside].astype(np.int64))
+        count = int(np.searchsorted(ends, group.plain_budget))
+        if count < len(ends):
+            group.plain_stop = int(rows[count]) + 1
+            return group.plain_budget
+        taken = int(ends[-1]) if len(ends) else taken
+        if not inside.all():
+            break
+    return taken
 
 
 def solve_keep_short(group: Group, target: float, needed: float, highest: float) -> float:
@@ -270,15 +295,20 @@ def _trim(group: Group, long_tokens: int, in_a_pass: int) -> int:
 
 
 def measure_long_share(group: Group) -> float:
-    """Return the share of the budget that `fill_budget` gives to documents that are long in the dataset."""
+    """Return the share of the budget that `fill_upsampled` gives to documents long in the dataset."""
     long_tokens = 0
-    for pieces in fill_budget(group):
+    for pieces in fill_upsampled(group):
         lengths = pieces["length_tokens"].astype(np.int64)
         long_tokens += int(lengths[lengths >= group.long_threshold_tokens].sum())
     return long_tokens / group.budget
 
 
-def fill_budget(group: Group) -> Iterator[NDArray]:
+def fill_plain(group: Group) -> Iterator[NDArray]:
+    """Take documents as they are to exactly `plain_budget`, cutting the last one; see `fill_upsampled`."""
+    return _fill(group, group.plain_budget, plain=True)
+
+
+def fill_upsampled(group: Group) -> Iterator[NDArray]:
     """Take documents in order to exactly the budget, cutting the last one, in whole passes if necessary.
 
     Yields: CHOSEN_DTYPE; a later pass has another order, but the documents that the last, partial
@@ -292,11 +322,14 @@ def fill_budget(group: Group) -> Iterator[NDArray]:
     )
 
 
-def _fill(group: Group, left: int, is_long: bool | None = None) -> Iterator[NDArray]:
+def _fill(
+    group: Group, left: int, is_long: bool | None = None, *, plain: bool = False
+) -> Iterator[NDArray]:
     repeat = 0
+    keep_short = 1.0 if plain else group.keep_short
     while left > 0:
         before = left
-        for _, chunk in _usable(group, group.keep_short, is_long):
+        for _, chunk in _usable(group, keep_short, is_long, plain=plain):
             pieces = _pieces(chunk, group.cut, repeat)
             ends = np.cumsum(pieces["length_tokens"].astype(np.int64))
             count = int(np.searchsorted(ends, left)) + 1
@@ -313,16 +346,22 @@ def _fill(group: Group, left: int, is_long: bool | None = None) -> Iterator[NDAr
 
 
 def _usable(
-    group: Group, keep_short: float, is_long: bool | None = None, stop: int | None = None
+    group: Group,
+    keep_short: float,
+    is_long: bool | None = None,
+    stop: int | None = None,
+    *,
+    plain: bool = False,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray]]:
     """Yield the indices of rows that may be used for training, and the rows, in chunks.
 
     Args:
         is_long: Only long documents, or only short ones.
         stop: Only rows before.
+        plain: Only those set aside by `take_plain`, else only those behind.
     """
-    start = 0
-    for chunk in iterate_rows(group.rows, stop=stop):
+    start, stop = (0, group.plain_stop) if plain else (group.plain_stop, stop)
+    for chunk in iterate_rows(group.rows, start, stop):
         long = chunk["length_tokens"] >= group.long_threshold_tokens
         usable = long | below(chunk["drop_key"], keep_short)
         if is_long is not None:

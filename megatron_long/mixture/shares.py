@@ -34,6 +34,7 @@ SHARES_RULE = (
     "wanted, `missing_sources: drop`"
 )
 
+MOST_SHARE = 1e18
 MAX_SHARES_CHARS = 1 << 20
 """A list of shares is shorter; YAML's reader takes quadratic time for some texts."""
 
@@ -126,16 +127,16 @@ def read_shares(path: Path) -> tuple[dict[str, float], str]:
         raise ConfigError(f"--source-shares {path} is not YAML ({reason}); {SHARES_RULE}") from None
     shares = content.get("shares") if isinstance(content, dict) else None
     other = sorted(map(str, set(content) - KEYS)) if isinstance(content, dict) else []
-    if not isinstance(shares, dict) or other:
+    if not isinstance(shares, dict) or not shares or other:
         seen = f"has the key {', '.join(other)}" if other else "has no mapping under shares"
         raise ConfigError(f"--source-shares {path} {seen}; {SHARES_RULE}")
     numbers: dict[str, float] = {}
     for label, share in shares.items():
         valid = isinstance(share, int | float) and not isinstance(share, bool)
-        if not valid or not 0 <= share < math.inf:
+        if not valid or not 0 <= share <= MOST_SHARE:
             raise ConfigError(
-                f"--source-shares {path}: share of {label} is {share!r}; a share is a number of at least 0 "
-                "(0 excludes the source)"
+                f"--source-shares {path}: share of {label} is {share!r:.40}; a share is a number from 0 to "
+                f"{MOST_SHARE:g} (0 excludes the source)"
             )
         name = canonical_source(str(label))
         if name in numbers:

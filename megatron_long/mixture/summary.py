@@ -1,6 +1,6 @@
 """The manifest's entry of a source: counts before and after, and the share of long documents."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,11 @@ class SourceCounts:
         self.passes = max(self.passes, int(rows["repeat"].max()) + 1) if len(rows) else self.passes
         self.by_length += tokens_by_length(lengths)
 
+    def without(self, others: "SourceCounts") -> "SourceCounts":
+        """Return the tokens of the documents that are not among `others`."""
+        tokens, long_tokens = self.tokens - others.tokens, self.long_tokens - others.long_tokens
+        return replace(self, tokens=tokens, long_tokens=long_tokens)
+
 
 def tokens_by_length(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Add up tokens in documents of [2^k, 2^(k+1)) tokens, at index k.
@@ -63,6 +68,7 @@ def source_info(
     keep_short: float,
     documents_used: int,
     share_error: float,
+    plain: SourceCounts,
 ) -> SourceInfo:
     """Build the manifest's entry of a source.
 
@@ -70,6 +76,7 @@ def source_info(
         valid: Held-out rows.
         documents_used: Documents of the corpus that are in the training set, each counted once.
         share_error: Bound of the error of its share of the corpus.
+        plain: Of `counts`, the documents as they are (`--short-share`).
     """
     tokens_valid = int(valid["length_tokens"].astype(np.int64).sum())
     after = np.trim_zeros(counts.by_length, "b").tolist()
@@ -104,4 +111,6 @@ def source_info(
         tokens_in_error=round(stats.tokens_error),
         share_in_error=round(share_error, 9),
         long_share_before_error=round(stats.long_share_error, 9),
+        documents_plain=plain.documents,
+        tokens_plain=plain.tokens,
     )

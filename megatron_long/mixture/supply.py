@@ -128,6 +128,9 @@ def too_little(
         available: Tokens of each source in one pass.
         whole: The same with all short documents.
     """
+    if mixture.short_share:  # what a part leaves to the other is not in proportion to the whole
+        remedies = ["a lower --train-tokens", "a larger corpus"]
+        return TooLittle(mixture.train_tokens, short, 0, remedies)
     others = []
     enough = sum(available.values()) * mixture.allow_repeat >= mixture.train_tokens
     if not mixture.rules.is_pooled and enough:

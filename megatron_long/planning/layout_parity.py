@@ -61,6 +61,7 @@ RUN_FLAGS = (
     "--async-save",
     "--load",
     "--pretrained-checkpoint",
+    "--next-stage-of",
     "--ckpt-step",
     "--finetune",
     "--exit-on-missing-checkpoint",

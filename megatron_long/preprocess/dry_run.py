@@ -6,27 +6,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_long.corpus.blocks import expected_text
+from megatron_long.corpus.corpus_sample import sample_texts
 from megatron_long.corpus.inputs import InputFile
-from megatron_long.corpus.listing import OnListing, no_listing
+from megatron_long.corpus.listing import OnListing, describe_skipped, no_listing
 from megatron_long.dataset.manifest import SourceInfo
+from megatron_long.dataset.tables import short_count
 from megatron_long.errors import ConfigError
 from megatron_long.mixture.admission import Admission
+from megatron_long.mixture.corpus_stats import CorpusStats
 from megatron_long.mixture.estimates.block_estimates import CorpusEstimate
 from megatron_long.mixture.estimates.forecast import SourceForecast, forecast
 from megatron_long.mixture.estimates.intervals import Interval
 from megatron_long.mixture.mixture import Mixture, named_sources
-from megatron_long.mixture.plan import make_plan
+from megatron_long.mixture.plan import Plan, make_plan
 from megatron_long.preprocess.preprocess_config import PreprocessConfig, tokenize_options
 from megatron_long.preprocess.publish import disk_errors
-from megatron_long.preprocess.survey import refuse_too_many_tokens, survey_corpus
+from megatron_long.preprocess.survey import check_budget, survey_corpus
 from megatron_long.preprocess.tokenize_file import TokenizeOptions, tokenize_file
-from megatron_long.tokenizer.loading import load_tokenizer
+from megatron_long.tokenizer.engines import check_sample
+from megatron_long.tokenizer.loading import load_tokenizer, separate_documents
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
 SAMPLE_TEXT_BYTES = 64 << 20
-"""Text that is tokenized; more is read (`survey.READ_FACTOR`)."""
-WHOLE_BYTES = 16 << 20
-"""Corpora with smaller files in all are planned exactly as a run does."""
+"""Text that is tokenized; more is read (`survey.READ_FACTOR`). A corpus of less is planned as a run does."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,12 @@ class DryRun:
     is_whole: bool = True
     """Whether all of it was read."""
     notes: list[str] = field(default_factory=list)
-    """What the sample leaves open, and what a run may refuse."""
+    """What a run warns of; what the sample leaves open, and what a run may refuse."""
 
 
 def plan_dataset(
     config: PreprocessConfig,
     text_bytes: int = SAMPLE_TEXT_BYTES,
-    whole_bytes: int = WHOLE_BYTES,
     on_listing: OnListing = no_listing,
 ) -> DryRun:
     """Tell what `preprocess` would make of each source, writing nothing to keep.
@@ -57,10 +59,14 @@ def plan_dataset(
     listing = config.list_inputs()
     on_listing(listing)
     files, tokenizer = listing.files, load_tokenizer(config.tokenizer, config.engine)
+    separate_documents(tokenizer, config.tokenizer, config.document_separator)
     options = tokenize_options(config, tokenizer)
-    refuse_too_many_tokens(files, options, config.mixture)
-    if sum(file.size_bytes for file in files) <= whole_bytes:
-        return DryRun(planned=_plan_whole(files, tokenizer, options, config.mixture))
+    check_budget(files, options, config.mixture)
+    if sum(map(expected_text, files)) <= text_bytes:
+        tokenizer = check_sample(tokenizer, sample_texts(files, config.keys))
+        plan = _plan_whole(files, tokenizer, options, config.mixture)
+        notes = [*plan.warnings, *describe_skipped(listing.lost), *_bad_notes(plan.stats)]
+        return DryRun(planned=plan.sources, notes=notes)
     estimate = survey_corpus(files, tokenizer, options, text_bytes)
     _check_named(estimate, config.mixture)
     mixture, unseen = _without_unseen(config.mixture, estimate)
@@ -118,22 +124,9 @@ def _share_text(interval: Interval, unsure: str) -> str:
     return f"{unsure}{value:.2f}%" if interval.is_exact else f"{value:.2f}% ({low:.2f}-{high:.2f})"
 
 
-def short_count(number: float) -> str:
-    """Write a count with three digits.
-
-    >>> short_count(627_312_000_000), short_count(1_234_567), short_count(12)
-    ('627B', '1.23M', '12')
-    """
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            digits = max(2 - len(f"{number / size:.0f}") + 1, 0)
-            return f"{number / size:.{digits}f}{unit}"
-    return f"{number:.0f}"
-
-
 def _plan_whole(
     files: list[InputFile], tokenizer: Tokenizer, options: TokenizeOptions, mixture: Mixture
-) -> dict[str, SourceInfo]:
+) -> Plan:
     with tempfile.TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         folder = Path(scratch)
         options = dataclasses.replace(options, admission=Admission())
@@ -141,7 +134,16 @@ def _plan_whole(
         for index, file in enumerate(files):
             tokenize_file(file, index, tokenizer, options, folders[index])
         (folder / "plan").mkdir()
-        return make_plan(folders, mixture, Admission(), options.overhead, folder / "plan").sources
+        return make_plan(folders, mixture, Admission(), options.overhead, folder / "plan")
+
+
+def _bad_notes(stats: CorpusStats) -> Iterator[str]:
+    if stats.documents_bad:
+        first = stats.bad[0]
+        yield (
+            f"{stats.documents_bad:,} bad documents are left out (first: {first['file']}:{first['line']} "
+            f"{first['reason']})"
+        )
 
 
 def _check_named(estimate: CorpusEstimate, mixture: Mixture) -> None:
@@ -179,8 +181,9 @@ def _sample_notes(estimate: CorpusEstimate, config: PreprocessConfig) -> Iterato
         yield f"a source that is not listed has less than {most:.2%} of the bytes of the files (95%)"
     if estimate.unread_share > 0.0005:
         yield (
-            f"{estimate.unread_share:.1%} of the corpus is the rest of compressed files, which can only be "
-            "read from their beginnings: the figures take it to be like them, the intervals do not cover it"
+            f"{estimate.unread_share:.1%} of the corpus was not sampled, the rest of compressed files, which "
+            "can only be read from their beginnings: the intervals take it to differ from the beginnings as "
+            "these differ from file to file; in files that are sorted by length or source, it differs more"
         )
     if stats.documents_bad:
         first = stats.bad[0]

@@ -54,11 +54,12 @@ from megatron_long.preprocess.monitor import (
 )
 from megatron_long.preprocess.preprocess_config import (
     PreprocessConfig,
+    check_folders,
     tokenize_job,
     tokenize_options,
     work_folder,
 )
-from megatron_long.preprocess.publish import disk_errors, interrupts, publish
+from megatron_long.preprocess.publish import check_url, disk_errors, interrupts, publish
 from megatron_long.preprocess.stages import (
     TokenizeJob,
     TokenizeStage,
@@ -69,7 +70,7 @@ from megatron_long.preprocess.stages import (
     keep_tokenizer,
     split_parts,
 )
-from megatron_long.preprocess.survey import refuse_too_many_tokens, set_limits
+from megatron_long.preprocess.survey import check_budget, set_limits
 from megatron_long.preprocess.workdir import (
     check_unchanged,
     only_run,
@@ -79,7 +80,7 @@ from megatron_long.preprocess.workdir import (
     write_pickle,
 )
 from megatron_long.tokenizer.engines import check_sample
-from megatron_long.tokenizer.loading import load_tokenizer
+from megatron_long.tokenizer.loading import load_tokenizer, separate_documents
 from megatron_long.tokenizer.tokenizer_files import copy_tokenizer, explain_no_bos
 from megatron_long.tokenizer.tokenizer_types import Tokenizer
 
@@ -119,17 +120,22 @@ def preprocess(
         output: A folder, or a URL to copy the finished dataset to (then `work_dir` must be given).
         on_listing: Gets the files that will be read, and the others, before any is opened.
     """
+    work = work_folder(config.work_dir, output)
+    check_folders(config.inputs, output, work)
+    if is_url(output):
+        check_url(str(output), work, force=config.force)
     listing, executor = config.list_inputs(), config.executor
     on_listing(listing)
     files = listing.files
     tokenizer = load_tokenizer(config.tokenizer, config.engine)
     tokenizer = check_sample(tokenizer, sample_texts(files, config.keys))
-    if tokenizer.bos_id is None and (notice := explain_no_bos(config.tokenizer)):
+    separate_documents(tokenizer, config.tokenizer, config.document_separator)
+    marked = tokenizer.bos_id is not None or config.document_separator
+    if not marked and (notice := explain_no_bos(config.tokenizer)):
         logger.warning("--tokenizer %s: %s", config.tokenizer, notice)
     keep_tokenizer(config.tokenizer, tokenizer)
     options = tokenize_options(config, tokenizer)
-    refuse_too_many_tokens(files, options, config.mixture)
-    work = work_folder(config.work_dir, output)
+    check_budget(files, options, config.mixture)
     with disk_errors(work), only_run(work), interrupts():
         open_work(work, config.command(), files, force=config.force)
         with Monitor("prepare", on_progress):
@@ -161,7 +167,7 @@ def preprocess(
             write_report(written.folder / REPORT_FOLDER, manifest, name)
             # What has come since, such as an unfinished download, does not matter.
             check_unchanged(work, files, find_inputs(config.inputs, skip_unread=True))
-            publish(written.folder, output)
+            publish(written.folder, output, work, force=config.force)
         if not config.keep_work:
             remove_folder(work)
     return manifest
@@ -238,7 +244,7 @@ def _manifest(
 ) -> Manifest:
     return Manifest(
         seed=config.seed,
-        mixture=dataclasses.asdict(config.mixture),
+        mixture=config.mixture.to_json(),
         tokenizer=tokenizer_info(tokenizer),
         dtype=written.dtype.name,
         train=written.train,

@@ -15,7 +15,7 @@ from megatron_long.corpus.inputs import InputFile, is_url
 from megatron_long.corpus.listing import Listing, list_inputs
 from megatron_long.dataset.indexed import token_dtype
 from megatron_long.errors import ConfigError
-from megatron_long.mixture.mixture import Mixture, named_sources
+from megatron_long.mixture.mixture import STRATEGIES, Mixture, Strategy, named_sources
 from megatron_long.mixture.shares import (
     NATURAL,
     SLIMPAJAMA,
@@ -59,6 +59,8 @@ class PreprocessConfig:
     work_dir: Path | None = None
     """Folder for unfinished work; None for `OUTPUT.work`."""
     keep_work: bool = False
+    document_separator: str | None = None
+    """Special token that ends each document instead of EOD, without BOS."""
     force: bool = False
     """Throw away unfinished work of another command."""
 
@@ -85,10 +87,11 @@ class PreprocessConfig:
 
     def command(self) -> dict[str, Any]:
         """Give what decides which bytes come out, for the work folder to compare."""
-        return {
+        separator = {"document_separator": self.document_separator}
+        return (separator if self.document_separator else {}) | {
             "version": WORK_VERSION,
             "tokenizer": hash_tokenizer(self.tokenizer),
-            "mixture": dataclasses.asdict(self.mixture),
+            "mixture": self.mixture.to_json(),
             "seed": self.seed,
             "keys": dataclasses.asdict(self.keys),
             "on_bad_document": self.on_bad_document,
@@ -105,13 +108,14 @@ def read_config(flags: Namespace) -> PreprocessConfig:
     if shares not in (NATURAL, SLIMPAJAMA):
         shares, missing = read_shares(Path(shares))
     strategy, *named = flags.strategy
+    _refuse_unused(flags, strategy)
     mixture = Mixture(
         train_tokens=parse_token_count(flags.train_tokens),
         strategy=strategy,
         short_keep_ratio=_read_ratio(flags),
         long_token_share=flags.long_token_share,
         long_threshold_tokens=flags.long_threshold,
-        cut_length_tokens=flags.cut_length,
+        cut_length_tokens=flags.cut_length or Mixture.cut_length_tokens,
         upsampled_shares=parse_shares(named),
         source_shares=shares,
         missing_sources=flags.missing_sources or missing,
@@ -119,6 +123,7 @@ def read_config(flags: Namespace) -> PreprocessConfig:
             flags.valid_tokens_per_source, "--valid-tokens-per-source"
         ),
         allow_repeat=flags.allow_repeat,
+        short_share=flags.short_share,
     )
     return PreprocessConfig(
         inputs=flags.input,
@@ -134,6 +139,7 @@ def read_config(flags: Namespace) -> PreprocessConfig:
         execution=_read_execution(flags),
         work_dir=flags.work_dir,
         keep_work=flags.keep_work,
+        document_separator=flags.document_separator,
         force=flags.force,
     )
 
@@ -149,12 +155,45 @@ def _read_ratio(flags: Namespace) -> float:
     return float(flags.short_keep_ratio)
 
 
+def _refuse_unused(flags: Namespace, strategy: str) -> None:
+    rules = STRATEGIES.get(strategy, Strategy(thins_short=True, cuts=True))  # a `Mixture` names it
+    unused = (
+        ("--cut-length", flags.cut_length, rules.cuts, "keeps documents whole; use cut"),
+        (
+            "--short-keep-ratio",
+            flags.short_keep_ratio,
+            rules.thins_short,
+            "keeps every document; use per-source or global",
+        ),
+    )
+    for flag, value, is_used, why in unused:
+        if value is not None and not is_used:
+            raise ConfigError(
+                f"{flag} {value} has no effect with --strategy {strategy}, which {why}, or leave out {flag}"
+            )
+    if flags.missing_sources and flags.source_shares == NATURAL:
+        raise ConfigError(
+            f"--missing-sources {flags.missing_sources} has no effect with --source-shares {NATURAL}, which "
+            "names no source; give shares, or leave it out"
+        )
+
+
 def _read_keys(flags: Namespace) -> RecordKeys:
+    _check_keys(flags)
     if flags.source_from_folder and flags.source_key:
         raise ConfigError("--source-from-folder and --source-key exclude each other; give one")
     source = SOURCE_FROM_FOLDER if flags.source_from_folder else flags.source_key
     keys = RecordKeys(text=flags.text_key)
     return dataclasses.replace(keys, source=source) if source else keys
+
+
+def _check_keys(flags: Namespace) -> None:
+    for flag, key in (("--text-key", flags.text_key), ("--source-key", flags.source_key)):
+        if key is not None and not all(key.split(".")):
+            raise ConfigError(
+                f"{flag} {key!r} has an empty part; write names of keys, with dots for nested objects: "
+                "meta.source"
+            )
 
 
 def _read_execution(flags: Namespace) -> ExecutorOptions:
@@ -226,3 +265,39 @@ def work_folder(given: Path | None, output: Path | str) -> Path:
         )
     path = Path(output).absolute()
     return path.with_name(path.name + WORK_SUFFIX)
+
+
+def check_folders(inputs: Sequence[Path | str], output: Path | str, work: Path) -> None:
+    """Refuse an output that cannot be put in its place, and folders of which one lies in another.
+
+    Raises: ConfigError: the output cannot be made; or the output, the work folder or an input is or contains
+        another of them, so that it would be read, replaced or removed with it.
+    """
+    local = [("--input", path) for path in inputs if not is_url(path)]
+    if not is_url(output):
+        _check_output(Path(output))
+    for flag, path in [*[("--output", output)] * (not is_url(output)), ("--work-dir", work)]:
+        for other_flag, other in local:
+            one, two = os.path.realpath(path), os.path.realpath(other)
+            if f"{one}/".startswith(f"{two}/") or f"{two}/".startswith(f"{one}/"):
+                raise ConfigError(
+                    f"{flag} {path} and {other_flag} {other} are one folder, or one lies in the other, which "
+                    f"would be read, replaced or removed with it; give a {flag} apart from it"
+                )
+        local.append((flag, path))
+
+
+def _check_output(output: Path) -> None:
+    if os.path.lexists(output) and not output.is_dir():
+        raise ConfigError(f"--output {output} is not a folder; give another path, or remove it")
+    if os.path.ismount(output):
+        raise ConfigError(
+            f"--output {output} is a mount point, which cannot be replaced; give a folder in it"
+        )
+    parent = Path(os.path.realpath(output)).parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--output {output}: {parent} is not a folder that can be written; give another path"
+        )

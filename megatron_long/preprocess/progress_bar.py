@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from megatron_long.corpus.listing import Listing, describe_inputs
+from megatron_long.dataset.tables import short_count
 from megatron_long.preprocess.monitor import RunProgress
 
 LINE_SECONDS = 30.0
@@ -44,8 +45,9 @@ class ProgressBars:
             self._set(progress.stage, share, 1.0 if is_measured else None, text)
             seconds = max(progress.seconds, 1e-3)
             for name, tokens in progress.tokens_by_source.items():
-                rate = (tokens - progress.resumed_tokens_by_source.get(name, 0)) / seconds
-                counted = f"{tokens / 1e6:.1f}M tokens, {rate / 1e6:.2f}M/s"
+                made = tokens - progress.resumed_tokens_by_source.get(name, 0)
+                rate = f", {short_count(made / seconds)}/s" * bool(made)
+                counted = f"{short_count(tokens)} tokens{rate}"
                 self._set(name, tokens, progress.expected_by_source.get(name), counted)
         elif progress.is_finished or time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
@@ -70,6 +72,8 @@ def describe(progress: RunProgress) -> str:
     'tokens.0: 1 of 4 files, 10.0 of 40.0 MB, 4.00M tokens/s, 2 s so far'
     >>> describe(RunProgress("write", 1, 4, seconds=200.0, left_s=600.0))
     'write: 1 of 4 files, 200 s so far, about 10 min left'
+    >>> describe(RunProgress("tokens.0", 4, 4, tokens=8_000_000, resumed_tokens_by_source={"a": 8_000_000}))
+    'tokens.0: 4 of 4 files, 8.00M tokens of an earlier run, 0 s so far'
     >>> describe(RunProgress("plan", seconds=31.0, is_finished=True))
     'plan: done in 31 s'
     """
@@ -80,7 +84,8 @@ def describe(progress: RunProgress) -> str:
         parts.append(f"{progress.read_bytes / 1e6:.1f} of {progress.total_bytes / 1e6:.1f} MB")
     if progress.tokens:
         made = progress.tokens - progress.resumed_tokens
-        parts.append(f"{made / max(progress.seconds, 1e-3) / 1e6:.2f}M tokens/s")
+        rate = f"{short_count(made / max(progress.seconds, 1e-3))} tokens/s"
+        parts.append(rate if made else f"{short_count(progress.tokens)} tokens of an earlier run")
     time_so_far = format_seconds(progress.seconds)
     parts.append(f"done in {time_so_far}" if progress.is_finished else f"{time_so_far} so far")
     if progress.left_s is not None and not progress.is_finished:

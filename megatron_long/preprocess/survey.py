@@ -51,16 +51,21 @@ MOST_TEXT_BYTES = {
 shortest code has 2 bits for 258 bytes; Zstandard's smallest block has 4 bytes for 128 KiB."""
 
 
-def refuse_too_many_tokens(
-    files: Sequence[InputFile], options: TokenizeOptions, mixture: Mixture
-) -> None:
-    """Refuse a budget that the sizes of the files prove too large.
+def check_budget(files: Sequence[InputFile], options: TokenizeOptions, mixture: Mixture) -> None:
+    """Refuse a budget without room for a document, or that the sizes of the files prove too large.
 
     A token stands for at least one byte of text (`tokenizer.length_bound`), special tokens in a text are text
     too, and what is added to it (a space, BOS, EOD) is less than its line holds besides.
 
-    Raises: ConfigError: no text that these files can hold has so many tokens.
+    Raises: ConfigError: a token of text does not fit, or no text of these files has so many tokens.
     """
+    least = options.overhead + 1
+    if mixture.train_tokens < least:
+        around = "BOS and EOD" if options.overhead == 2 else "EOD"
+        raise ConfigError(
+            f"--train-tokens {mixture.train_tokens} has no room for a document, which is {around} and a "
+            f"token of text at least; give {least} or more"
+        )
     most_of = [MOST_TEXT_BYTES.get(suffix_of(file.path)) for file in files]
     found = [file.size_bytes * most for file, most in zip(files, most_of, strict=True) if most]
     if options.extra_tokens is None or len(found) < len(files):
@@ -272,6 +277,7 @@ def _limits(stats: SourceStats, budget: int, mixture: Mixture) -> Limits:
         supply = tokens * (long_share + (1 - long_share) * keep_short / MARGIN)
     else:
         supply = tokens * (long_share + (1 - long_share) * keep_short)
-    valid = min(2 * MARGIN * mixture.valid_tokens_per_source / tokens, 1.0)
-    order = min(MARGIN * budget / max(supply, 1.0) + valid, 1.0)
+    plain = mixture.short_share * budget
+    valid = min(MARGIN * (2 * mixture.valid_tokens_per_source + plain) / tokens, 1.0)
+    order = min(MARGIN * (budget - plain) / max(supply, 1.0) + valid, 1.0)
     return Limits(order, keep_short, valid)

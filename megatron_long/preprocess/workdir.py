@@ -4,6 +4,7 @@ A run that was killed resumes when the same command is given again; another comm
 changed, is refused.
 """
 
+import contextlib
 import fcntl
 import functools
 import glob
@@ -37,6 +38,7 @@ OF_THE_PLAN = {
     "missing_sources",
     "valid_tokens_per_source",
     "allow_repeat",
+    "short_share",
 }
 """Options of a mixture that decide what is taken of the tokens: other values use the same tokens."""
 INPUTS_FILE = "inputs.json"
@@ -61,9 +63,14 @@ def open_work(
             if not force:
                 raise
             remove_folder(work)
-    for leftover in work.parent.glob(f".{glob.escape(work.name)}.*.tmp"):
-        remove_path(leftover)  # of a run that was killed while it removed its work
+    _remove_removed(work)
     work.mkdir(parents=True, exist_ok=True)
+    others = {path.name for path in work.iterdir() if not _is_leftover(path.name)} - {INPUTS_FILE}
+    if others and not (work / COMMAND_FILE).exists():
+        raise ConfigError(
+            f"--work-dir {work} holds files of something else ({min(others)}), and is removed at the end; "
+            "give a folder that is new or empty"
+        )
     _remove_leftovers(work)
     if not (work / COMMAND_FILE).exists():
         listed = [[item.name, item.size_bytes, item.version] for item in files]
@@ -82,6 +89,8 @@ def only_run(work: Path) -> Iterator[None]:
     with open(lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:  # removed by the run that held it
+                raise BlockingIOError
         except OSError:
             raise ConfigError(
                 f"another run is working in {work}; wait for it, or end it, or use another --output"
@@ -90,6 +99,18 @@ def only_run(work: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def sweep(work: Path) -> None:
+    """Remove what a run left that was killed while it removed its work folder, unless a run is there."""
+    if work.parent.is_dir():
+        with contextlib.suppress(ConfigError, OSError), only_run(work):
+            _remove_removed(work)
+
+
+def _remove_removed(work: Path) -> None:
+    for leftover in work.parent.glob(f".{glob.escape(work.name)}.*.tmp"):
+        remove_path(leftover)
 
 
 def check_unchanged(work: Path, files: Sequence[InputFile], now: Sequence[InputFile]) -> None:
@@ -198,10 +219,14 @@ def _changed(name: str, what: str) -> DataError:
     )
 
 
+def _is_leftover(name: str) -> bool:
+    return name.startswith(".") and name.endswith((".tmp", ".old"))
+
+
 def _remove_leftovers(work: Path) -> None:
     """Remove temporary files of processes that were killed."""
     for folder, names, files in os.walk(work):
         for name in [*names, *files]:
-            if name.startswith(".") and name.endswith((".tmp", ".old")):
+            if _is_leftover(name):
                 path = Path(folder) / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

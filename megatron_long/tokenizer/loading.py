@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_long.errors import DataError, UserError
+from megatron_long.errors import ConfigError, DataError, UserError
 from megatron_long.tokenizer.engines import open_engine
 from megatron_long.tokenizer.prompt_tokens import encode_prompt
 from megatron_long.tokenizer.tiktoken_model import TiktokenTokenizer, is_tiktoken
@@ -90,6 +90,10 @@ class SentencePieceTokenizer:
 
         return sentencepiece_to_json(self._processor.serialized_model_proto())
 
+    def control_ids(self) -> dict[str, int]:
+        found = filter(self._processor.is_control, range(self.vocab_size))
+        return {self._processor.id_to_piece(index): index for index in found}
+
     def special_texts(self) -> list[str]:
         pieces = map(self._processor.id_to_piece, range(self.vocab_size))
         # The API does not mark user-defined pieces; all that look like one are tried.
@@ -145,6 +149,10 @@ class HFTokenizer:
     def to_json(self) -> str:
         return self._tokenizer.to_str()
 
+    def control_ids(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {token.content: index for index, token in added if token.special}
+
     def special_texts(self) -> list[str]:
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
@@ -187,6 +195,24 @@ def load_tokenizer(path: Path, engine: str = "auto") -> Tokenizer:
     if engine == REFERENCE:
         return reference
     return open_engine(reference, engine)
+
+
+def separate_documents(tokenizer: Tokenizer, path: Path, separator: str | None) -> None:
+    """Make a special token end each document instead of EOD, and no BOS begin it; None changes nothing.
+
+    Args:
+        path: Of the tokenizer.
+    Raises: ConfigError: it is no special token.
+    """
+    if separator is None:
+        return
+    known = open_reference(tokenizer_file(path)).control_ids()
+    if separator not in known:
+        raise ConfigError(
+            f"--document-separator {separator} is no special token of --tokenizer {path}, which tells where "
+            f"a document ends because no text gives it; give one of {', '.join([*known][:20])}"
+        )
+    tokenizer.bos_id, tokenizer.eod_id = None, known[separator]
 
 
 def open_reference(file: Path) -> ReferenceTokenizer:

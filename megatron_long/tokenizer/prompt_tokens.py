@@ -1,7 +1,7 @@
 """Special tokens of a prompt: with a chat template, encoded as by the model's own tokenizer."""
 
 import json
-from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,12 @@ def encode_as_model(file: Path, text: str) -> list[int] | None:
     json_file = file if file.suffix == ".json" else file.parent / HF_FILE
     if not has_chat_template(file.parent, config):
         return None
-    if not any(token in text for token in _added_tokens(json_file, config)):
+    stamp = _stamp(file.parent)
+    if not any(token in text for token in _added_tokens(json_file, stamp)):
         return None
     if file.name in (HF_FILE, SENTENCEPIECE_FILE):
-        from transformers import AutoTokenizer
-
         try:
-            own = AutoTokenizer.from_pretrained(
-                file.parent, trust_remote_code=False, local_files_only=True
-            )
+            own = _open_as_model(file.parent, stamp)
             return [int(index) for index in own(text, add_special_tokens=False).input_ids]
         except (
             Exception
@@ -70,12 +67,25 @@ def encode_as_model(file: Path, text: str) -> list[int] | None:
     return ids
 
 
-def _added_tokens(json_file: Path, config: Mapping[str, Any]) -> Iterator[str]:
+def _stamp(folder: Path) -> tuple[tuple[str, int], ...]:
+    """Names and times of change of the files: what is opened once holds while they stay the same."""
+    return tuple(sorted((path.name, path.lstat().st_mtime_ns) for path in folder.iterdir()))
+
+
+@lru_cache(maxsize=2)
+def _open_as_model(folder: Path, stamp: object) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+@lru_cache(maxsize=2)
+def _added_tokens(json_file: Path, stamp: object) -> tuple[str, ...]:
     """Texts of the tokens that were added to the vocabulary, from each file that may list them."""
-    listed = list((config.get("added_tokens_decoder") or {}).values())
+    listed = list((read_config(json_file.parent).get("added_tokens_decoder") or {}).values())
     listed += _read_object(json_file).get("added_tokens") or []
     listed += _read_object(json_file.parent / "added_tokens.json")
-    yield from (token for token in map(token_text, listed) if token)
+    return tuple(token for token in map(token_text, listed) if token)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -93,6 +93,9 @@ class TiktokenTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([int(index) for index in ids])
 
+    def control_ids(self) -> dict[str, int]:
+        return self._special
+
     def special_texts(self) -> list[str]:
         return list(self._special)
 

@@ -60,6 +60,9 @@ class ReferenceTokenizer(Tokenizer, Protocol):
         Raises: NotConvertible: it cannot be represented.
         """
 
+    def control_ids(self) -> dict[str, int]:
+        """Return the special tokens that no text gives, and their ids."""
+
     def special_texts(self) -> list[str]:
         """Return the special tokens and user-defined pieces as they are written in text."""
 

@@ -3,6 +3,7 @@
 Guarantees and their tests: docs/reliability.md.
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from megatron_long.checkpoint.choosing import (
     set_aside,
 )
 from megatron_long.checkpoint.hashes import write_sidecar_hashes
+from megatron_long.checkpoint.opening import split_checkpoint
 from megatron_long.checkpoint.run_identity import (
     check_content,
     check_same_data,
@@ -41,6 +43,7 @@ from megatron_long.flags.arguments import LongContextArguments
 from megatron_long.job import rendezvous
 from megatron_long.job.save_lock import hold
 from megatron_long.job.start_log import StartLog, describe_start, start_log_path
+from megatron_long.training.next_stage import check_next_stage
 
 MAX_SOCKET_PATH_BYTES = 107
 """Of Linux: `sun_path` of unix(7), without its final zero."""
@@ -61,6 +64,10 @@ class Start:
     guard_state: dict[str, Any]
     weights: str | None = None
     """Key prefix of the weights to use; None if optimizer state is loaded with them."""
+    stages: tuple[dict[str, Any], ...] = ()
+    """Stages before this one, see `next_stage.check_next_stage`."""
+    begins_stage: bool = False
+    """Whether it begins at step 0 with the optimizer of another run."""
 
     @property
     def iteration(self) -> int:
@@ -76,24 +83,31 @@ def find_start(arguments: LongContextArguments, args: Namespace) -> Start:
     Raises: DataError: no checkpoint is complete, or the dataset does not match its manifest.
         ConfigError: the run was trained on other data, or `--save` holds another run.
     """
-    choice = _choose(args)
+    stage = arguments.next_stage_of
+    choice = _choose(args, stage)
     own = choice is not None and args.load and choice.folder.parent == Path(args.load)
     resumes = bool(own and not args.finetune and choice and choice.iteration is not None)
     if args.save and not (resumes and _same_folder(args.load, args.save)):
         rendezvous.from_first(lambda: _refuse_used_save(args))
-    facts = read_facts(choice.folder) if choice and resumes else {}
+    begins_stage = bool(stage and choice and not own)
+    facts = read_facts(choice.folder) if choice and (resumes or begins_stage) else {}
     folder = Path(arguments.dataset) if arguments.dataset else None
     manifest = read_manifest(folder) if folder else None
     data = describe_data(manifest, args)
     if choice and resumes and not arguments.allow_dataset_change:
         check_same_data(facts.get("data", {}), data, choice.folder)
     times = None
+    stages = list(facts.get("stages", ()))
+    if stage and choice and begins_stage:
+        before, facts = facts, {}
+        stages.append(_check_next_stage(stage, choice, before, data, args))
     if folder and manifest:
         _check_content(folder, manifest, facts.get("dataset_files"))
         times = file_times(folder, manifest)
-    alone = choice is not None and (not resumes or args.no_load_optim)
+    alone = choice is not None and not begins_stage and (not resumes or args.no_load_optim)
     weights = find_weights_to_start_from(choice.folder) if choice and alone else None
-    return Start(choice, resumes, data, times, facts.get("guard", {}), weights)
+    guard = facts.get("guard", {})
+    return Start(choice, resumes, data, times, guard, weights, tuple(stages), begins_stage)
 
 
 def check_save_again(start: Start, args: Namespace) -> None:
@@ -163,15 +177,28 @@ def hold_save(save: str | None) -> None:
     rendezvous.from_first(claim)
 
 
-def _choose(args: Namespace) -> Choice | None:
+def _check_next_stage(stage: str, *args: Any) -> dict[str, Any]:
+    (found,) = rendezvous.from_first(lambda: [json.dumps(check_next_stage(stage, *args))])
+    return json.loads(found)
+
+
+def _choose(args: Namespace, stage: str | None) -> Choice | None:
     if rendezvous.share()[0] == 0 and args.save:
         remove_leftovers(Path(args.save))
     (folder,) = rendezvous.from_first(lambda: [_start_folder(args)])
     if not folder:
         return None
+    step = args.ckpt_step
+    if stage and not has_checkpoint(args.load):
+        if step:
+            raise ConfigError(
+                f"--ckpt-step {step} chooses among the checkpoints of --load, which holds none; give "
+                f"--next-stage-of {folder}/iter_{step:07d}"
+            )
+        step = split_checkpoint(Path(stage))[1]
     choice = choose_checkpoint(
         Path(folder),
-        args.ckpt_step,
+        step,
         share=rendezvous.share(),
         agree=rendezvous.agree,
         from_first=rendezvous.from_first,
@@ -240,7 +267,8 @@ def check_optimizer(start: Start, args: Namespace) -> None:
 
     def check() -> list[str]:
         folder = start.choice.folder if start.choice else Path()
-        if start.resumes and not args.no_load_optim and (folder / METADATA_NAME).is_file():
+        loads = start.begins_stage or (start.resumes and not args.no_load_optim)
+        if loads and (folder / METADATA_NAME).is_file():
             check_same_optimizer(folder, args)
         return []
 
@@ -325,7 +353,12 @@ def tell_start(args: Namespace, start: Start, start_log: StartLog) -> None:
     if path is not None:
         start_log.write_to(path)
     checkpoint = start.choice.folder if start.choice else None
-    for line in describe_start(args, checkpoint, start.resumes, is_main_copy=bool(start.weights)):
+    how = "resumed" if start.resumes else "weights alone, from step 0"
+    if start.begins_stage:
+        how = f"weights and optimizer, from step 0 of stage {len(start.stages) + 1}"
+    if start.weights:
+        how += "; they are its optimizer's float32 main copy"
+    for line in describe_start(args, checkpoint, how):
         start_log.say(line)
     if not start_log.verbose:
         where = f"is in {path}" if path else "is omitted"

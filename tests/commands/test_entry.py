@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_long.commands import entry
+from megatron_long import entry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_long.commands.entry", *words]
+    command = [sys.executable, "-m", "megatron_long.entry", *words]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
 
 
@@ -34,7 +34,7 @@ def test_what_is_not_a_command_is_named_with_the_choices(words, monkeypatch, cap
         f"megatron-long {' '.join(words[:2] if words[0] == 'evaluate' else words[:1])} is not"
         in message
     )
-    assert "evaluate needle, evaluate loss" in message
+    assert "evaluate needle, evaluate ruler, evaluate loss" in message
 
 
 def test_every_module_has_a_main():
@@ -70,7 +70,7 @@ def test_training_is_the_program_that_torchrun_starts(name):
 
 
 def test_a_reader_that_has_enough_of_the_list_is_no_error():
-    pipeline = '"$0" -m megatron_long.commands.entry | head -n 1; exit ${PIPESTATUS[0]}'
+    pipeline = '"$0" -m megatron_long.entry | head -n 1; exit ${PIPESTATUS[0]}'
     result = subprocess.run(
         ["bash", "-c", pipeline, sys.executable], cwd=REPOSITORY, capture_output=True, text=True
     )

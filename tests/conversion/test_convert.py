@@ -408,15 +408,15 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(make_llama, converted, tmp_p
 def test_verify_notices_a_flipped_bit(make_llama, tmp_path, monkeypatch):
     from megatron_long.conversion import convert
 
-    write = convert._write_megatron
+    write = convert.write_release
 
-    def write_wrong(folder, weights, geometry, stored, progress):
-        real = weights.read
-        weights.read = lambda name: real(name) + (1e-6 if name == NORM else 0)
-        write(folder, weights, geometry, stored, progress)
-        weights.read = real
+    def write_wrong(folder, geometry, stored, read, to_megatron, progress):
+        def read_wrong(unit):
+            return [(name, tensor + (1e-6 if name == NORM else 0)) for name, tensor in read(unit)]
 
-    monkeypatch.setattr(convert, "_write_megatron", write_wrong)
+        return write(folder, geometry, stored, read_wrong, to_megatron, progress)
+
+    monkeypatch.setattr(convert, "write_release", write_wrong)
     with pytest.raises(DataError, match=f"--verify: tensor {NORM} read back differs"):
         hf_to_megatron(make_llama(), tmp_path / "ckpt", options=Options(verify=True))
     assert list(tmp_path.iterdir()) == []

@@ -235,6 +235,16 @@ def test_page_holds_the_numbers_and_needs_no_network(dataset, tmp_path):
     assert manifest.tokenizer.vocabulary_sha256 in every_cell
 
 
+def test_page_says_that_the_order_of_a_small_set_is_not_measured(dataset):
+    manifest = read_manifest(dataset)
+    text = report_page(manifest, "mix", b"")
+    assert "not measured: the set is smaller than a window of 4,000,000 tokens" in text
+    assert "deviation" not in text
+    order = dataclasses.replace(manifest.order, num_windows=2, largest_deviation=0.25)
+    text = report_page(dataclasses.replace(manifest, order=order), "mix", b"")
+    assert "largest deviation of a source&#39;s share in a window</td><td>25.00%" in text
+
+
 def test_page_says_in_words_what_became_of_the_corpus(dataset):
     manifest = read_manifest(dataset)
     text = report_page(manifest, "my-mix", b"")

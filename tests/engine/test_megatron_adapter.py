@@ -211,6 +211,12 @@ def test_torch_adamw_resumes_on_gpus_too(monkeypatch):
 def test_loading_takes_the_model_and_the_optimizer_first():
     loads = parameters("megatron.training.training", "load_checkpoint")
     assert loads[:2] == ["ddp_model", "optimizer"]
+    assert loads[2] == "opt_param_scheduler"
+    set_up = parameters("megatron.training.checkpointing", "_maybe_setup_gpt_to_hybrid_load")
+    assert set_up == ["args", "ckpt_args", "model"]
+    source = inspect.getsource(resolve("megatron.training.checkpointing", "load_checkpoint"))
+    assert source.count("(not args.finetune or gpt_compat_load_optim)") >= 2
+    assert "opt_param_scheduler is not None and not args.finetune" in source
     read = parameters("megatron.core.dist_checkpointing", "load")
     assert read[:2] == ["sharded_state_dict", "checkpoint_dir"]
     assert "validate_access_integrity" in read

@@ -43,6 +43,12 @@ def training_flags(command: list[str]) -> list[str]:
     return command[command.index("megatron_long.pretrain") + 1 :]
 
 
+def test_a_run_can_be_the_start_instead(paths):
+    flags = training_flags(dry_run(NEXT_STAGE_OF="a run", **(paths | {"CHECKPOINT": ""})))
+    assert flags[flags.index("--next-stage-of") + 1] == "a run"
+    assert "--pretrained-checkpoint" not in flags
+
+
 @pytest.mark.parametrize(
     "recipe", ["llama3_8b_128k", "llama2_7b_80k", "llama2_7b_128k", "llama2_13b_64k"]
 )

@@ -75,7 +75,7 @@ def record(tmp_path):
 
 def parser_of(tool: str):
     module = importlib.import_module(f"megatron_long.commands.{tool}")
-    names = ("build_parser", "make_parser", "_parser")
+    names = ("build_parser",)
     return next(getattr(module, name) for name in names if hasattr(module, name))()
 
 

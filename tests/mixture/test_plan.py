@@ -7,7 +7,7 @@ import numpy as np
 import orjson
 import pytest
 
-from megatron_long.errors import DataError
+from megatron_long.errors import ConfigError, DataError
 from megatron_long.mixture import external_sort
 from megatron_long.mixture.admission import Admission, Limits
 from megatron_long.mixture.mixture import Mixture
@@ -386,3 +386,87 @@ def test_choices_are_those_of_version_0_1(changes, expected, plan_of):
     plan = plan_of(make_corpus(40_000), mixture)
     assert plan.warnings == []
     assert hashlib.sha256(plan.order.tobytes()).hexdigest()[:16] == expected
+
+
+SHORT_SHARE = dataclasses.replace(BASE, short_share=0.66, train_tokens=1_000_001)
+
+
+@pytest.mark.parametrize("changes", [{}, {"long_token_share": 0.8}, {"short_keep_ratio": 0.0}])
+def test_documents_as_they_are_lie_beside_the_upsampled_ones(changes, plan_of):
+    corpus = make_corpus(20_000)
+    mixture = dataclasses.replace(SHORT_SHARE, **changes)
+    plan, rows = plan_of(corpus, mixture), row_of(corpus)
+    assert sum(info.tokens_plain for info in plan.sources.values()) == round(0.66 * 1_000_001)
+    assert plan.order["length_tokens"].sum() == mixture.train_tokens
+    index = np.array([rows[place] for place in places(plan.order)])
+    assert len(set(index.tolist())) == len(index)
+    held = [rows[place] for name in SOURCES for place in places(plan.valid[name])]
+    used = dict(zip(index.tolist(), plan.order["length_tokens"].tolist(), strict=True))
+    for source, info in enumerate(plan.sources.values()):
+        assert info.tokens_plain == pytest.approx(0.66 * info.tokens_kept, abs=1)
+        # The truth: whole documents in key order, up to the budget.
+        mine = np.setdiff1d(np.flatnonzero(corpus["source"] == source), held)
+        mine = mine[np.argsort(corpus["order_key"][mine])]
+        count = (
+            int(np.searchsorted(np.cumsum(corpus["length_tokens"][mine]), info.tokens_plain)) + 1
+        )
+        plain = mine[:count]
+        assert count == info.documents_plain
+        assert sum(used[row] for row in plain.tolist()) == info.tokens_plain
+        is_long = corpus["length_tokens"] >= BASE.long_threshold_tokens
+        others = [row for row in used if corpus["source"][row] == source and row not in set(plain)]
+        long_tokens = sum(used[row] for row in others if is_long[row])
+        share = long_tokens / (info.tokens_kept - info.tokens_plain)
+        if not mixture.short_keep_ratio:
+            assert share == 1
+        elif mixture.long_token_share:
+            assert share == pytest.approx(0.8, abs=0.005)
+        else:
+            assert share > info.long_share_before + 0.2
+    assert plan.warnings == []
+
+
+def test_limits_leave_documents_as_they_are_unchanged(plan_of):
+    """Short ones beyond what may be held out were not tokenized: another round, then the same plan."""
+    corpus = make_corpus(20_000)
+    mixture = dataclasses.replace(SHORT_SHARE, source_shares={"Book": 0.4, "C4": 0.6})
+    is_long = corpus["length_tokens"] >= BASE.long_threshold_tokens
+    keys, drops = (corpus[name] / 2**64 for name in ("order_key", "drop_key"))
+
+    def limited(order, valid):
+        kept = (keys < valid) | ((keys < order) & (is_long | (drops < 0.1)))
+        return plan_of(
+            corpus[kept], mixture, admission=Admission(default=Limits(order, 0.1, valid))
+        )
+
+    with pytest.raises(TooTight) as failure:
+        limited(0.9, 0.05)
+    wider = failure.value.wider
+    assert all(limits.valid > 0.05 and limits.order >= limits.valid for limits in wider.values())
+    assert places(limited(0.9, 0.3).order) == places(plan_of(corpus, mixture).order)
+
+
+def test_a_corpus_too_small_for_documents_as_they_are(plan_of):
+    mixture = dataclasses.replace(SHORT_SHARE, train_tokens=10_000_000, allow_repeat=100)
+    with pytest.raises(DataError) as failure:
+        plan_of(make_corpus(), mixture)
+    corpus, plan = make_corpus(), plan_of(make_corpus(), BASE)
+    told = str(failure.value)
+    for index, (name, info) in enumerate(plan.sources.items()):
+        tokens = corpus["length_tokens"][corpus["source"] == index].sum() - info.tokens_valid
+        assert f"{name}: {tokens:,} tokens available" in told
+    assert told.endswith("use a lower --train-tokens or a larger corpus")
+
+
+@pytest.mark.parametrize("strategy", ["original", "cut", "global"])
+def test_strategies_that_cannot_have_documents_as_they_are_beside(strategy):
+    with pytest.raises(ConfigError, match="--short-share has no effect with --strategy"):
+        dataclasses.replace(BASE, strategy=strategy, short_share=0.5)
+    with pytest.raises(ConfigError, match=r"--short-share 1\.0 is not at least 0 and below 1"):
+        dataclasses.replace(BASE, short_share=1.0)
+
+
+def test_a_mixture_without_them_is_recorded_as_before():
+    assert "short_share" not in BASE.to_json()
+    assert BASE.to_json().keys() | {"short_share"} == dataclasses.asdict(BASE).keys()
+    assert SHORT_SHARE.to_json()["short_share"] == 0.66

@@ -74,6 +74,9 @@ def test_yaml_shares(tmp_path):
         ("shares: {Book: many}", "share of Book is 'many'"),
         ("shares: {Book: -1}", "share of Book is -1"),
         ("shares: {Book: .nan}", "share of Book is nan"),
+        ("shares: {Book: .inf}", "share of Book is inf"),
+        ("shares: {Book: 9" + "9" * 400 + "}", "share of Book is 9999"),
+        ("shares: {}", "has no mapping under shares"),
         ("shares: {Book: 1, RedPajamaBook: 2}", "Book twice"),
     ],
 )

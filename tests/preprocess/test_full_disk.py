@@ -123,7 +123,7 @@ mount -t tmpfs -o size=100k none "$1"
 from pathlib import Path
 from megatron_long.preprocess.publish import disk_errors, publish
 with disk_errors(Path(sys.argv[1])):
-    publish(Path(sys.argv[2]), Path(sys.argv[1]) / "out")' "$1" "$3"
+    publish(Path(sys.argv[2]), Path(sys.argv[1]) / "out", Path(sys.argv[1]))' "$1" "$3"
 ls -A "$1"
 """
 
@@ -139,7 +139,9 @@ def test_a_copy_to_a_full_disk_tells_the_cause(tmp_path):
     words = ["bash", "-c", COPY_TO_FULL_DISK, "bash", str(disk), sys.executable, str(made)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run([*NAMESPACE, *words], env=environment, capture_output=True, text=True)
-    assert "no space left (No space left on device)" in result.stderr
+    error = result.stderr.splitlines()[-1]
+    assert f"ConfigError: {disk}/" in error
+    assert "train.bin: no space left (No space left on device)" in error
     assert result.stdout == ""
-    publish(made, tmp_path / "out")
+    publish(made, tmp_path / "out", tmp_path)
     assert files_of(tmp_path / "out").keys() == {"train.bin", "valid/a.bin"}

@@ -78,7 +78,7 @@ def test_the_time_left_is_that_of_a_steady_run(monkeypatch):
     assert {progress.resumed_tokens for progress in seen} == {4000}
     line = describe(seen[19])  # 20 s: 240 bytes, 2,400 tokens of this run
     assert line == (
-        "tokens.0: 0 of 4 files, 0.0 of 0.0 MB, 0.00M tokens/s, 20 s so far, about 18 s left"
+        "tokens.0: 0 of 4 files, 0.0 of 0.0 MB, 120 tokens/s, 20 s so far, about 18 s left"
     )
 
 
@@ -88,6 +88,8 @@ def test_tokens_of_another_run_are_not_this_runs_speed():
     assert "5.00M tokens/s" in describe(progress)
     resumed = dataclasses.replace(progress, resumed_tokens_by_source={"Book": 6_000_000})
     assert "2.00M tokens/s" in describe(resumed)
+    kept = dataclasses.replace(progress, resumed_tokens_by_source=made)
+    assert ", 10.0M tokens of an earlier run, " in describe(kept)
 
 
 def test_a_resumed_run_counts_what_was_done_and_forgets_what_was_not(corpus, tmp_path):

@@ -7,7 +7,9 @@ import pytest
 
 from megatron_long.corpus.documents import RecordKeys
 from megatron_long.dataset.indexed import IndexedDatasetReader
+from megatron_long.dataset.inspection import DatasetBrowser
 from megatron_long.dataset.manifest import read_manifest, verify_files
+from megatron_long.dataset.verification import verify_dataset
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.mixture.keys import batch_keys
 from megatron_long.mixture.mixture import Mixture
@@ -97,6 +99,45 @@ def test_held_out_documents_are_whole_and_not_in_training(dataset, records):
         assert len(held_out) == split.num_documents > 0
         assert set(held_out) <= texts
         assert not {text.partition(" ")[0] for text in held_out} & trained
+
+
+def test_documents_as_they_are_are_counted_to_the_token(config, tmp_path):
+    mixture = dataclasses.replace(config.mixture, short_share=0.66, short_keep_ratio=0.0)
+    output = tmp_path / "out"
+    preprocess(dataclasses.replace(config, mixture=mixture), output)
+    manifest = read_manifest(output)
+    plain = sum(info.tokens_plain for info in manifest.sources.values())
+    assert plain == round(0.66 * TRAIN_TOKENS) == 5940
+    assert manifest.mixture["short_share"] == 0.66
+    # What is not as it is, is long; a document that the budget cuts may have become short.
+    lengths = IndexedDatasetReader(output / "train").lengths.astype(int)
+    assert lengths.sum() == TRAIN_TOKENS
+    others = TRAIN_TOKENS - plain
+    cut = 300 * len(manifest.sources)
+    assert lengths[lengths >= 300].sum() >= others - cut
+    page = (output / "report" / "index.html").read_text()
+    assert "with 5,940 tokens in documents as they are, seed 0" in page
+    assert "<th>tokens as they are</th>" in page
+
+
+def test_a_separator_replaces_bos_and_eod(config, dataset, tmp_path):
+    changed = dataclasses.replace(config, document_separator="<s>", workers=2)
+    preprocess(changed, tmp_path / "out")
+    manifest, before = read_manifest(tmp_path / "out"), read_manifest(dataset)
+    assert manifest.tokenizer.bos_id is None
+    assert manifest.tokenizer.eod_id == before.tokenizer.bos_id != before.tokenizer.eod_id
+    assert list(verify_dataset(tmp_path / "out"))
+    reader = IndexedDatasetReader(tmp_path / "out" / "train")
+    assert reader.num_tokens == TRAIN_TOKENS
+    tokenizer, browser = load_tokenizer(config.tokenizer), DatasetBrowser(tmp_path / "out")
+    rows = np.load(tmp_path / "out" / "documents.npy")
+    for index, row in enumerate(rows):
+        tokens = reader.read(index).tolist()
+        assert tokens.count(manifest.tokenizer.eod_id) == 1
+        assert tokens[-1] == manifest.tokenizer.eod_id
+        assert before.tokenizer.eod_id not in tokens
+        assert row["length_tokens"] == len(tokens)
+        assert browser.decode(reader.read(index)) == tokenizer.decode(tokens[:-1])
 
 
 @pytest.mark.parametrize("workers", [2, 4])

@@ -1,6 +1,7 @@
 """A run that is killed resumes and gives the same bytes; another command or a changed corpus is refused."""
 
 import dataclasses
+import fcntl
 import os
 import random
 import signal
@@ -17,10 +18,11 @@ from megatron_long.errors import ConfigError, DataError
 from megatron_long.files import remove_folder
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess import preprocess as preprocess_module
+from megatron_long.preprocess import workdir
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 from megatron_long.preprocess.stages import TokenizeStage, WriteStage, split_parts
-from megatron_long.preprocess.workdir import only_run, open_work
+from megatron_long.preprocess.workdir import only_run, open_work, sweep
 from tests.corpus_fixtures import files_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -227,6 +229,38 @@ def test_two_runs_at_once_are_refused(config, tmp_path):
         preprocess(config, tmp_path / "out")
 
 
+def test_a_lock_that_was_removed_locks_nobody_out(tmp_path, monkeypatch):
+    """The run that held it ended between opening and locking its file, and a third run has a new one."""
+    flock = fcntl.flock
+
+    def end_other(file, mode):
+        (tmp_path / ".out.work.lock").unlink()
+        flock(file, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir.fcntl, "flock", end_other)
+        with pytest.raises(ConfigError, match="another run"), only_run(tmp_path / "out.work"):
+            pass
+    with only_run(tmp_path / "out.work"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_another_run_made_meanwhile_is_kept(config, tmp_path):
+    output = tmp_path / "out"
+
+    def make(progress):
+        if progress.stage == "finish" and not output.exists():
+            (output / "results").mkdir(parents=True)
+
+    with pytest.raises(ConfigError, match="exists already"):
+        preprocess(config, output, make)
+    assert [path.name for path in output.iterdir()] == ["results"]
+    assert (tmp_path / "out.work").exists()
+    preprocess(dataclasses.replace(config, force=True), output)
+    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
+
+
 def test_leftovers_of_a_killed_process_are_removed(config, tmp_path, monkeypatch):
     stop_early(config, tmp_path / "out", monkeypatch)
     work = tmp_path / "out.work"
@@ -264,5 +298,11 @@ def test_a_kill_while_work_is_removed_leaves_nothing_half(tmp_path, monkeypatch)
         )  # as if killed before anything was deleted
         remove_folder(work)
     assert [path.name for path in tmp_path.iterdir()] == [f".out.work.{os.getpid()}.tmp"]
+    with only_run(work):
+        sweep(work)  # another run is there
+    assert [path.name for path in tmp_path.iterdir()] == [f".out.work.{os.getpid()}.tmp"]
     open_work(work, {"seed": 1}, [], force=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
+    work.rename(tmp_path / ".out.work.5.tmp")
+    sweep(work)
+    assert list(tmp_path.iterdir()) == []

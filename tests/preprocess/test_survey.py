@@ -183,7 +183,7 @@ def holds(interval, value):
 def test_a_dry_run_tells_what_a_run_makes(changes, config, tmp_path):
     config = with_mixture(config, **changes)
     made = preprocess(config, tmp_path / "out").sources
-    found = plan_dataset(config, text_bytes=1 << 17, whole_bytes=0)
+    found = plan_dataset(config, text_bytes=1 << 17)
     assert 0 < found.read_share < 0.5
     tokens = sum(info.tokens_in for info in made.values())
     for name, info in made.items():

@@ -59,6 +59,28 @@ def test_make_inspect_plot_and_refuse_to_overwrite(words, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.png", "out"]
 
 
+def test_a_dry_run_of_all_tells_what_the_run_tells(words, tmp_path, records):
+    """Bad documents and files that are left out, sources that miss their share: figures and warnings."""
+    lines = [json.dumps(record) for record in records]
+    text = "\n".join([*lines[:200], "{}", *lines[200:], '{"text": 1}'])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "in" / "b.jsonl.xz").touch()
+    del words["--short-keep-ratio"]
+    words |= {"--input": tmp_path / "in", "--long-token-share": 0.99, "--train-tokens": "40K"}
+    extra = ["--on-bad-document", "skip", "--on-unread-file", "skip"]
+    dry = run_tool("preprocess_mix", *flags(words), *extra, "--dry-run")
+    made = run_tool("preprocess_mix", *flags(words), *extra)
+    assert (dry.returncode, made.returncode) == (0, 0), dry.stderr + made.stderr
+    assert dry.stdout.splitlines()[:5] == made.stdout.splitlines()[:5]
+    notes = [line[6:] for line in dry.stdout.splitlines() if line.startswith("note: ")]
+    *warnings, bad = notes
+    assert warnings == manifest_of(words)["warnings"]
+    assert any("out of reach" in warning for warning in warnings)
+    assert bad.startswith("2 bad documents are left out (first: a.jsonl:201 has no text string")
+    assert manifest_of(words)["documents_bad"] == 2
+
+
 def test_dry_run_prints_the_table_and_writes_nothing(words, tmp_path):
     result = run_tool("preprocess_mix", *flags(words), "--dry-run", "--source-shares", "natural")
     assert result.returncode == 0, result.stderr
@@ -78,6 +100,22 @@ def test_dry_run_prints_the_table_and_writes_nothing(words, tmp_path):
         ({"--source-shares": "/nowhere.yaml"}, "--source-shares /nowhere.yaml does not exist"),
         ({"--source-key": "meta.none"}, "a.jsonl:1 has no source"),
         ({"--strategy": "best"}, "--strategy best: choose one of per-source"),
+        ({"--source-key": ""}, "--source-key '' has an empty part"),
+        ({"--text-key": "a..b"}, "--text-key 'a..b' has an empty part"),
+        ({"--cut-length": "4K"}, "--cut-length 4096 has no effect with --strategy per-source"),
+        (
+            {"--strategy": "original"},
+            "--short-keep-ratio 0.5 has no effect with --strategy original",
+        ),
+        ({"--strategy": "cut"}, "--short-keep-ratio 0.5 has no effect with --strategy cut"),
+        (
+            {"--missing-sources": "drop"},
+            "--missing-sources drop has no effect with --source-shares",
+        ),
+        (
+            {"--train-tokens": "2"},
+            "--train-tokens 2 has no room for a document, which is BOS and EOD",
+        ),
     ],
 )
 def test_errors_are_one_paragraph_and_status_2(changes, message, words, tmp_path):
@@ -86,7 +124,7 @@ def test_errors_are_one_paragraph_and_status_2(changes, message, words, tmp_path
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
     # What was read so far is kept, for the same command; not if that can never end well.
-    kept = ["out.work"] if "--source-key" in changes else []
+    kept = ["out.work"] if changes.get("--source-key") else []
     assert [path.name for path in tmp_path.iterdir()] == kept
 
 
@@ -111,7 +149,7 @@ def manifest_of(words):
     ],
 )
 def test_every_strategy_from_the_command_line(extra, words):
-    if "--long-token-share" in extra:
+    if extra[1] not in ("per-source", "global") or "--long-token-share" in extra:
         del words["--short-keep-ratio"]
     made = run_tool("preprocess_mix", *flags(words), *extra)
     assert made.returncode == 0, made.stderr
@@ -204,6 +242,7 @@ def write_all(folder, records):
 def test_shares_from_yaml_and_repeats(words, tmp_path):
     (tmp_path / "shares.yaml").write_text("shares: {Book: 8, C4: 1, GitHub: 1}\n", "utf-8")
     words |= {"--source-shares": tmp_path / "shares.yaml", "--train-tokens": "90K"}
+    del words["--short-keep-ratio"]
     words["--strategy"] = "original"
     short = run_tool("preprocess_mix", *flags(words))
     assert short.returncode == 2
@@ -218,6 +257,7 @@ def test_shares_from_yaml_and_repeats(words, tmp_path):
 
 @pytest.mark.parametrize("word", ["Book", "=0.5", "Book=much"])
 def test_malformed_upsampling(word, words):
+    del words["--short-keep-ratio"]
     result = run_tool("preprocess_mix", *flags(words), "--strategy", "upsample-sources", word)
     assert result.returncode == 2
     assert "write NAME=SHARE" in result.stderr
@@ -225,6 +265,7 @@ def test_malformed_upsampling(word, words):
 
 def test_a_source_upsampled_twice(words):
     twice = ("Book=0.5", "RedPajamaBook=0.2")
+    del words["--short-keep-ratio"]
     result = run_tool("preprocess_mix", *flags(words), "--strategy", "upsample-sources", *twice)
     assert result.returncode == 2
     assert "names RedPajamaBook twice" in " ".join(result.stderr.split())

@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.tokenizer.loading import load_tokenizer
+from megatron_long.tokenizer.loading import load_tokenizer, separate_documents
 from megatron_long.tokenizer.tokenizer_files import copy_tokenizer
 
 TEXTS = ["nana bocu", "  two  spaces", "<s>literal</s> é \U0001f600\n", "", "tab\tand 12345"]
@@ -189,3 +189,18 @@ def test_missing_and_damaged_tokenizers(tmp_path):
     (tmp_path / "x.json").write_text("{}", encoding="utf-8")
     with pytest.raises(DataError, match=r"x\.json cannot be loaded"):
         load_tokenizer(tmp_path / "x.json")
+
+
+def test_a_special_token_can_end_documents_instead(model_file, json_file):
+    for path, separator in ((model_file, "<s>"), (json_file, "<s>")):
+        tokenizer = load_tokenizer(path, "reference")
+        before = tokenizer.bos_id, tokenizer.eod_id
+        separate_documents(tokenizer, path, None)
+        assert (tokenizer.bos_id, tokenizer.eod_id) == before
+        separate_documents(tokenizer, path, separator)
+        assert (tokenizer.bos_id, tokenizer.eod_id) == (None, before[0])
+        for other in ("<|none|>", "a"):  # what text gives does not tell where a document ends
+            with pytest.raises(
+                ConfigError, match=r"is no special token .*; give one of <.*s>, </s>"
+            ):
+                separate_documents(tokenizer, path, other)

@@ -6,15 +6,17 @@ Matplotlib is imported inside functions: it takes a second that data tools need 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_long.evaluation.generation.sample_results import Estimate
 from megatron_long.evaluation.loss.loss_report import format_tokens
 from megatron_long.evaluation.loss.position_loss import PositionLoss
 from megatron_long.evaluation.needle.needle_scores import NeedleResult
+from megatron_long.evaluation.ruler.ruler_definitions import THRESHOLD_PERCENT
 from megatron_long.files import atomic_path
 
 if TYPE_CHECKING:
@@ -319,6 +321,34 @@ def _mark_column(axes: Axes, lengths: Sequence[int], training_length: int) -> No
     if lengths[0] <= training_length < lengths[-1]:
         column = sum(length <= training_length for length in lengths) - 0.5
         axes.axvline(column, color="black", linestyle="--", linewidth=2.5)
+
+
+def ruler_figure(reports: Sequence[tuple[str, Mapping[int, Estimate]]]) -> Figure:
+    """Draw averages over context length with their intervals, and RULER's threshold."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, averages) in enumerate(reports):
+        known = [(length, cell) for length, cell in averages.items() if cell.mean is not None]
+        figures = np.array([(cell.low, cell.mean, cell.high) for _, cell in known]).reshape(-1, 3)
+        axes.errorbar(
+            [length for length, _ in known],
+            figures[:, 1],
+            yerr=np.abs(figures[:, [0, 2]] - figures[:, 1:2]).T,
+            capsize=3,
+            label=name,
+            color=SOURCE_COLOURS[place % len(SOURCE_COLOURS)],
+            marker=SOURCE_MARKERS[place % len(SOURCE_MARKERS)],
+        )
+    axes.axhline(THRESHOLD_PERCENT, color="#777", linestyle="--", linewidth=1)
+    axes.set_xscale("log", base=2)
+    lengths = sorted({length for _, averages in reports for length in averages})
+    axes.set_xticks(lengths, [format_tokens(length) for length in lengths])
+    axes.set(xlabel="context length (tokens)", ylabel="average score (%)", ylim=(0, 103))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -18,6 +18,8 @@ from megatron_long.evaluation.loss.loss_report import (
     read_loss_report,
 )
 from megatron_long.evaluation.needle.needle_report import NeedleReport, read_needle_report
+from megatron_long.evaluation.ruler.ruler_report import KIND as RULER
+from megatron_long.evaluation.ruler.ruler_report import RulerReport, read_ruler_report
 from megatron_long.flags.argv import Argv
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ class RunFiles:
     curves: list[Curve] = field(default_factory=list)
     needles: list[Measured[NeedleReport]] = field(default_factory=list)
     losses: list[Measured[LossReport]] = field(default_factory=list)
+    rulers: list[Measured[RulerReport]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """What looks like ours and could not be read, with the reason."""
 
@@ -109,12 +112,13 @@ def collect(folder: Path, dataset: Path | None = None, baseline: Path | None = N
     _add_dataset(found, dataset)
     found.needles = _in_order(found.needles, lambda report: report.settings.model)
     found.losses = _in_order(found.losses, lambda report: report.settings.checkpoint)
+    found.rulers = _in_order(found.rulers, lambda report: report.settings["model"])
     if baseline is not None:
         _put_first(found, baseline)
-    if not (found.curves or found.needles or found.losses or found.manifest):
+    if not (found.curves or found.needles or found.losses or found.rulers or found.manifest):
         raise ConfigError(
-            f"{folder} holds nothing of a run: no TensorBoard events, no --loss-log, no needle or loss "
-            "report, no dataset; give the folder of --save, or one around it"
+            f"{folder} holds nothing of a run: no TensorBoard events, no --loss-log, no needle, loss or "
+            "RULER report, no dataset; give the folder of --save, or one around it"
         )
     return found
 
@@ -140,6 +144,10 @@ def _add_report(found: RunFiles, path: Path) -> None:
             found.needles.append(_measured(found, path, needle, model, origin))
         elif kind == "loss_by_position":
             found.losses.append(_measured_loss(found, path, read_loss_report(path)))
+        elif kind == RULER:
+            ruler = read_ruler_report(path)
+            model, origin = ruler.settings["model"], ruler.settings["iteration"]
+            found.rulers.append(_measured(found, path, ruler, model, origin))
     except OSError as error:
         found.left_out.append(f"{path} cannot be read ({error.strerror})")
     except UserError as error:
@@ -166,9 +174,8 @@ def _kind_of(path: Path) -> str | None:
     """What a JSON file of ours says it is, from its beginning."""
     with path.open("rb") as file:
         head = file.read(200)
-    return next(
-        (kind for kind in ("needle", "loss_by_position") if f'"{kind}"'.encode() in head), None
-    )
+    kinds = ("needle", "loss_by_position", RULER)
+    return next((kind for kind in kinds if f'"{kind}"'.encode() in head), None)
 
 
 def _measured_loss(found: RunFiles, path: Path, report: LossReport) -> Measured[LossReport]:

@@ -18,8 +18,15 @@ from megatron_long.evaluation.report.plots import (
     heatmap_figure,
     needle_history_figure,
     position_figure,
+    ruler_figure,
 )
 from megatron_long.evaluation.report.run_files import Curve, Measured, RunFiles, format_count
+from megatron_long.evaluation.ruler.ruler_report import (
+    RulerReport,
+    effective_length,
+    notes,
+    table_rows,
+)
 from megatron_long.files import atomic_path
 
 if TYPE_CHECKING:
@@ -89,6 +96,7 @@ def run_report_page(found: RunFiles) -> str:
         *_training_sections(found.curves),
         *_needle_sections(found.needles),
         *_loss_sections(found.losses),
+        *_ruler_sections(found.rulers),
     ]
     return (
         jinja2.Environment(autoescape=True)
@@ -266,7 +274,7 @@ def _loss_section(title: str, comparable: Sequence[Measured[LossReport]]) -> Sec
     return section
 
 
-def _name(item: Measured[LossReport]) -> str:
+def _name(item: Measured[Any]) -> str:
     return item.label if item.tokens is not None else f"{item.path.stem}, {item.label}"
 
 
@@ -279,3 +287,25 @@ def _table_rows(table: LossTable) -> list[list[str]]:
             cells = ["-" if np.isnan(loss) else f"{loss:.4f}" for loss in losses]
             rows.append([f"{start}-{stop}", name, *cells])
     return rows
+
+
+def _ruler_sections(rulers: Sequence[Measured[RulerReport]]) -> list[Section]:
+    """Averages of all reports, and the tasks of the last."""
+    if not rulers:
+        return []
+    section = Section(
+        "RULER",
+        "Average score of the tasks in percent, with 95% intervals by bootstrap over samples.",
+        *(f"{_name(item)} ({item.path}): {effective_length(item.report)}." for item in rulers),
+    )
+    lengths = sorted({length for item in rulers for length in item.report.lengths})
+    section.rows = [["model", "tasks", *map(str, lengths)]]
+    for item in rulers:
+        averages = [str(item.report.averages.get(length, "-")) for length in lengths]
+        section.rows.append([_name(item), str(len(item.report.tasks)), *averages])
+    figure = ruler_figure([(_name(item), item.report.averages) for item in rulers])
+    section.add_figure("RULER average by context length", figure)
+    last = rulers[-1]
+    tasks = Section("RULER by task", f"{_name(last)} ({last.path})", *notes(last.report))
+    tasks.rows = table_rows(last.report)
+    return [section, tasks]

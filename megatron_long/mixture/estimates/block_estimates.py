@@ -1,11 +1,14 @@
 """Estimates of the whole corpus from a sample of its blocks, with confidence intervals.
 
-Of each block all documents are counted, by source and size, and some are tokenized. Two errors add up:
+Of each block all documents are counted, by source and size, and some are tokenized. Three errors add up:
 
 - Between blocks: the separate ratio estimator, stratified. What the blocks of a stratum hold is divided by
   their bytes and multiplied by the bytes of its files. Blocks are one to a run, in order, so the variance is
   taken from differences of neighbors, with the finite population correction: a stratum of which every
   block was read has no such error.
+- In the rest of compressed files, of which only the beginnings are read: the rest of a file is taken to
+  differ from its beginning as the beginnings of two files differ. What grows or falls in all files from
+  beginning to end is not seen.
 - Within blocks: the tokens of documents that were not tokenized, as in `corpus_stats`. Where few of the
   blocks were read this hardly counts, for the differences between blocks hold it already.
 
@@ -68,16 +71,13 @@ class CorpusEstimate:
         """Bytes of the corpus that each block stands for."""
         self.weights = np.where(read > 0, self._stands_for / np.maximum(read, 1.0), 0.0)
         self.stats: CorpusStats = gather_stats(infos, weights=self.weights.tolist())
-        streams = [block.item.piece_bytes is None for block in sample.blocks]
-        self.unread_share = float(
-            (self._stands_for * (1 - read / np.maximum(sizes, 1)) * streams).sum()
-            / max(total.sum(), 1)
-        )
-        self._repeats = np.array([block.may_repeat for block in sample.blocks])
-        places = {(b.item.name, b.item.start_bytes): place for place, b in enumerate(sample.blocks)}
-        self.read_share = float(read[list(places.values())].sum() / max(total.sum(), 1))
+        self._streams = np.array([block.item.piece_bytes is None for block in sample.blocks])
+        unread = np.maximum(1 - read / np.maximum(sizes, 1), 0.0) * self._streams
+        self._unread = self._stands_for * unread
+        self.unread_share = float(self._unread.sum() / max(total.sum(), 1))
+        self.read_share = float(read.sum() / max(total.sum(), 1))
         all_taken = all(len(m) == n for m, n in zip(self._members, self._blocks, strict=True))
-        self.is_whole = all_taken and not self._repeats.any() and self.unread_share == 0
+        self.is_whole = all_taken and self.unread_share == 0
         self._counted = self._count(infos)
 
     def _count(self, infos: Sequence[Mapping[str, Any]]) -> dict[str, NDArray]:
@@ -115,10 +115,16 @@ class CorpusEstimate:
                 continue
             bytes_of = self._stands_for[mine]
             rest = values[mine] - bytes_of * (values[mine].sum() / bytes_of.sum())
-            unread = 1.0 if self._repeats[mine].any() else 1 - number / num_blocks
-            found = unread * number / (2 * (number - 1)) * float((np.diff(rest) ** 2).sum())
+            squares = float((np.diff(rest) ** 2).sum())
+            found = (1 - number / num_blocks) * number / (2 * (number - 1)) * squares
             variance += found
             weight += found**2 / (number - 1)
+        if self.unread_share and (degrees := np.count_nonzero(self._streams) - 1) > 0:
+            bytes_of, mine = self._stands_for[self._streams], values[self._streams]
+            off = mine / bytes_of - mine.sum() / bytes_of.sum()
+            found = 2 * float((off**2).sum()) / degrees * float((self._unread**2).sum())
+            variance += found
+            weight += found**2 / degrees
         return variance, variance**2 / weight if weight else np.inf
 
     def estimate(self, name: str) -> SourceEstimate:

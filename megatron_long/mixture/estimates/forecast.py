@@ -71,10 +71,14 @@ def keep_short_of(mixture: Mixture, tokens: float, long_share: float, needed: fl
 def _one(
     stats: SourceStats, found: SourceEstimate, asked: Interval, mixture: Mixture
 ) -> SourceForecast:
+    plain = mixture.short_share * asked.value
+    """Tokens in documents as they are; what follows is about the others, up to `long_after`."""
+
     def outcome(tokens: float, long_share: float) -> tuple[float, float]:
         """Return usable tokens, and the share of long ones among them."""
-        left = tokens - _held_out(tokens, mixture)
-        keep = keep_short_of(mixture, left, long_share, asked.value / mixture.allow_repeat)
+        left = max(tokens - _held_out(tokens, mixture) - plain, 0.0)
+        needed = (asked.value - plain) / mixture.allow_repeat
+        keep = keep_short_of(mixture, left, long_share, needed)
         usable = long_share + keep * (1 - long_share)
         return left * usable, long_share / usable if usable else 0.0
 
@@ -91,12 +95,16 @@ def _one(
     supply = Interval(usable, min(c[0] for c in corners), max(c[0] for c in corners)).scaled(passes)
     range_after = Interval(after, min(c[1] for c in corners), max(c[1] for c in corners))
     keep = (
-        usable / max(tokens.value - _held_out(tokens.value, mixture), 1) - long_share.value
+        usable / max(tokens.value - _held_out(tokens.value, mixture) - plain, 1) - long_share.value
     ) / max(1 - long_share.value, 1e-9)
     supply = _wider(supply, passes * _spread(stats, keep))
-    chosen = _chosen_variance(stats, keep, after, usable, asked.value)
+    chosen = _chosen_variance(stats, keep, after, usable, asked.value - plain)
     long_after = None if mixture.rules.cuts else _wider(range_after, Z * math.sqrt(chosen), 1.0)
-    return SourceForecast(found, asked, supply, long_after)
+    if plain and long_after:
+        spread = Z * math.sqrt(_chosen_variance(stats, 1.0, long_share.value, tokens.value, plain))
+        parts = _wider(long_share, spread, 1.0).scaled(mixture.short_share)
+        long_after = parts.plus(long_after.scaled(1 - mixture.short_share))
+    return SourceForecast(found, asked, supply.plus(exact(plain)), long_after)
 
 
 def _pooled(

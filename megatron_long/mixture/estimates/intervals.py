@@ -31,6 +31,10 @@ class Interval:
         """Return the interval of a multiple."""
         return Interval(self.value * factor, self.low * factor, self.high * factor)
 
+    def plus(self, other: "Interval") -> "Interval":
+        """Return the interval of a sum whose errors go together."""
+        return Interval(self.value + other.value, self.low + other.low, self.high + other.high)
+
 
 def exact(value: float) -> Interval:
     """Return the interval of a known number."""

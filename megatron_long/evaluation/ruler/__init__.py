@@ -1,0 +1,1 @@
+"""RULER: 13 synthetic tasks, answered by generation and scored by string match."""
