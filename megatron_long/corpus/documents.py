@@ -279,6 +279,8 @@ def _read_table(
             batch: list[Document] = []
             for record in records:
                 number += 1
+                if not item.owns_row(number):
+                    continue
                 try:
                     if isinstance(record, UnicodeDecodeError):
                         raise ValueError(f"is not UTF-8 ({record})", "fix or delete the row")
@@ -286,8 +288,10 @@ def _read_table(
                 except ValueError as error:
                     bad.add(item, number, *error.args)
             reader.position = position - item.start_bytes
-            yield batch
+            if batch:
+                yield batch
     except Exception as error:
         _require_damage(error, item)
         reason = f"cannot be read ({error}): the file is cut off or damaged"
-        bad.add(item, number + 1, reason, "fetch it again")
+        if item.owns_row(number + 1):
+            bad.add(item, number + 1, reason, "fetch it again")
