@@ -126,7 +126,7 @@ def test_the_newest_dated_version_is_the_package_s():
 OF_OTHERS = {
     "pip": "--no-build-isolation --no-deps",
     "docker": "--file --ipc --shm-size --tag --target --ulimit --volume",
-    "sbatch": "--nodes --batch --signal",
+    "sbatch": "--nodes --batch --mem --signal",
     "pytest": "--dist --maxschedchunk",
     "lm_eval": "--batch_size --model --model_args --output_path",
     "vllm": "--max-model-len",
