@@ -8,6 +8,7 @@ from megatron_long.corpus.inputs import InputFile, is_url, open_seekable, suffix
 from megatron_long.errors import ConfigError
 
 MAX_ROWS = 1024
+BUFFER_BYTES = 1 << 20
 ARROW_FILE_MAGIC = b"ARROW1"
 """Arrow's file format begins with it; its stream format, which `datasets` writes, does not."""
 
@@ -37,7 +38,9 @@ def _parquet_rows(item: InputFile, columns: Set[str]) -> Iterator[tuple[list[Any
     from pyarrow import parquet
 
     number, skip, left = item.first_line - 1, item.skip_rows, item.num_rows
-    with open_seekable(item) as raw, parquet.ParquetFile(raw) as file:
+    # By default a whole column of a group of rows is read into memory.
+    some = {"buffer_size": BUFFER_BYTES, "pre_buffer": False}
+    with open_seekable(item) as raw, parquet.ParquetFile(raw, **some) as file:
         wanted = sorted(columns & set(file.schema_arrow.names))
         for group in range(*(item.groups or (0, file.num_row_groups))):
             for table in file.iter_batches(MAX_ROWS, [group], wanted):

@@ -210,7 +210,9 @@ def _lacks(record: Any, value: Any, what: str, flag: str, key: str) -> tuple[str
     found = (
         f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
     )
-    if value is not None:
+    if isinstance(record, dict) and key in record and value is None:
+        found = "it is null"
+    elif value is not None:
         found = "it is empty" if value == "" else f"it is of type {type(value).__name__}"
     folder = ", or give --source-from-folder if each source has a folder" * (what == "source")
     return (
@@ -277,6 +279,8 @@ def _read_table(
             batch: list[Document] = []
             for record in records:
                 number += 1
+                if not item.owns_row(number):
+                    continue
                 try:
                     if isinstance(record, UnicodeDecodeError):
                         raise ValueError(f"is not UTF-8 ({record})", "fix or delete the row")
@@ -284,8 +288,10 @@ def _read_table(
                 except ValueError as error:
                     bad.add(item, number, *error.args)
             reader.position = position - item.start_bytes
-            yield batch
+            if batch:
+                yield batch
     except Exception as error:
         _require_damage(error, item)
         reason = f"cannot be read ({error}): the file is cut off or damaged"
-        bad.add(item, number + 1, reason, "fetch it again")
+        if item.owns_row(number + 1):
+            bad.add(item, number + 1, reason, "fetch it again")

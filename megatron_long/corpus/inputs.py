@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 import xxhash
 
 from megatron_long.corpus.stores import StoreFile
-from megatron_long.errors import ConfigError
+from megatron_long.errors import ConfigError, DataError
 
 LINES = (".jsonl", ".ndjson", ".json")
 """Suffixes of files with one JSON object a line."""
@@ -21,7 +21,9 @@ TABLES = (".parquet", ".arrow")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """At the beginning of files from Windows, and of their parts where such files were joined."""
 SHARE_BYTES = 1 << 20
-"""Text of a compressed file that one share takes before it leaves as much to each of the others."""
+"""Text of a file that one share takes before it leaves as much to each of the others."""
+SHARE_ROWS = 1024
+"""Rows of a table, likewise."""
 SUFFIXES = (*LINES, *(lines + end for end in COMPRESSIONS for lines in LINES), *TABLES)
 
 
@@ -51,7 +53,7 @@ class InputFile:
     num_rows: int | None = None
     """Rows of the piece; None for all of its groups."""
     share: tuple[int, int] = (0, 1)
-    """Which share of the text of a compressed file this is, and of how many; see `owns`."""
+    """Which share of a file that all read whole this is, and of how many; see `owns`."""
     xxh3_128: str = ""
     """Hash of the whole file, if already known."""
 
@@ -69,6 +71,10 @@ class InputFile:
         ([True, False, True], True)
         """
         return position // SHARE_BYTES % self.share[1] == self.share[0]
+
+    def owns_row(self, number: int) -> bool:
+        """Return whether a row, numbered from 1, belongs to this share."""
+        return (number - 1) // SHARE_ROWS % self.share[1] == self.share[0]
 
 
 def suffix_of(path: str) -> str:
@@ -136,10 +142,19 @@ def open_input(item: InputFile) -> Iterator[HashingReader]:
 
 
 def open_seekable(item: InputFile, buffering: int = -1) -> Any:
-    """Open the stored file itself."""
-    if not is_url(item.path):
+    """Open the stored file itself.
+
+    Raises: DataError: it has gone since it was listed, or cannot be opened.
+    """
+    if is_url(item.path):
+        return StoreFile(item.path)
+    try:
         return open(item.path, "rb", buffering=buffering)
-    return StoreFile(item.path)
+    except OSError as error:
+        raise DataError(
+            f"{item.path} cannot be opened ({error.strerror}), and was listed before; put it back, and give "
+            "the same command again"
+        ) from error
 
 
 def hash_input(item: InputFile) -> str:

@@ -1,10 +1,11 @@
 """Large files in pieces, so that one file keeps many workers busy.
 
-Plain files of lines are divided at line ends, .parquet files between row groups; .arrow files stay whole.
-What is compressed from end to end (.gz, .zst) can only be read from its beginning: if there are too few files
-for the workers, each of them decompresses all of it and tokenizes a share of the lines. A document keeps the
-number of its line (or row) in the file, so its keys, and with them the dataset, are the same whatever the
-pieces. To know the lines before each piece, a plain file is read once beforehand, which also gives its hash.
+Plain files of lines are divided at line ends, .parquet files between row groups. What is compressed from end
+to end (.gz, .zst) can only be read from its beginning: if there are too few files for the workers, each of
+them decompresses all of it and tokenizes a share of the lines; so it is with .arrow files, and with .parquet
+files of few row groups. A document keeps the number of its line (or row) in the file, so its keys, and with
+them the dataset, are the same whatever the pieces. To know the lines before each piece, a plain file is read
+once beforehand, which also gives its hash.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import orjson
 from megatron_long.corpus.blocks import EXPANSION
 from megatron_long.corpus.inputs import (
     COMPRESSIONS,
+    LINES,
     InputFile,
     hash_input,
     open_input,
@@ -47,7 +49,7 @@ class Piece:
     groups: tuple[int, int] | None = None
     """First row group and end, in a parquet file."""
     share: tuple[int, int] = (0, 1)
-    """Number and count, in a compressed file."""
+    """Number and count, in a file without pieces."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class PiecesStage:
     files: tuple[InputFile, ...]
     piece_bytes: int
     shares: tuple[int, ...]
-    """How many shares each file gets if it is compressed."""
+    """How many shares each file gets if it has not as many pieces."""
     name: str = STAGE_NAME
 
     def path(self, index: int) -> Path:
@@ -71,13 +73,10 @@ class PiecesStage:
 
     def run(self, index: int) -> None:
         """Go through a file."""
-        item = self.files[index]
-        if _is_compressed(item):
-            count = self.shares[index]
+        item, count = self.files[index], self.shares[index]
+        pieces, digest = find_pieces(item, self.piece_bytes)
+        if len(pieces) < count and suffix_of(item.path) not in LINES:
             pieces = [Piece(0, item.size_bytes, 1, share=(n, count)) for n in range(count)]
-            digest = ""
-        else:
-            pieces, digest = find_pieces(item, self.piece_bytes)
         content = {"name": item.name, "xxh3_128": digest, "pieces": [asdict(p) for p in pieces]}
         with atomic_path(self.path(index)) as temporary:
             temporary.write_bytes(orjson.dumps(content))
@@ -87,7 +86,7 @@ def split_inputs(
     files: Sequence[InputFile], work: Path, options: ExecutorOptions
 ) -> list[InputFile]:
     """Give the files, large ones in pieces, in their order."""
-    large = tuple(item for item in files if _is_divisible(item) and _text_bytes(item) > PIECE_BYTES)
+    large = tuple(item for item in files if _text_bytes(item) > PIECE_BYTES)
     total = sum(map(_text_bytes, files))
     # Kept in the work folder: another number of workers resumes with the same shares.
     shares = tuple(max(round(options.workers * _text_bytes(item) / total), 1) for item in large)
@@ -103,7 +102,7 @@ def split_inputs(
     if len(items) < options.workers:
         logger.warning(
             "--workers %d: the corpus has %d files or pieces of files to read, so only as many workers "
-            "have work; small files and .arrow files are not divided: make more of them",
+            "have work; small files are not divided: make more of them",
             options.workers,
             len(items),
         )
@@ -113,8 +112,14 @@ def split_inputs(
 def find_pieces(item: InputFile, piece_bytes: int) -> tuple[list[Piece], str]:
     """Divide a file into pieces of about `piece_bytes`; give them and the hash of the whole file.
 
+    What is compressed from end to end is one piece, and not hashed: that is done when it is read.
+
     Raises: DataError: the file changed meanwhile.
     """
+    if suffix_of(item.path).endswith(COMPRESSIONS):
+        return [Piece(0, item.size_bytes, 1)], ""
+    if suffix_of(item.path) == ".arrow":
+        return [Piece(0, item.size_bytes, 1)], hash_input(item)
     if suffix_of(item.path) == ".parquet":
         try:
             return list(_row_groups(item, piece_bytes)), hash_input(item)
@@ -175,13 +180,5 @@ def _pieces(item: InputFile, content: dict[str, Any]) -> Iterator[InputFile]:
         )
 
 
-def _is_divisible(item: InputFile) -> bool:
-    return suffix_of(item.path) != ".arrow"
-
-
-def _is_compressed(item: InputFile) -> bool:
-    return suffix_of(item.path).endswith(COMPRESSIONS)
-
-
 def _text_bytes(item: InputFile) -> int:
-    return round(item.size_bytes * (EXPANSION if _is_compressed(item) else 1))
+    return item.size_bytes if suffix_of(item.path) in LINES else round(item.size_bytes * EXPANSION)

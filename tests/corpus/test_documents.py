@@ -121,7 +121,7 @@ def test_meta_kept_as_json_text_is_read():
         (b'["text"]', r"has no text string at 'text' \(it is not an object\)"),
         (b'{"meta": {"redpajama_set_name": "x"}}', r"has no text .* keys are meta"),
         (b'{"text": 5, "source": "s"}', r"has no text string at 'text' \(it is of type int\)"),
-        (b'{"text": null, "meta": {}}', r"has no text .*--text-key"),
+        (b'{"text": null, "meta": {}}', r"has no text .*it is null"),
         (b'{"text": "x", "meta": {}}', r"has no source .*--source-key"),
         (b'{"text": "x", "source": ""}', r"has no source .*it is empty"),
         (b'{"text": "x", "meta": "y"}', r"has no source"),

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_long import machine
 from megatron_long.errors import ConfigError
-from megatron_long.planning import diagnosis, machine
+from megatron_long.planning import diagnosis
 from megatron_long.planning.diagnosis import KEPT, compare_cudnn, examine
 
 REPOSITORY = Path(__file__).resolve().parents[2]

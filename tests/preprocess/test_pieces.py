@@ -1,11 +1,14 @@
 """Large files are read in pieces, and nothing of the dataset shows it."""
 
 import dataclasses
+import io
+import itertools
+import random
 
 import numpy as np
 import pytest
 
-from megatron_long.corpus import inputs
+from megatron_long.corpus import columnar, inputs
 from megatron_long.corpus.documents import BadDocuments, FileState, RecordKeys, read_documents
 from megatron_long.corpus.inputs import hash_input
 from megatron_long.corpus.listing import find_inputs
@@ -18,7 +21,7 @@ from megatron_long.preprocess.executors import ExecutorOptions
 from megatron_long.preprocess.file_pieces import find_pieces, split_inputs
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
-from megatron_long.preprocess.workdir import _known_hashes
+from megatron_long.preprocess.workdir import _known_hashes, open_work
 from tests.corpus_fixtures import files_of
 
 
@@ -103,6 +106,54 @@ def test_shares_are_the_file(count, suffix, tmp_path, write_jsonl, records, monk
     assert [state.position_bytes for state in states] == [share.read_bytes for share in shares]
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_shares_of_rows_are_the_file(suffix, parquet, tmp_path, monkeypatch):
+    """A file of one group of rows."""
+    from pyarrow import ipc
+    from pyarrow import parquet as format_
+
+    monkeypatch.setattr(inputs, "SHARE_ROWS", 40)
+    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 4000)
+    path, table = tmp_path / "in" / f"a{suffix}", format_.read_table(parquet)
+    path.parent.mkdir()
+    if suffix == ".parquet":
+        format_.write_table(table, path)
+    else:
+        with ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    whole = find_inputs([path])[0]
+    shares = split_inputs([whole], tmp_path / "work", ExecutorOptions(workers=3))
+    assert [share.share for share in shares] == [(0, 3), (1, 3), (2, 3)]
+    assert {share.xxh3_128 for share in shares} == {hash_input(whole)}
+    parts = [read_all([share]) for share in shares]
+    assert min(map(len, parts)) == 200
+    assert sorted(itertools.chain(*parts), key=lambda d: d.line) == read_all([whole])
+    path.write_bytes(path.read_bytes()[:-200])
+    assert len(read_skipping(shares)) == 1
+
+
+class CountingFile(io.FileIO):
+    most = 0
+
+    def read(self, size=-1):
+        got = super().read(size)
+        CountingFile.most = max(CountingFile.most, len(got))
+        return got
+
+
+def test_a_large_group_of_rows_is_read_by_and_by(tmp_path, monkeypatch):
+    """20 MB of words that do not compress, in one group of rows."""
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [random.Random(number).randbytes(1250).hex() for number in range(8000)]
+    table = arrow.table({"text": texts, "source": ["x"] * len(texts)})
+    parquet.write_table(table, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    monkeypatch.setattr(columnar, "open_seekable", lambda item: CountingFile(item.path))
+    assert len(read_all(find_inputs([tmp_path / "a.parquet"]))) == 8000
+    assert 0 < CountingFile.most < 4 << 20
+
+
 def read_skipping(items):
     bad = BadDocuments(skip=True)
     for item in items:
@@ -180,7 +231,9 @@ def test_a_dataset_does_not_show_the_shares(
     monkeypatch.setattr(pieces_module, "PIECE_BYTES", 4000)
     monkeypatch.setattr(inputs, "SHARE_BYTES", 3000)
     # As if a run with five workers was killed, and resumed with one.
-    split_inputs(find_inputs([path]), tmp_path / "out.work", ExecutorOptions(workers=5))
+    files = find_inputs([path])
+    open_work(tmp_path / "out.work", config.command(), files, force=False)
+    split_inputs(files, tmp_path / "out.work", ExecutorOptions(workers=5))
     preprocess(dataclasses.replace(config, keep_work=True), tmp_path / "out")
     assert len(list((tmp_path / "out.work" / "tokens.0").iterdir())) == 5
     assert read_manifest(tmp_path / "out").documents_bad == 51
