@@ -7,10 +7,12 @@ import os
 import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_long.errors import ConfigError, DataError
+from megatron_long.files import process_mark
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess.executors import (
     ExecutorOptions,
@@ -95,6 +97,16 @@ def test_nobody_else_writes_where_job_files_lie(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "chmod", refuse)  # as of a folder of another user
     with pytest.raises(ConfigError, match="cannot be closed to other users"):
         _private_folder(folder)
+
+
+def test_processes_of_one_number_on_two_nodes_write_different_files(monkeypatch):
+    """A task that a lost node still runs, and the one that SLURM started instead."""
+    marks = []
+    for node in ("a", "b"):
+        monkeypatch.setattr("os.uname", lambda node=node: SimpleNamespace(nodename=node))
+        marks.append(process_mark())
+    assert marks[0] != marks[1]
+    assert [len(mark) for mark in marks] == [8, 8]
 
 
 @pytest.mark.parametrize("tasks", [1, 2])

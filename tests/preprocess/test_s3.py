@@ -237,6 +237,7 @@ def test_what_is_wrong_is_said_before_the_work_starts(flag, store, config, tmp_p
         assert not (tmp_path / "work").exists()
 
     refused(f"{flag} s3://none/x does not exist", "s3://none/x")
+    assert not store.files().exists("none")  # s3fs creates buckets with folders
     refused("s4://bucket/x: Protocol not known: s4; give", "s4://bucket/x")
     if flag == "--output":
         refused("names no folder in the bucket; give s3://bucket/NAME", "s3://bucket/")
