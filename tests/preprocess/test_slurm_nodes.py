@@ -5,6 +5,7 @@ Root types
     SLURM_TESTS=1 pytest tests/preprocess/test_slurm_nodes.py
 """
 
+import contextlib
 import itertools
 import os
 import signal
@@ -53,16 +54,12 @@ class Run:
         lines = self.ask("squeue", "-h", "--states=RUNNING", "-o", "%i %N").splitlines()
         return dict(line.split() for line in lines)
 
-    def processes(self, node):
-        """The processes of the tasks on a node."""
-        found = []
+    def kill(self, node):
+        """Kill the processes of the tasks on a node."""
         for path in Path("/proc").glob("[0-9]*"):
-            try:
+            with contextlib.suppress(OSError):  # it has ended meanwhile
                 if f"SLURMD_NODENAME={node}\0".encode() in (path / "environ").read_bytes():
-                    found.append(int(path.name))
-            except OSError:
-                pass
-        return found
+                    os.kill(int(path.name), signal.SIGKILL)
 
     def wait(self, condition, run, seconds=300):
         deadline = time.monotonic() + seconds
@@ -103,8 +100,7 @@ def test_a_task_that_is_killed(run):
     """Its other files stay undone: the run says so, and resumes."""
     with run.start("--tasks", 2) as process:
         run.wait(lambda: any((run.work / "tokens.0").glob("0*")), process)
-        for pid in run.processes("node1"):
-            os.kill(pid, signal.SIGKILL)
+        run.kill("node1")
         _, stderr = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "give the same command again to resume" in " ".join(stderr.split())
@@ -115,14 +111,15 @@ def test_a_task_that_is_killed(run):
 
 def test_a_lost_node(run):
     """SLURM queues the tasks of a lost node again, and the waiting run does not notice."""
-    with run.start("--tasks", 2) as process:
-        run.wait(lambda: any((run.work / "tokens.0").glob("0*")), process)
-        run.ask("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=lost")
-        for pid in run.processes("node2"):
-            os.kill(pid, signal.SIGKILL)
-        run.wait(lambda: "node2" not in run.tasks().values(), process)
-        finish(run, process)
-    run.ask("scontrol", "update", "NodeName=node2", "State=RESUME")
+    try:
+        with run.start("--tasks", 2) as process:
+            run.wait(lambda: any((run.work / "tokens.0").glob("0*")), process)
+            run.ask("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=lost")
+            run.kill("node2")
+            run.wait(lambda: "node2" not in run.tasks().values(), process)
+            finish(run, process)
+    finally:
+        run.ask("scontrol", "update", "NodeName=node2", "State=RESUME")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
