@@ -85,7 +85,6 @@ def _mixed_datasets(
         mask_documents=arguments.document_masking,
         allow_repeat=arguments.allow_repeat,
     )
-    train = _balanced(train, arguments, args)
     valid = None
     if args.eval_iters or args.full_validation:
         valid = validation_dataset(
@@ -95,7 +94,7 @@ def _mixed_datasets(
             valid_samples,
             mask_documents=arguments.document_masking,
         )
-    return train, valid, None
+    return _balanced(train, arguments, args), valid, None
 
 
 def _balanced(
