@@ -18,7 +18,7 @@ from megatron_long.preprocess.executors import ExecutorOptions
 from megatron_long.preprocess.file_pieces import find_pieces, split_inputs
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
-from megatron_long.preprocess.workdir import _known_hashes
+from megatron_long.preprocess.workdir import _known_hashes, open_work
 from tests.corpus_fixtures import files_of
 
 
@@ -180,7 +180,9 @@ def test_a_dataset_does_not_show_the_shares(
     monkeypatch.setattr(pieces_module, "PIECE_BYTES", 4000)
     monkeypatch.setattr(inputs, "SHARE_BYTES", 3000)
     # As if a run with five workers was killed, and resumed with one.
-    split_inputs(find_inputs([path]), tmp_path / "out.work", ExecutorOptions(workers=5))
+    work, files = tmp_path / "out.work", find_inputs([path])
+    open_work(work, config.command(), files, force=False)
+    split_inputs(files, work, ExecutorOptions(workers=5))
     preprocess(dataclasses.replace(config, keep_work=True), tmp_path / "out")
     assert len(list((tmp_path / "out.work" / "tokens.0").iterdir())) == 5
     assert read_manifest(tmp_path / "out").documents_bad == 51
