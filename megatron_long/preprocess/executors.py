@@ -8,7 +8,6 @@ import importlib
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -229,7 +228,8 @@ def _run_slurm(step: ClusterStep, logs: Path, tasks: int, options: ExecutorOptio
     try:
         while any(not step.stage.is_done(i) for i in step.pending) and absent < JOB_GONE_POLLS:
             _raise_errors(step.errors)
-            absent = 0 if _is_queued(step.stage.work) else absent + 1
+            # None: the controller does not answer, and is asked again.
+            absent = absent + 1 if _is_queued(step.stage.work) is False else 0
             time.sleep(POLL_SECONDS)
     except BaseException:
         _cancel(step.stage.work)
@@ -254,12 +254,22 @@ def end_earlier_tasks(work: Path) -> None:
     """Cancel the tasks of an earlier start that was killed, and wait for their end.
 
     They would go on in the queue, and put what they make of their plan among what this start makes.
+
+    Raises: ConfigError: there was such a start, and SLURM cannot be asked.
     """
-    if not (work / "logs").exists() or shutil.which("squeue") is None or not _is_queued(work):
+    if not any(work.glob("logs/*/executor.pik")):
+        return
+    queued = _is_queued(work)
+    if queued is None:
+        raise ConfigError(
+            f"{work} was used by --executor slurm, and squeue does not answer here: its tasks may still run; "
+            f"end them where SLURM is (scancel --name={_job_name(work)}), then remove {work / 'logs'}"
+        )
+    if not queued:
         return
     logger.warning("SLURM still has tasks of an earlier start (%s): ending them", _job_name(work))
     _cancel(work)
-    while _is_queued(work):
+    while _is_queued(work) is not False:
         time.sleep(POLL_SECONDS)
 
 
@@ -269,7 +279,7 @@ def _job_name(work: Path) -> str:
 
 
 def _cancel(work: Path) -> None:
-    command = ["scancel", "--me", f"--name={_job_name(work)}"]
+    command = ["scancel", f"--user={os.getuid()}", f"--name={_job_name(work)}"]
     subprocess.run(command, capture_output=True, check=False)
 
 
@@ -279,13 +289,14 @@ def _package_paths() -> str:
     return os.pathsep.join(path for path in sys.path if path and not path.startswith(prefixes))
 
 
-def _is_queued(work: Path) -> bool:
-    command = ["squeue", "--me", "--noheader", f"--name={_job_name(work)}"]
+def _is_queued(work: Path) -> bool | None:
+    """Return whether SLURM has tasks of a work folder; None if it cannot be asked."""
+    command = ["squeue", f"--user={os.getuid()}", "--noheader", f"--name={_job_name(work)}"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return True  # the controller is busy: look again
-    return found.returncode != 0 or bool(found.stdout.strip())
+        return None
+    return bool(found.stdout.strip()) if found.returncode == 0 else None
 
 
 def _run_ray(step: ClusterStep, tasks: int, options: ExecutorOptions) -> None:

@@ -7,10 +7,12 @@ import os
 import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_long.errors import ConfigError, DataError
+from megatron_long.files import process_mark
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess.executors import (
     ExecutorOptions,
@@ -97,6 +99,16 @@ def test_nobody_else_writes_where_job_files_lie(tmp_path, monkeypatch):
         _private_folder(folder)
 
 
+def test_processes_of_one_number_on_two_nodes_write_different_files(monkeypatch):
+    """A task that a lost node still runs, and the one that SLURM started instead."""
+    marks = []
+    for node in ("a", "b"):
+        monkeypatch.setattr("os.uname", lambda node=node: SimpleNamespace(nodename=node))
+        marks.append(process_mark())
+    assert marks[0] != marks[1]
+    assert [len(mark) for mark in marks] == [8, 8]
+
+
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_slurm_through_a_fake_sbatch(tasks, config, tmp_path, fake_slurm):
     preprocess(config, tmp_path / "local")
@@ -118,13 +130,17 @@ def test_tasks_of_a_start_that_was_killed_are_ended_first(config, tmp_path, fake
     scripts = {"squeue": f"cat {queue}", "scancel": f'echo "$@" >> {asked}; : > {queue}'}
     for name, text in scripts.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
-    queue.write_text("1 x preprocess\n")
-    work = tmp_path / "out.work"
-    end_earlier_tasks(work)
-    assert not asked.exists()  # nothing was started here before
-    (work / "logs").mkdir(parents=True)
+    work, sbatch = tmp_path / "out.work", tmp_path / "bin" / "sbatch"
+    whole = sbatch.read_text()
+    sbatch.write_text(
+        f"#!/bin/sh\necho 1 x preprocess > {queue}; exit 1\n"
+    )  # and here it is killed
+    with pytest.raises(ConfigError, match="sbatch failed"):
+        run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+    assert not asked.exists()
+    sbatch.write_text(whole)
     run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
-    assert asked.read_text() == f"--me --name={_job_name(work)}\n"
+    assert asked.read_text() == f"--user={os.getuid()} --name={_job_name(work)}\n"
     assert _job_name(work) != _job_name(tmp_path / "other.work")
 
 
@@ -142,8 +158,13 @@ def test_tasks_are_not_told_of_the_job_that_started_them(config, tmp_path, fake_
 
 
 def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, fake_slurm):
+    """That of the waiting run may start again; a resumed one cannot know whether tasks run."""
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
-    assert _is_queued(tmp_path)
+    assert _is_queued(tmp_path) is None
+    (tmp_path / "logs" / "1").mkdir(parents=True)
+    (tmp_path / "logs" / "1" / "executor.pik").touch()
+    with pytest.raises(ConfigError, match=r"squeue does not answer.*scancel --name=.*then remove"):
+        end_earlier_tasks(tmp_path)
 
 
 def test_tasks_end_with_the_run(config, tmp_path, fake_slurm, monkeypatch):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_long.errors import ConfigError, DataError
@@ -107,20 +108,42 @@ def test_items_of_what_was_lost_run_again(lost, cluster, tmp_path):
     assert all((tmp_path / f"{index}.done").exists() for index in range(6))
 
 
-def test_the_same_bytes(cluster, corpus, model_file, tmp_path):
-    mixture = Mixture(train_tokens=9000, long_threshold_tokens=300, valid_tokens_per_source=2000)
+def test_the_same_bytes_without_a_worker_and_a_node(
+    cluster, model_file, records, write_jsonl, tmp_path
+):
+    for index in range(12):
+        write_jsonl(tmp_path / "in" / f"{index}.jsonl", records * 4)
+    mixture = Mixture(train_tokens=20_000, strategy="original", valid_tokens_per_source=1000)
     config = PreprocessConfig(
-        inputs=[corpus], tokenizer=model_file, mixture=mixture, engine="reference"
+        inputs=[tmp_path / "in"], tokenizer=model_file, mixture=mixture, engine="reference"
     )
     preprocess(config, tmp_path / "local")
-    preprocess(replace(config, execution=OPTIONS), tmp_path / "out")
+
+    def lose() -> None:
+        wait_until(lambda: any((tmp_path / "out.work" / "tokens.0").glob("0*")))
+        raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()]
+        workers = [one for pid in raylets for one in psutil.Process(pid).children()]
+        working = [one for one in workers if "ray::_run_task" in one.name()]
+        working[0].kill()
+        cluster.remove_node(min(cluster.worker_nodes, key=id), allow_graceful=False)
+
+    with meanwhile(lose):
+        preprocess(replace(config, execution=OPTIONS), tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "local")
+
+
+def test_an_error_of_a_task_comes_back(cluster, corpus, model_file, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n')
-    bad = replace(
-        config, inputs=[corpus, tmp_path / "bad.jsonl"], execution=OPTIONS, work_dir=tmp_path / "w"
+    mixture = Mixture(train_tokens=9000, long_threshold_tokens=300, valid_tokens_per_source=2000)
+    config = PreprocessConfig(
+        inputs=[corpus, tmp_path / "bad.jsonl"],
+        tokenizer=model_file,
+        mixture=mixture,
+        engine="reference",
+        execution=OPTIONS,
     )
     with pytest.raises(DataError, match=r"bad\.jsonl:1 has no source"):
-        preprocess(bad, tmp_path / "none")
+        preprocess(config, tmp_path / "none")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Root types
     SLURM_TESTS=1 pytest tests/preprocess/test_slurm_nodes.py
 """
 
+import itertools
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import slurm_cluster
+from tests import s3_store, slurm_cluster
 from tests.corpus_fixtures import files_of
 from tests.preprocess.test_interrupt import started
 
@@ -136,6 +137,23 @@ def test_a_run_that_ends_before_its_tasks(how, run):
     assert not run.output.exists()
     with run.start("--tasks", 3) as process:
         finish(run, process)
+
+
+def test_corpus_and_dataset_in_an_object_store(run, tmp_path):
+    count = itertools.count(1)
+    with s3_store.start() as store:
+        store.files().mkdir("bucket")
+        store.files().put(f"{tmp_path / 'in'}/", "bucket/in/", recursive=True)
+        words = ["s3://bucket/in" if word == tmp_path / "in" else word for word in run.words]
+        words = ["s3://bucket/out" if word == run.output else word for word in words]
+        store.fail(lambda *request: "cut" if next(count) % 9 == 0 else None)
+        environment = run.cluster | store.environment | {"PYTHONPATH": str(REPOSITORY)}
+        with started([*words, "--work-dir", run.work, "--tasks", 4], environment) as process:
+            _, stderr = process.communicate(timeout=600)
+        assert process.returncode == 0, stderr
+        store.heal()
+        store.files().get("bucket/out/", f"{run.output}/", recursive=True)
+    assert files_of(run.output) == files_of(run.output.with_name("local"))
 
 
 def test_inside_a_job_with_its_own_memory(run):
