@@ -19,7 +19,7 @@ demo: $(READY)
 	$(HOST) $(PYTHON) examples/tiny_demo/run_demo.py $(DEMO_ARGS)
 
 test: $(READY)
-	$(HOST) $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+	$(HOST) $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25 $(TEST_ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

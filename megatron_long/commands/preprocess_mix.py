@@ -115,7 +115,7 @@ def _add_mixture(add) -> None:  # type: ignore[no-untyped-def]
     solved = "instead: thin the short documents of each source until long ones have this share"
     add("--long-token-share", type=float, metavar="SHARE", help=solved)
     plain = (
-        "share of the training tokens in documents as they are, beside the upsampled; default: 0"
+        "share of the training tokens in documents as they are, next to the upsampled; default: 0"
     )
     add("--short-share", type=float, default=0.0, metavar="SHARE", help=plain)
     long = "long from here (K is 1,024): %(default)s"

@@ -92,7 +92,7 @@ class SourceInfo:
     """Of this source's share of the tokens of the corpus."""
     long_share_before_error: float = 0.0
     documents_plain: int = 0
-    """Of the training documents, those as they are (`--short-share`), beside the length-upsampled ones."""
+    """Of the training documents, those as they are (`--short-share`), next to the length-upsampled ones."""
     tokens_plain: int = 0
 
 

@@ -123,7 +123,7 @@ def paper() -> Published:
 
 
 def prolong() -> Published:
-    """ProLong: 64K, then 512K; books and code repositories beside short data; document masks."""
+    """ProLong: 64K, then 512K; books and code repositories next to short data; document masks."""
     short = {
         "fineweb-edu": 0.1,
         "fineweb-2023-50": 0.1,

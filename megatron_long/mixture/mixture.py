@@ -70,7 +70,7 @@ class Mixture:
     """How many times one document may be used."""
     short_share: float = 0.0
     """Share of the training tokens in documents as they are, in the corpus's own distribution of lengths,
-    beside the length-upsampled rest; each source gives both in its share."""
+    next to the length-upsampled rest; each source gives both in its share."""
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -179,7 +179,7 @@ def _check_strategy(mixture: Mixture) -> None:
     if mixture.short_share and (rules.is_pooled or not rules.thins_short):
         raise ConfigError(
             f"--short-share has no effect with --strategy {mixture.strategy}: documents as they are lie "
-            "beside those of --strategy per-source; use that"
+            "next to those of --strategy per-source; use that"
         )
     if rules.is_pooled and mixture.source_shares != NATURAL:
         raise ConfigError(

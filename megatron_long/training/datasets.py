@@ -77,7 +77,7 @@ def _mixed_datasets(
 ) -> tuple:
     train_samples, valid_samples, _ = num_samples
     eod_id = read_manifest(folder).tokenizer.eod_id if args.eod_mask_loss else None
-    train = PackedDataset(
+    windows = PackedDataset(
         folder / "train",
         args.seq_length,
         num_samples=train_samples,
@@ -85,7 +85,7 @@ def _mixed_datasets(
         mask_documents=arguments.document_masking,
         allow_repeat=arguments.allow_repeat,
     )
-    train = _balanced(train, arguments, args)
+    train = _balanced(windows, arguments, args)
     valid = None
     if args.eval_iters or args.full_validation:
         valid = validation_dataset(

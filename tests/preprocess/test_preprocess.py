@@ -13,6 +13,7 @@ from megatron_long.dataset.verification import verify_dataset
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.mixture.keys import batch_keys
 from megatron_long.mixture.mixture import Mixture
+from megatron_long.preprocess import stages
 from megatron_long.preprocess.dry_run import plan_dataset
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
@@ -144,6 +145,13 @@ def test_a_separator_replaces_bos_and_eod(config, dataset, tmp_path):
 def test_workers_change_no_byte(workers, dataset, config, tmp_path):
     preprocess(dataclasses.replace(config, workers=workers), tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(dataset)
+
+
+def test_one_process_opens_its_tokenizer_once(dataset, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "load_tokenizer", lambda path, engine: pytest.fail("opened again"))
+    preprocess(config, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(dataset)
+    assert not stages._TOKENIZERS  # nothing is left in memory
 
 
 def test_keys_are_uniform_and_independent():

@@ -21,6 +21,7 @@ from megatron_long.machine import Room
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess.preprocess import PreprocessConfig, preprocess
 from megatron_long.tokenizer import engines, gigatoken_engine
+from megatron_long.tokenizer.character_classes import CharacterClasses
 from megatron_long.tokenizer.engines import (
     ENGINES,
     HARD_STRINGS,
@@ -186,6 +187,24 @@ def test_characters_that_an_engine_classifies_differently(name, llama3_like):
     texts = ["".join(each[start : start + 8]) for start in range(0, len(each), 8)]
     assert find_difference(fast.encode_batch, reference, texts) == ""
     assert 3 < fast.num_by_reference < len(texts) // 2
+
+
+def test_each_character_is_compared_once():
+    compared = []
+
+    def engine(texts):
+        compared.extend(texts)
+        return [np.array([len(text)], np.int32) for text in texts]
+
+    def reference(texts):
+        return [np.array([len(text) - ("\u00df" in text)], np.int32) for text in texts]
+
+    classes = CharacterClasses(engine, reference)
+    texts = ["plain", "caf\u00e9", "", "\u00df", "\u00e9 \U0001f600 \ud800", "\u00e9\u00df"]
+    assert classes.differing(texts) == [3, 5]
+    assert len(compared) == 3
+    assert classes.differing(texts[::-1]) == [0, 2]
+    assert len(compared) == 3
 
 
 def test_the_manifest_counts_them(llama3_like, tmp_path):
