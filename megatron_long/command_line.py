@@ -31,7 +31,7 @@ from megatron_long.flags.arguments import (
 from megatron_long.flags.argv import Argv
 from megatron_long.flags.backend import ALWAYS_ARGV, Backend
 from megatron_long.flags.recipe import RECIPES, Recipe, build_recipe
-from megatron_long.flags.recipe_flags import follow_user, keep_budget
+from megatron_long.flags.recipe_flags import base_advice, follow_user, keep_budget
 from megatron_long.flags.relations import check_flags, check_words
 from megatron_long.flags.rules import check_rules
 from megatron_long.job import rendezvous
@@ -246,8 +246,10 @@ def _first_argv(
         return [*backend.to_argv(own_loss=own_loss), *shape, *_validation_argv(user_argv)]
     argv = follow_user(recipe.to_argv(backend, own_loss=own_loss), user_argv)
     argv, note = keep_budget(recipe, argv, user_argv)
-    if note and is_first_process():
-        print(f"note: {note}", file=sys.stderr)
+    advice = base_advice(recipe, user_argv)
+    for told in (f"note: {note}" if note else None, f"warning: {advice}" if advice else None):
+        if told and is_first_process():
+            print(told, file=sys.stderr)
     return argv
 
 

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import xxhash
+
 from megatron_long.errors import ConfigError
 
 REPLACED_SUFFIX = ".old"
@@ -24,7 +26,7 @@ def atomic_path(path: Path, *, directory: bool = False) -> Iterator[Path]:
         directory: Whether the target is a folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{process_mark()}.tmp")
     remove_path(temporary)
     try:
         if directory:
@@ -74,9 +76,17 @@ def refuse_overwrite(path: Path, *, force: bool, flag: str = "--output") -> None
     )
 
 
+def process_mark() -> str:
+    """Return eight characters for names of temporary files, which differ between processes of a cluster.
+
+    The number of a process does not: in containers on two nodes it is often the same.
+    """
+    return xxhash.xxh32_hexdigest(f"{os.uname().nodename} {os.getpid()}".encode())
+
+
 def _replace(temporary: Path, path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        old = path.with_name(f".{path.name}.{os.getpid()}{REPLACED_SUFFIX}")
+        old = path.with_name(f".{path.name}.{process_mark()}{REPLACED_SUFFIX}")
         try:
             os.rename(path, old)
             os.rename(temporary, path)
@@ -116,7 +126,7 @@ def remove_path(path: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder; if this is interrupted, nothing partial is left under its name."""
-    doomed = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    doomed = path.with_name(f".{path.name}.{process_mark()}.tmp")
     remove_path(doomed)
     path.rename(doomed)
     shutil.rmtree(doomed)

@@ -1,6 +1,8 @@
 """What the pages for contributors name is there, and docs/design.md has each room in the order of imports."""
 
+import argparse
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,3 +121,38 @@ def test_the_newest_dated_version_is_the_package_s():
     changes = (REPOSITORY / "docs" / "CHANGELOG.md").read_text()
     dated = re.findall(r"^## (\S+) - \d{4}-\d\d-\d\d$", changes, flags=re.MULTILINE)
     assert dated[0] == __version__
+
+
+OF_OTHERS = {
+    "pip": "--no-build-isolation --no-deps",
+    "docker": "--file --ipc --shm-size --tag --target --ulimit --volume",
+    "sbatch": "--nodes --batch --mem --signal",
+    "pytest": "--dist --maxschedchunk",
+    "lm_eval": "--batch_size --model --model_args --output_path",
+    "vllm": "--max-model-len",
+    "nvidia-resiliency-ext": "--ft-rank-out-of-section-timeout --ft-rank-section-timeouts",
+    "benchmarks": "--layers",
+}
+"""Flags in the pages that are another program's."""
+
+
+def flags_of(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from flags_of(inner)
+
+
+def test_every_flag_in_the_pages_exists():
+    from megatron_long.entry import COMMANDS, PARSERS
+
+    known = {flag for flags in OF_OTHERS.values() for flag in flags.split()}
+    for module, _ in COMMANDS.values():
+        found = importlib.import_module(f"megatron_long.{PARSERS.get(module, module)}")
+        known |= set(flags_of(found.build_parser()))
+    pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
+    for page in pages:
+        if page.stem not in ("CHANGELOG", "results"):  # of flags that were, and of benchmarks
+            named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", page.read_text()))
+            assert named <= known, page.name

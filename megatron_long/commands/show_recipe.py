@@ -9,11 +9,13 @@ import shlex
 import sys
 from pathlib import Path
 
+from megatron_long.errors import ConfigError
 from megatron_long.flags.argv import Argv
 from megatron_long.flags.backend import GPU, HOST
 from megatron_long.flags.published import PUBLISHED
 from megatron_long.flags.published_script import as_script
 from megatron_long.flags.recipe import RECIPES, build_recipe
+from megatron_long.mixture.shares import parse_token_count
 from megatron_long.model.geometry import geometry_from_hf
 from megatron_long.model.rope import LLAMA3_ARGUMENTS
 
@@ -27,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backend", choices=("gpu", "host"), default="gpu", help="machine the flags are for"
     )
+    budget = "tokens of each stage of a published recipe (1B), instead of its own"
+    parser.add_argument("--train-tokens", metavar="N", help=budget)
     return parser
 
 
@@ -36,8 +40,12 @@ def main() -> int:
         for name, make in (RECIPES | PUBLISHED).items():
             print(f"{name:16} {(make.__doc__ or '').splitlines()[0]}")
         return 0
+    _refuse_unused(arguments)
     if arguments.recipe in PUBLISHED:
-        print(as_script(PUBLISHED[arguments.recipe]()))
+        published = PUBLISHED[arguments.recipe]()
+        if arguments.train_tokens:
+            published = published.with_tokens(parse_token_count(arguments.train_tokens))
+        print(as_script(published))
         return 0
     model = geometry_from_hf(arguments.hf_config) if arguments.hf_config else None
     recipe = build_recipe(arguments.recipe, model)
@@ -51,6 +59,18 @@ def main() -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _refuse_unused(arguments: argparse.Namespace) -> None:
+    is_published = arguments.recipe in PUBLISHED
+    flag = "--hf-config" if is_published and arguments.hf_config else ""
+    flag = "--train-tokens" if arguments.train_tokens and not is_published else flag
+    if flag:
+        kinds = list(RECIPES if is_published else PUBLISHED)
+        raise ConfigError(
+            f"{flag} has no effect on the recipe {arguments.recipe}; drop it, or choose one of "
+            f"{', '.join(kinds)}"
+        )
 
 
 def own_flags(argv: list[str]) -> list[str]:

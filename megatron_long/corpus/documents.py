@@ -210,7 +210,9 @@ def _lacks(record: Any, value: Any, what: str, flag: str, key: str) -> tuple[str
     found = (
         f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
     )
-    if value is not None:
+    if isinstance(record, dict) and key in record and value is None:
+        found = "it is null"
+    elif value is not None:
         found = "it is empty" if value == "" else f"it is of type {type(value).__name__}"
     folder = ", or give --source-from-folder if each source has a folder" * (what == "source")
     return (

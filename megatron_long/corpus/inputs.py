@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 import xxhash
 
 from megatron_long.corpus.stores import StoreFile
-from megatron_long.errors import ConfigError
+from megatron_long.errors import ConfigError, DataError
 
 LINES = (".jsonl", ".ndjson", ".json")
 """Suffixes of files with one JSON object a line."""
@@ -142,10 +142,19 @@ def open_input(item: InputFile) -> Iterator[HashingReader]:
 
 
 def open_seekable(item: InputFile, buffering: int = -1) -> Any:
-    """Open the stored file itself."""
-    if not is_url(item.path):
+    """Open the stored file itself.
+
+    Raises: DataError: it has gone since it was listed, or cannot be opened.
+    """
+    if is_url(item.path):
+        return StoreFile(item.path)
+    try:
         return open(item.path, "rb", buffering=buffering)
-    return StoreFile(item.path)
+    except OSError as error:
+        raise DataError(
+            f"{item.path} cannot be opened ({error.strerror}), and was listed before; put it back, and give "
+            "the same command again"
+        ) from error
 
 
 def hash_input(item: InputFile) -> str:

@@ -38,13 +38,13 @@ def print_sources(sources: Mapping[str, SourceInfo]) -> None:
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table of text, wide enough for its columns when the output is a file."""
-    table = Table(*header[:1], box=None, pad_edge=False)
-    for column in header[1:]:
-        table.add_column(column, justify="right")
+    table = Table(box=None, pad_edge=False)
+    for place, column in enumerate(header):  # folded: no digit is left out
+        table.add_column(column, justify="right" if place else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    (console if console.is_terminal else Console(width=200)).print(table)
 
 
 def add_sources(sources: Mapping[str, SourceInfo]) -> SourceInfo:
@@ -144,16 +144,16 @@ def share_text(share: float, error: float = 0.0) -> str:
     return f"{100 * share:.2f}%" + (f" ±{100 * error:.2f}" if error else "")
 
 
-def short_count(number: float) -> str:
-    """Write a count with three digits.
+def short_count(number: float, digits: int = 3) -> str:
+    """Write a count with three digits, or more.
 
-    >>> short_count(627_312_000_000), short_count(1_234_567), short_count(12)
-    ('627B', '1.23M', '12')
+    >>> short_count(627_312_000_000), short_count(1_234_567), short_count(12), short_count(26_815_641, 4)
+    ('627B', '1.23M', '12', '26.82M')
     """
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
-            digits = max(2 - len(f"{number / size:.0f}") + 1, 0)
-            return f"{number / size:.{digits}f}{unit}"
+            decimals = max(digits - len(f"{number / size:.0f}"), 0)
+            return f"{number / size:.{decimals}f}{unit}"
     return f"{number:.0f}"
 
 

@@ -41,10 +41,8 @@ class HFScorer:
         self.context_length = context_length
         self.data_parallel_rank, self.data_parallel_size = share()
         self.is_writer = self.data_parallel_rank == 0
-        own = model.generation_config or model.config
-        ends = own.eos_token_id
-        self.stop_ids = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        """Tokens that end an answer."""
+        self.stop_ids: set[int] = set()
+        """Tokens that end an answer, besides those that the model's settings name."""
 
     def score(self, tokens: Tensor, labels: Tensor) -> TokenScores:
         """Score a batch of tokens and labels [b, s]; see `Scorer.score`."""
@@ -73,7 +71,7 @@ class HFScorer:
         whole = self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            generation_config=_greedy(self.model, max_new_tokens, self.stop_ids),
+            generation_config=_greedy(self.model, max_new_tokens, self._ends()),
         )
         return whole[0, prompt.size(1) :].cpu().numpy()
 
@@ -82,9 +80,14 @@ class HFScorer:
 
         One prompt at a time: padding would want a mask of the square of the length.
         """
-        return [
-            until_stop(self.generate(prompt, max_new_tokens), self.stop_ids) for prompt in prompts
-        ]
+        ends = self._ends()
+        return [until_stop(self.generate(prompt, max_new_tokens), ends) for prompt in prompts]
+
+    def _ends(self) -> set[int]:
+        own = self.model.generation_config
+        named = (self.model.config if own is None else own).eos_token_id
+        ends = named if isinstance(named, list) else [] if named is None else [named]
+        return self.stop_ids | set(ends)
 
     def gather(self, value: Any) -> list:
         """Collect a picklable object from every process, on each."""

@@ -245,7 +245,7 @@ def open_row_generator(
     """
     if choice.backend == HF:
         model = open_generator(choice, context_length=context_length)
-        model.stop_ids = model.stop_ids | set(stop_ids)
+        model.stop_ids = set(stop_ids)
         return model
     from megatron_long.evaluation.generation.shard_generator import ShardGenerator
 

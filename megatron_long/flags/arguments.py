@@ -55,6 +55,10 @@ class LongContextArguments:
     """No attention between the documents of a window, and no loss on the token that would predict
     another document's first; the windows themselves stay the same. Needs --dataset."""
 
+    keep_window_order: bool = False
+    """With --document-masking, give data-parallel replicas the windows of a step in file order; by default
+    they are dealt so that all have about the same attention work. A step's windows are the same."""
+
     megatron_loss: bool = False
     """Take Megatron's own output layer and cross entropy, which build the full logits, instead of
     the chunked ones."""

@@ -6,9 +6,10 @@ A value without a flag here is not known, or has no flag: `notes` says so. Flags
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from megatron_long.flags.recipe import K
+from megatron_long.errors import ConfigError
+from megatron_long.flags.recipe import RECIPES, K, windows_of
 
 BASE = "llama3_8b_128k"
 PROLONG = "github.com/princeton-nlp/ProLong, commit 907dcf4"
@@ -76,6 +77,30 @@ class Published:
     notes: tuple[str, ...] = ()
     """What has no flag here, or could not be read."""
     base: str = BASE
+
+    def with_tokens(self, train_tokens: int) -> "Published":
+        """Return the same recipe with this many tokens in each stage, and warm-ups of the same share of it.
+
+        Raises: ConfigError: fewer than a step takes.
+        """
+        base = RECIPES[self.base]()
+        stages = []
+        for number, stage in enumerate(self.stages, 1):
+            length = stage.seq_length or base.seq_length
+            step = stage.tokens_per_batch or windows_of(base.tokens_per_batch, length) * length
+            if train_tokens < step:
+                raise ConfigError(
+                    f"--train-tokens {train_tokens} is less than the {step:,} tokens of a step in stage "
+                    f"{number} of {self.title}; give at least {step}"
+                )
+            schedule = dict(stage.schedule)
+            if warmup := schedule.get("--lr-warmup-iters"):
+                steps = int(str(warmup)) * (train_tokens // step) // (stage.train_tokens // step)
+                schedule["--lr-warmup-iters"] = steps
+            stages.append(
+                replace(stage, seq_length=length, train_tokens=train_tokens, schedule=schedule)
+            )
+        return replace(self, stages=tuple(stages))
 
 
 def paper() -> Published:
@@ -192,6 +217,7 @@ def olmo3() -> Published:
         notes=(
             "the rate is that of a model at the end of pretraining (table 35 of the paper has 2.074e-4); "
             "z-loss 1e-5 and no weight decay of the embedding have no flag here",
+            "a Hugging Face model has no optimizer: from a run of midtraining give --next-stage-of instead",
             "long documents there are PDFs and synthetic tasks of 8K tokens and more, short ones the mixture "
             "of midtraining: here both come from the same sources",
             "documents there are packed by best fit and filtered by compressibility, and YaRN is on the "

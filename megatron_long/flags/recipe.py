@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megatron_long.errors import ConfigError
 from megatron_long.flags.backend import GPU_TRAINING_ARGV, PRECISION_ARGV, Backend
+from megatron_long.flags.own_recipe import is_own, load_function
 from megatron_long.model.geometry import LlamaGeometry, pad_vocab_size
 from megatron_long.model.rope import BaseRope
 from megatron_long.model.rope_stretch import ntk_rotary_base
@@ -333,9 +334,34 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 def build_recipe(name: str, model: LlamaGeometry | None = None) -> Recipe:
     """The recipe of a name, around another model's geometry if one is given.
 
+    Args:
+        name: One of `RECIPES`, or FILE.py:FUNCTION of the user.
     Raises: ConfigError: no such recipe; lists those there are.
     """
-    if name not in RECIPES:
-        raise ConfigError(f"--recipe {name} is unknown; choose one of {', '.join(RECIPES)}")
-    recipe = RECIPES[name]()
+    recipe = _own_recipe(name) if is_own(name) else None
+    if recipe is None:
+        if name not in RECIPES:
+            raise ConfigError(
+                f"--recipe {name} is unknown; choose one of {', '.join(RECIPES)}, or write FILE.py:FUNCTION "
+                "for one of your own"
+            )
+        recipe = RECIPES[name]()
     return replace(recipe, model=model) if model is not None else recipe
+
+
+def _own_recipe(name: str) -> Recipe:
+    make = load_function(name)
+    try:
+        recipe = make()
+    except ConfigError:
+        raise
+    except Exception as error:  # of any kind: it is a program
+        raise ConfigError(
+            f"--recipe {name} fails ({type(error).__name__}: {error}); it takes no arguments and returns a "
+            "megatron_long.flags.recipe.Recipe"
+        ) from error
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(
+            f"--recipe {name} returns {type(recipe).__name__}, not a megatron_long.flags.recipe.Recipe"
+        )
+    return recipe

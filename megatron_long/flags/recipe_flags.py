@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from megatron_long.cli import length_tokens
 from megatron_long.flags.argv import Argv
-from megatron_long.flags.recipe import Recipe, windows_of
+from megatron_long.flags.recipe import RECIPES, Recipe, windows_of
+from megatron_long.model.rope import BaseRope
+from megatron_long.model.rope_stretch import ntk_rotary_base
 
 REPLACED = {
     "--train-samples": "--train-iters",
@@ -92,6 +94,34 @@ def keep_budget(
         f"give {' and '.join(changes)} for another budget"
     )
     return argv, note
+
+
+def base_advice(recipe: Recipe, user_argv: Sequence[str]) -> str | None:
+    """Say that a recipe's RoPE base was chosen for another model, where it is.
+
+    Args:
+        recipe: With the geometry of the model that is trained.
+        user_argv: The words of the command line.
+    Returns: The advice; None for the recipe's own model or one like it, a RoPE that is scaled, kept or
+        chosen by the user, and a recipe of the user.
+    """
+    if recipe.name not in RECIPES or Argv(user_argv).given("--rotary-base", "--rope-method"):
+        return None
+    meant, model = RECIPES[recipe.name]().model, recipe.model
+    own, given = ((int(m.rotary_base), m.max_position_embeddings) for m in (meant, model))
+    if type(model.rope) is not BaseRope or own == given or recipe.rotary_base == given[0]:
+        return None
+    length = Argv(user_argv).parsed("--seq-length", length_tokens) or recipe.seq_length
+    if length <= given[1]:
+        least = given[0]
+    else:
+        least = ntk_rotary_base(*given, length, factor=1, head_size=model.kv_channels)
+    return (
+        f"--recipe {recipe.name} trains with RoPE base {recipe.rotary_base:,}, chosen for a model of "
+        f"base {own[0]:,} and {own[1]:,} tokens; this one has base {given[0]:,} and {given[1]:,} tokens, for "
+        f"which {least:,} stretches the longest wavelength as much as the context, to {length:,} tokens "
+        "(recipes take 2 to 15 times that); choose with --rotary-base"
+    )
 
 
 def _billions(tokens: int) -> str:

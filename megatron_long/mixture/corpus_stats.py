@@ -85,6 +85,8 @@ class Group:
 
     def variance(self, by_tokens: float, by_long: float) -> float:
         """Return the variance of `by_tokens` * tokens + `by_long` * long tokens, as estimated."""
+        if not self.documents_tokenized:  # the rate is a guess
+            return ((abs(by_tokens) + abs(by_long)) * self.rate * self.size_bytes / Z) ** 2
         return self.expansion * self.squared_residuals(by_tokens, by_long)
 
     def squared_residuals(self, by_tokens: float, by_long: float) -> float:
@@ -92,8 +94,8 @@ class Group:
         squares, tokens2, long2, tokens_bytes, long_bytes = self.moments
         # A long document's tokens are its long tokens, so their product is the square of the latter.
         value2 = by_tokens**2 * tokens2 + (2 * by_tokens * by_long + by_long**2) * long2
-        if self.documents_tokenized < 2:
-            return value2  # one document tells no deviation: it may be all of it
+        if self.size_bytes_tokenized**2 < 2 * squares:
+            return value2  # one document, or one that is all of the bytes, tells no deviation
         product = by_tokens * tokens_bytes + by_long * long_bytes
         rate = by_tokens * self.rate + by_long * self.long_rate
         return max(value2 - 2 * rate * product + rate**2 * squares, 0.0)
@@ -245,15 +247,24 @@ def _source_stats(cells: Mapping[Key, _Cell]) -> SourceStats:
 
 
 def _together(cells: Mapping[Key, _Cell]) -> list[list[Key]]:
-    """Divide the strata of a source, by size, into groups that have enough tokenized documents."""
+    """Divide the strata of a source, by size, into groups that have enough tokenized documents.
+
+    A stratum that was tokenized whole stays alone: its ratio need not be that of others.
+    """
+
+    def counts_of(keys: Sequence[Key]) -> StratumCounts[float]:
+        return StratumCounts(*sum(cells[key].seen for key in keys).tolist())  # type: ignore[union-attr]
+
+    def is_whole(keys: Sequence[Key]) -> bool:
+        return counts_of(keys).documents_tokenized == counts_of(keys).documents
 
     def is_thin(keys: Sequence[Key]) -> bool:
-        counts = StratumCounts(*sum(cells[key].seen for key in keys).tolist())  # type: ignore[union-attr]
-        return counts.documents_tokenized < min(MIN_TOKENIZED, counts.documents)
+        return counts_of(keys).documents_tokenized < min(MIN_TOKENIZED, counts_of(keys).documents)
 
     groups: list[list[Key]] = []
     for key in sorted(cells):
-        if groups and (is_thin(groups[-1]) or is_thin([key])):
+        is_apart = is_whole([key]) or (groups and is_whole(groups[-1]))
+        if groups and not is_apart and (is_thin(groups[-1]) or is_thin([key])):
             groups[-1].append(key)
         else:
             groups.append([key])
@@ -274,7 +285,7 @@ def _group(keys: Sequence[Key], cell: _Cell) -> Group:
         every.size_bytes,
         number,
         done,
-        every.tokens / done if done else 0.0,
+        every.tokens / done if done else 1 / DEFAULT_BYTES_PER_TOKEN,
         every.long_tokens / done if done else 0.0,
         grown * every.tokens_squared,
         grown * every.long_tokens_squared,

@@ -184,7 +184,7 @@ def compare_layouts(
     replicas = replicas_of(args, world_size)
     windows = args.global_batch_size or args.micro_batch_size * replicas
     common = [*Argv(argv).without(*RUN_FLAGS), "--global-batch-size", str(windows)]
-    common += ["--eval-iters", "0", "--save-interval", "1000000"]
+    common += ["--eval-iters", "0", "--save-interval", "1000000", "--keep-window-order"]
     small = smallest_layout(common)
     start = _start_of(args)
     if start is None:

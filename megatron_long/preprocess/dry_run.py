@@ -115,7 +115,11 @@ def expected_rows(found: DryRun) -> Iterator[list[str]]:
 def _count_text(interval: Interval, unsure: str = "") -> str:
     if interval.is_exact:
         return f"~{short_count(interval.value)}" if unsure else f"{interval.value:,.0f}"
-    value, low, high = map(short_count, (interval.value, interval.low, interval.high))
+    digits = 3
+    while digits < 9 and short_count(interval.low, digits) == short_count(interval.high, digits):
+        digits += 1
+    numbers = (interval.value, interval.low, interval.high)
+    value, low, high = (short_count(number, digits) for number in numbers)
     return f"{value} ({low}-{high})"
 
 
@@ -141,8 +145,8 @@ def _bad_notes(stats: CorpusStats) -> Iterator[str]:
     if stats.documents_bad:
         first = stats.bad[0]
         yield (
-            f"{stats.documents_bad:,} bad documents are left out (first: {first['file']}:{first['line']} "
-            f"{first['reason']})"
+            f"bad documents that are left out: {stats.documents_bad:,} (first: "
+            f"{first['file']}:{first['line']} {first['reason']})"
         )
 
 
@@ -189,7 +193,7 @@ def _sample_notes(estimate: CorpusEstimate, config: PreprocessConfig) -> Iterato
         first = stats.bad[0]
         what = "skips" if config.on_bad_document == "skip" else "stops at"
         yield (
-            f"{stats.documents_bad:,} documents of the sample are bad, which a run {what} "
+            f"bad documents in the sample: {stats.documents_bad:,}, which a run {what} "
             f"(first: {first['file']}: {first['reason']})"
         )
 

@@ -4,28 +4,36 @@ Each item knows whether it is done (its output is in place), so every executor r
 interrupted stage continues with what is left, and neither the number of workers nor their order matters.
 """
 
+import importlib
+import logging
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import orjson
+import xxhash
 
 from megatron_long.errors import ConfigError, DataError, UserError
 from megatron_long.files import atomic_path
 from megatron_long.job.signals import end_with_parent
 from megatron_long.preprocess.publish import disk_errors
 
+logger = logging.getLogger(__name__)
+
 EXECUTORS = ("local", "slurm", "ray")
 POLL_SECONDS = 2.0
+RAY_RETRIES = 3
+"""Times that Ray starts a task again whose worker or node died."""
 JOB_GONE_POLLS = 5
 """A SLURM job that is not in the queue for so many looks has ended."""
 
@@ -60,7 +68,7 @@ class ExecutorOptions:
     slurm_partition: str | None = None
     slurm_time: str = "24:00:00"
     memory_gb: int = 4
-    """Memory of a task."""
+    """Memory of a task, GiB."""
     slurm_args: dict[str, str] = field(default_factory=dict)
     """More flags of sbatch, without dashes."""
 
@@ -148,13 +156,11 @@ class ClusterStep:
 
 
 def _run_on_cluster(stage: Stage, pending: list[int], options: ExecutorOptions) -> None:
+    package = "datatrove" if options.executor == "slurm" else "ray"
     try:
-        import datatrove  # noqa: F401
+        importlib.import_module(package)
     except ImportError:
-        raise ConfigError(
-            f"--executor {options.executor} needs `pip install datatrove`"
-            + (" ray" if options.executor == "ray" else "")
-        ) from None
+        raise ConfigError(f"--executor {options.executor} needs `pip install {package}`") from None
     # A folder for each attempt: datatrove marks tasks by number, and the items of a number change.
     logs = _private_folder(stage.work / "logs") / f"{stage.name}.{time.time_ns()}"
     errors = logs / "errors"
@@ -164,7 +170,7 @@ def _run_on_cluster(stage: Stage, pending: list[int], options: ExecutorOptions) 
     if options.executor == "slurm":
         _run_slurm(step, logs, tasks, options)
     else:
-        _run_ray(step, logs, tasks, options)
+        _run_ray(step, tasks, options)
     _raise_errors(errors)
     missing = [index for index in pending if not stage.is_done(index)]
     if missing:
@@ -203,7 +209,7 @@ def _run_slurm(step: ClusterStep, logs: Path, tasks: int, options: ExecutorOptio
         time=options.slurm_time,
         partition=options.slurm_partition,
         mem_per_cpu_gb=options.memory_gb,
-        job_name=f"preprocess-{step.stage.name}",
+        job_name=_job_name(step.stage.work),
         logging_dir=str(logs),
         # The tasks find the launcher and the package as this process does.
         env_command=f'export PATH="{launcher.parent}:$PATH" PYTHONPATH="{_package_paths()}"',
@@ -214,16 +220,67 @@ def _run_slurm(step: ClusterStep, logs: Path, tasks: int, options: ExecutorOptio
     try:
         # Without the job that merges datatrove's own statistics, which are not used.
         executor.launch_merge_stats = lambda: None
-        executor.run()
+        with _outside_of_a_job():
+            executor.run()
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(f"--executor slurm: sbatch failed ({error})") from None
     absent = 0
-    while any(not step.stage.is_done(index) for index in step.pending) and absent < JOB_GONE_POLLS:
-        if any(step.errors.glob("*.json")):
-            subprocess.run(["scancel", str(executor.job_id)], capture_output=True, check=False)
+    try:
+        while any(not step.stage.is_done(i) for i in step.pending) and absent < JOB_GONE_POLLS:
             _raise_errors(step.errors)
-        absent = 0 if _is_queued(str(executor.job_id)) else absent + 1
+            # None: the controller does not answer, and is asked again.
+            absent = absent + 1 if _is_queued(step.stage.work) is False else 0
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        _cancel(step.stage.work)
+        raise
+
+
+@contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """Hide what SLURM tells the job that this process may be part of.
+
+    sbatch hands it on, and srun refuses a task with, for example, two limits of memory.
+    """
+    names = [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def end_earlier_tasks(work: Path) -> None:
+    """Cancel the tasks of an earlier start that was killed, and wait for their end.
+
+    They would go on in the queue, and put what they make of their plan among what this start makes.
+
+    Raises: ConfigError: there was such a start, and SLURM cannot be asked.
+    """
+    if not any(work.glob("logs/*/executor.pik")):
+        return
+    queued = _is_queued(work)
+    if queued is None:
+        raise ConfigError(
+            f"{work} was used by --executor slurm, and squeue does not answer here: its tasks may still run; "
+            f"end them where SLURM is (scancel --name={_job_name(work)}), then remove {work / 'logs'}"
+        )
+    if not queued:
+        return
+    logger.warning("SLURM still has tasks of an earlier start (%s): ending them", _job_name(work))
+    _cancel(work)
+    while _is_queued(work) is not False:
         time.sleep(POLL_SECONDS)
+
+
+def _job_name(work: Path) -> str:
+    """Return the name of all jobs of a work folder, by which they are found again."""
+    return f"preprocess-{xxhash.xxh3_64_hexdigest(os.fsencode(work))}"
+
+
+def _cancel(work: Path) -> None:
+    command = ["scancel", f"--user={os.getuid()}", f"--name={_job_name(work)}"]
+    subprocess.run(command, capture_output=True, check=False)
 
 
 def _package_paths() -> str:
@@ -232,40 +289,65 @@ def _package_paths() -> str:
     return os.pathsep.join(path for path in sys.path if path and not path.startswith(prefixes))
 
 
-def _is_queued(job_id: str) -> bool:
-    command = ["squeue", "--noheader", "--jobs", job_id]
+def _is_queued(work: Path) -> bool | None:
+    """Return whether SLURM has tasks of a work folder; None if it cannot be asked."""
+    command = ["squeue", f"--user={os.getuid()}", "--noheader", f"--name={_job_name(work)}"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return True  # the controller is busy: look again
-    return found.returncode == 0 and bool(found.stdout.strip())
+        return None
+    return bool(found.stdout.strip()) if found.returncode == 0 else None
 
 
-def _run_ray(step: ClusterStep, logs: Path, tasks: int, options: ExecutorOptions) -> None:
+def _run_ray(step: ClusterStep, tasks: int, options: ExecutorOptions) -> None:
+    """Run the tasks as Ray's own, which it starts again when a worker or a node dies.
+
+    Not datatrove's executor: it forks each task from an actor, and waits for ever when the fork is killed.
+    """
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
-    try:
-        import ray
-        from datatrove.executor import RayPipelineExecutor
-    except ImportError:
-        raise ConfigError("--executor ray needs `pip install datatrove ray`") from None
+    import ray
+
     started = not ray.is_initialized()
     if started:
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        paths = {"env_vars": {"PYTHONPATH": _package_paths()}}
+        ray.init(log_to_driver=False, runtime_env=paths)
+    running: list[Any] = []
     try:
-        RayPipelineExecutor(
-            pipeline=[step],
-            tasks=tasks,
-            workers=options.workers,
-            logging_dir=str(logs),
-            mem_per_cpu_gb=options.memory_gb,
-            randomize_start_duration=0,
-        ).run()
-    except Exception as error:
+        _warn_if_none_fits(ray.nodes(), options.memory_gb)
+        task = ray.remote(num_cpus=1, memory=options.memory_gb << 30, max_retries=RAY_RETRIES)(
+            _run_task
+        )
+        shared = ray.put(step)
+        for rank in range(tasks):
+            running.append(task.remote(shared, rank, tasks))
+            while len(running) >= (options.workers if rank < tasks - 1 else 1):
+                done, running = ray.wait(running)
+                ray.get(done)
+    except ray.exceptions.RayError as error:
         _raise_errors(step.errors)
-        raise ConfigError(f"--executor ray: {error}; look into {logs}") from error
+        raise ConfigError(
+            f"--executor ray: {error}; look into the logs of Ray, and give the same command again to resume"
+        ) from error
     finally:
+        for one in running:
+            ray.cancel(one, force=True)
         if started:
             ray.shutdown()
+
+
+def _run_task(step: ClusterStep, rank: int, tasks: int) -> None:
+    step(None, rank, tasks)
+
+
+def _warn_if_none_fits(nodes: list[dict[str, Any]], memory_gb: int) -> None:
+    sizes = [node["Resources"].get("memory", 0) / 2**30 for node in nodes if node["Alive"]]
+    if memory_gb > max(sizes, default=0):
+        logger.warning(
+            "--task-memory-gb %d: no node of the Ray cluster has as much (the largest: %.1f), so the tasks "
+            "wait until one joins; give less",
+            memory_gb,
+            max(sizes, default=0),
+        )
 
 
 def _raise_errors(errors: Path) -> None:

@@ -43,7 +43,12 @@ from megatron_long.mixture.plan import Plan, TooTight, make_plan
 from megatron_long.mixture.rows import read_strata
 from megatron_long.mixture.supply import TooLittle
 from megatron_long.preprocess.assemble import write_train, write_valid
-from megatron_long.preprocess.executors import ExecutorOptions, run_stage, runs_here
+from megatron_long.preprocess.executors import (
+    ExecutorOptions,
+    end_earlier_tasks,
+    run_stage,
+    runs_here,
+)
 from megatron_long.preprocess.file_pieces import split_inputs
 from megatron_long.preprocess.monitor import (
     Monitor,
@@ -137,6 +142,7 @@ def preprocess(
     options = tokenize_options(config, tokenizer)
     check_budget(files, options, config.mixture)
     with disk_errors(work), only_run(work), interrupts():
+        end_earlier_tasks(work)
         open_work(work, config.command(), files, force=config.force)
         with Monitor("prepare", on_progress):
             items = split_inputs(files, work, executor)

@@ -107,6 +107,8 @@ def read_config(flags: Namespace) -> PreprocessConfig:
     shares, missing = flags.source_shares, "error"
     if shares not in (NATURAL, SLIMPAJAMA):
         shares, missing = read_shares(Path(shares))
+    if "" in flags.input:
+        raise ConfigError("--input '' is empty; give files or folders")
     strategy, *named = flags.strategy
     _refuse_unused(flags, strategy)
     mixture = Mixture(

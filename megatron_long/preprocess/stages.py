@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_long.corpus.inputs import InputFile
 from megatron_long.errors import DataError
-from megatron_long.files import atomic_path
+from megatron_long.files import atomic_path, process_mark
 from megatron_long.freed_memory import give_memory_back, keep_batch_memory
 from megatron_long.mixture.selection import CHOSEN_DTYPE
 from megatron_long.pickles import AllowList, read_pickle
@@ -231,7 +231,7 @@ def _reporter(path: Path) -> Callable[[FileProgress], None]:
             path.unlink(missing_ok=True)
         elif time.monotonic() - last >= PROGRESS_SECONDS:
             last = time.monotonic()
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            temporary = path.with_name(f".{path.name}.{process_mark()}.tmp")
             temporary.write_bytes(orjson.dumps(asdict(progress)))
             os.replace(temporary, path)
 

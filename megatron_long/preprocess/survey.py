@@ -7,6 +7,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +142,22 @@ def survey_corpus(
 
 def _more_measured(infos: Sequence[Mapping[str, Any]], admission: Admission) -> dict[str, Limits]:
     """Return new limits of the sources of which too few documents were tokenized to tell an error."""
+    documents: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for info in infos:
+        for stratum, counts in read_strata(info):
+            documents[info["sources"][stratum.source]][stratum.size_bucket] += counts.documents
     more = {}
     for name, stats in gather_stats(infos).sources.items():
         if stats.documents_tokenized < min(FEW_DOCUMENTS, stats.documents):
             limits = admission.limits(name)
-            factor = 2 * FEW_DOCUMENTS / max(stats.documents_tokenized, 1)
-            more[name] = dataclasses.replace(limits, measure=min(factor * limits.measure, 1.0))
+            measure = _solve(partial(_tokenized, documents[name]), 2 * FEW_DOCUMENTS)
+            more[name] = dataclasses.replace(limits, measure=max(measure, limits.measure))
     return more
+
+
+def _tokenized(amounts: Mapping[int, float], measure: float) -> float:
+    """Return how much of amounts, by size, is tokenized on average."""
+    return sum(amount * float(measured_share(measure, key)) for key, amount in amounts.items())
 
 
 def _measures(infos: Sequence[Mapping[str, Any]], text_bytes: int) -> Admission:
@@ -165,11 +175,8 @@ def _measures(infos: Sequence[Mapping[str, Any]], text_bytes: int) -> Admission:
     limits = {}
     for name, found in sizes.items():
         share = text_bytes * roots[name] / sum(roots.values())
-
-        def tokenized(value: float, found: Mapping[int, float] = found) -> float:
-            return sum(size * float(measured_share(value, key)) for key, size in found.items())
-
-        limits[name] = dataclasses.replace(COUNT_ONLY, measure=_solve(tokenized, share))
+        measure = _solve(partial(_tokenized, found), share)
+        limits[name] = dataclasses.replace(COUNT_ONLY, measure=measure)
     return Admission(limits, dataclasses.replace(COUNT_ONLY, measure=1.0))
 
 

@@ -1,5 +1,6 @@
 """Training and validation datasets for Megatron's loop: ours in file order, or Megatron's own."""
 
+import logging
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,13 @@ from megatron_long.dataset.manifest import read_manifest
 from megatron_long.dataset.packed_dataset import PackedDataset
 from megatron_long.errors import ConfigError
 from megatron_long.flags.arguments import LongContextArguments
+from megatron_long.job.rendezvous import is_first_process
+from megatron_long.training.window_order import BalancedWindows
 
+_log = logging.getLogger(__name__)
+
+GROWING = ("rampup_batch_size", "step_batch_size_schedule")
+"""Flags under which steps differ in size."""
 NumSamples = tuple[int, int | None, int]
 """Samples that Megatron requests from the training, validation and test sets; None is one whole pass."""
 
@@ -70,7 +77,7 @@ def _mixed_datasets(
 ) -> tuple:
     train_samples, valid_samples, _ = num_samples
     eod_id = read_manifest(folder).tokenizer.eod_id if args.eod_mask_loss else None
-    train = PackedDataset(
+    windows = PackedDataset(
         folder / "train",
         args.seq_length,
         num_samples=train_samples,
@@ -78,6 +85,7 @@ def _mixed_datasets(
         mask_documents=arguments.document_masking,
         allow_repeat=arguments.allow_repeat,
     )
+    train = _balanced(windows, arguments, args)
     valid = None
     if args.eval_iters or args.full_validation:
         valid = validation_dataset(
@@ -88,6 +96,28 @@ def _mixed_datasets(
             mask_documents=arguments.document_masking,
         )
     return train, valid, None
+
+
+def _balanced(
+    windows: PackedDataset, arguments: LongContextArguments, args: Namespace
+) -> PackedDataset | BalancedWindows:
+    """Deal the windows of each step evenly, where replicas would wait for each other's attention."""
+    replicas = args.data_parallel_size
+    uneven = arguments.document_masking and replicas > 1 and not arguments.keep_window_order
+    grows = any(getattr(args, name, None) for name in GROWING)
+    if not uneven or args.micro_batch_size > 1 or grows:
+        return windows
+    dealt = BalancedWindows(windows, args.global_batch_size, replicas, args.consumed_train_samples)
+    if is_first_process():
+        before, after = dealt.slowest_replica()
+        _log.warning(
+            "windows are dealt to %d replicas by attention work: the one with the most has %.2f times the "
+            "mean of its step (%.2f in file order, --keep-window-order)",
+            replicas,
+            after,
+            before,
+        )
+    return dealt
 
 
 def validation_dataset(

@@ -1,5 +1,8 @@
+import errno
 import gzip
+import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -118,7 +121,7 @@ def test_meta_kept_as_json_text_is_read():
         (b'["text"]', r"has no text string at 'text' \(it is not an object\)"),
         (b'{"meta": {"redpajama_set_name": "x"}}', r"has no text .* keys are meta"),
         (b'{"text": 5, "source": "s"}', r"has no text string at 'text' \(it is of type int\)"),
-        (b'{"text": null, "meta": {}}', r"has no text .*--text-key"),
+        (b'{"text": null, "meta": {}}', r"has no text .*it is null"),
         (b'{"text": "x", "meta": {}}', r"has no source .*--source-key"),
         (b'{"text": "x", "source": ""}', r"has no source .*it is empty"),
         (b'{"text": "x", "meta": "y"}', r"has no source"),
@@ -171,6 +174,40 @@ def test_cut_off_compressed_files(name, tmp_path, corpus, records):
     assert [text for _, _, text in found] == texts[: len(found)]
     assert bad.count == 1
     assert "cut off" in bad.listed[0]["reason"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_a_disk_that_fails_is_not_a_damaged_file(name, tmp_path, monkeypatch):
+    """To skip the rest of the file, as what is bad, would lose its documents."""
+
+    class Failing(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def seekable(self):
+            return True
+
+        def tell(self):
+            return 1000
+
+        def readinto(self, buffer):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def seek(self, offset, whence=0):
+            return 1000
+
+    for module in ("inputs", "columnar"):
+        monkeypatch.setattr(
+            f"megatron_long.corpus.{module}.open_seekable", lambda *_, **__: Failing()
+        )
+    (tmp_path / name).write_bytes(b"x" * 1000)
+    item = InputFile(name, str(tmp_path / name), 1000)
+    bad = BadDocuments(skip=True)
+    with pytest.raises(
+        DataError, match=r"reading fails \(.*Input/output error.*same command resumes"
+    ):
+        list(read_documents(item, RecordKeys(), bad, FileState()))
+    assert bad.count == 0
 
 
 def test_several_zstandard_frames_are_one_file(tmp_path, corpus):

@@ -17,7 +17,7 @@ from megatron_long.dataset.indexed import HEADER, IndexedDatasetReader
 from megatron_long.dataset.inspection import DatasetBrowser
 from megatron_long.dataset.manifest import read_manifest, write_manifest
 from megatron_long.dataset.report_page import report_page, write_report
-from megatron_long.dataset.tables import add_sources, plot_sources
+from megatron_long.dataset.tables import add_sources, plot_sources, print_table
 from megatron_long.dataset.verification import verify_dataset
 from megatron_long.errors import ConfigError, DataError
 from megatron_long.hashing import hash_file
@@ -233,6 +233,15 @@ def test_page_holds_the_numbers_and_needs_no_network(dataset, tmp_path):
     assert {info.xxh3_128 for info in manifest.train.files.values()} <= every_cell
     assert {item.name for item in manifest.inputs} <= every_cell
     assert manifest.tokenizer.vocabulary_sha256 in every_cell
+
+
+def test_tables_leave_no_digit_out(capsys):
+    """In a file of 200 columns; longer rows are folded."""
+    cells = [f"{number:,} ({number:,}-{number:,})" for number in range(10**11, 10**11 + 9)]
+    print_table([str(number) for number in range(9)], [cells])
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert sum(character.isdigit() for character in shown) == 9 + 9 * 3 * 12
 
 
 def test_page_says_that_the_order_of_a_small_set_is_not_measured(dataset):

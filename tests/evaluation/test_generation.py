@@ -103,7 +103,7 @@ def save_llama(folder: Path, run_job, **rope: object) -> list[list[int]]:
     run_job(1, [*command, "--output", folder / "megatron"])
     model = LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     scorer = HFScorer(model, context_length=CONTEXT)
-    scorer.stop_ids = set()
+    model.generation_config.eos_token_id = None
     return [scorer.generate(prompt, NUM_NEW).tolist() for prompt in make_prompts()]
 
 

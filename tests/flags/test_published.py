@@ -10,6 +10,7 @@ import pytest
 
 from megatron_long import command_line
 from megatron_long.commands.preprocess_mix import build_parser
+from megatron_long.errors import ConfigError
 from megatron_long.flags.argv import Argv
 from megatron_long.flags.backend import GPU, HOST
 from megatron_long.flags.published import PUBLISHED
@@ -106,6 +107,26 @@ def test_both_commands_are_accepted(name, run_script, model, tiny_dataset, tmp_p
             assert args.global_batch_size * args.seq_length == stage.tokens_per_batch
         else:
             assert args.train_samples
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_another_budget_keeps_the_batch_and_the_share_of_the_warmup(name):
+    recipe = PUBLISHED[name]()
+    scaled = recipe.with_tokens(1_000_000_000)
+    for before, stage in zip(recipe.stages, scaled.stages, strict=True):
+        assert 0 <= 1_000_000_000 - stage.num_windows * stage.seq_length < 9_000_000
+        assert stage.tokens_per_batch == before.tokens_per_batch
+        assert stage.data == before.data
+        argv, old = Argv(stage.training_argv()), Argv(before.training_argv())
+        assert argv.value("--lr") == old.value("--lr")
+        if before.tokens_per_batch and (warmup := old.value("--lr-warmup-iters")):
+            share = int(warmup) / int(old.value("--train-iters"))
+            steps = int(argv.value("--train-iters"))
+            assert 0 <= share * steps - int(argv.value("--lr-warmup-iters")) < 1
+    with pytest.raises(
+        ConfigError, match=r"--train-tokens 1000 is less than the [\d,]+ tokens of a step"
+    ):
+        recipe.with_tokens(1000)
 
 
 def test_the_paper_has_the_flags_of_its_recipe_alone():

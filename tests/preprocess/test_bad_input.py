@@ -181,10 +181,9 @@ def test_a_full_disk_names_the_remedy_and_the_run_goes_on(
 def test_an_output_that_cannot_be_written(config, tmp_path, corpus, small_disk):
     config = dataclasses.replace(config, inputs=[corpus])
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(ConfigError, match=r"--output: .*cannot be written \(Read-only file system"):
+    read_only = f"{small_disk} is not a folder that can be written"
+    with pytest.raises(ConfigError, match=read_only):
         preprocess(config, small_disk / "out")
     (tmp_path / "file").write_text("x", encoding="utf-8")
-    with pytest.raises(
-        ConfigError, match=r"--output: .*cannot be written \((Not a directory|File)"
-    ):
+    with pytest.raises(ConfigError, match="file is not a folder that can be written"):
         preprocess(config, tmp_path / "file" / "out")

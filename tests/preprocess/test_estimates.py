@@ -20,7 +20,7 @@ from megatron_long.mixture.estimates.forecast import SourceForecast, forecast
 from megatron_long.mixture.estimates.intervals import Interval, exact
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.mixture.plan import make_plan
-from megatron_long.preprocess.dry_run import _supply_notes, plan_dataset
+from megatron_long.preprocess.dry_run import _count_text, _supply_notes, plan_dataset
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 from megatron_long.preprocess.survey import survey_corpus
 from megatron_long.preprocess.tokenize_file import TokenizeOptions, measure_file, tokenize_file
@@ -131,7 +131,8 @@ def test_what_a_sample_expects_of_the_lengths_holds_what_a_run_makes(hard, short
     hits = defaultdict(list)
     for seed in range(8):
         options = dataclasses.replace(OPTIONS, seed=seed)
-        expected = forecast(survey_corpus(files, counting_tokenizer(), options, 1 << 15), mixture)
+        survey = survey_corpus(files, counting_tokenizer(), options, 1 << 15)
+        expected = forecast(survey, mixture)
         folders = [tmp_path / f"{seed}-{index}" for index in range(len(files))]
         for index, file in enumerate(files):
             tokenize_file(file, index, counting_tokenizer(), options, folders[index])
@@ -140,8 +141,15 @@ def test_what_a_sample_expects_of_the_lengths_holds_what_a_run_makes(hard, short
         for name in big:
             after, true = expected[name].long_share_after, made[name].long_share_after
             hits[name].append(after.low - 1e-9 <= true <= after.high + 1e-9)
+            usable, held = expected[name].tokens_usable, truth[name].tokens - 500
+            most = expected[name].corpus.tokens.high
+            plain = short_share * 40_000
+            assert plain <= usable.low <= usable.value <= usable.high <= plain + 4 * (most - plain)
+            too_much = dataclasses.replace(mixture, train_tokens=100 * held * len(big))
+            usable = forecast(survey, too_much)[name].tokens_usable
+            passes = 1 if short_share else 4  # documents as they are take all, and are used once
+            assert usable.value <= passes * expected[name].corpus.tokens.value
     mean, least = coverage(hits)
-    print(mean, least, {name: len(found) for name, found in hits.items()})
     assert mean > 0.9
     assert least >= 0.75
 
@@ -250,7 +258,63 @@ def test_bad_documents_of_a_sample_are_told(tmp_path, model_file):
     good = b'{"text": "bocu dofa", "source": "Book"}\n' * 2000
     (tmp_path / "a.jsonl").write_bytes(good + b"{}\n" * 50 + good)
     found = sampled(config(tmp_path, model_file))
-    assert any("documents of the sample are bad, which a run stops at" in n for n in found.notes)
+    assert any("bad documents in the sample: 50, which a run stops at" in n for n in found.notes)
+
+
+def test_one_document_that_is_most_of_the_bytes_tells_nothing_of_the_others(tmp_path):
+    """It has other tokens per byte, and is tokenized whole."""
+    rng, held = np.random.default_rng(0), []
+    for seed in range(20):
+        counts = rng.integers(20, 200, 1000).tolist()
+        rows = [{"text": f"{count} {'ab ' * count}", "source": "Book"} for count in counts]
+        rows.insert(500, {"text": "200000 " + "abcdefghijk " * 200_000, "source": "Book"})
+        (tmp_path / "a.jsonl").write_bytes(b"\n".join(orjson.dumps(row) for row in rows))
+        options = dataclasses.replace(OPTIONS, seed=seed)
+        files = find_inputs([tmp_path])
+        found = survey_corpus(files, counting_tokenizer(), options, 1 << 19)
+        assert 50 <= found.stats.sources["Book"].documents_tokenized < 1001
+        interval, true = found.estimate("Book").tokens, sum(counts) + 200_000 + 2 * 1001
+        held.append(interval.low <= true <= interval.high)
+        assert interval.value == pytest.approx(true, rel=0.01)
+    assert np.mean(held) >= 0.85
+
+
+@pytest.mark.parametrize("tokenized", [0, 1, 2])
+def test_a_stratum_of_which_nearly_nothing_is_known_has_a_wide_error(tokenized):
+    """Next to one that was tokenized whole, of other tokens per byte."""
+    size, tokens = 1000.0 * tokenized, 500.0 * tokenized
+    squares = [1e6 * tokenized, 25e4 * tokenized, 5e5 * tokenized, 0.0, 0.0]
+    strata = [
+        [0, 0, 9, 100, 100_000, tokenized, size, 0, tokens, *squares],
+        [0, 0, 20, 1, 1_000_000, 1, 1_000_000, 1e5, 1e5, 1e12, 1e10, 1e11, 1e10, 1e11],
+    ]
+    info = {"sources": ["Book"], "strata": strata, "lengths": [[0, 0, 20, 16, 100_000]], "bad": []}
+    info |= {"documents_empty": 0, "documents_bad": 0, "text_bytes": 1_100_000}
+    stats = gather_stats([info]).sources["Book"]
+    assert len(stats.groups) == 2
+    assert (stats.tokens_error > 20_000) == (tokenized < 2)  # two alike tell that all are
+
+
+def test_two_documents_of_which_one_is_most_of_the_bytes_tell_no_deviation():
+    """Of the large stratum the other document may be anything, whatever the small one says."""
+    small = [0, 0, 9, 100, 100_000, 1, 1000, 0, 500, 1e6, 25e4, 5e5, 0.0, 0.0]
+    large = [0, 0, 20, 2, 2_000_000, 1, 1_000_000, 1e5, 1e5, 1e12, 1e10, 1e11, 1e10, 1e11]
+    info = {"sources": ["Book"], "strata": [small, large], "lengths": [], "bad": []}
+    info |= {"documents_empty": 0, "documents_bad": 0, "text_bytes": 2_100_000}
+    stats = gather_stats([info]).sources["Book"]
+    assert [len(group.keys) for group in stats.groups] == [2]
+    assert stats.tokens_error > 100_000
+
+
+def test_figures_have_the_digits_that_tell_their_interval():
+    assert _count_text(Interval(15_220, 15_218, 15_221)) == "15.220K (15.218K-15.221K)"
+    assert _count_text(Interval(122, 121.9, 122.1)) == "122 (122-122)"
+    assert _count_text(Interval(15_220, 15_118, 15_321)) == "15.2K (15.1K-15.3K)"
+
+
+def test_one_source_alone_gets_exactly_what_is_asked(tmp_path, model_file):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "bocu dofa", "source": "Book"}\n' * 4000)
+    assert sampled(config(tmp_path, model_file)).expected["Book"].tokens_asked == exact(20_000)
 
 
 def test_what_is_measured_changes_no_row(hard, tmp_path):

@@ -7,12 +7,20 @@ import os
 import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_long.errors import ConfigError, DataError
+from megatron_long.files import process_mark
 from megatron_long.mixture.mixture import Mixture
-from megatron_long.preprocess.executors import ExecutorOptions, _private_folder
+from megatron_long.preprocess.executors import (
+    ExecutorOptions,
+    _is_queued,
+    _job_name,
+    _private_folder,
+    end_earlier_tasks,
+)
 from megatron_long.preprocess.preprocess import preprocess
 from megatron_long.preprocess.preprocess_config import PreprocessConfig
 from tests import slurm_cluster
@@ -66,7 +74,7 @@ def fake_slurm(tmp_path, monkeypatch, importable):
     tools.mkdir()
     scripts = {"sbatch": FAKE_SBATCH.format(python=sys.executable)}
     scripts |= {
-        "squeue": "#!/bin/sh\nexit 1\n",
+        "squeue": "#!/bin/sh\n",
         "scancel": "#!/bin/sh\n",
         "scontrol": "#!/bin/sh\necho here\n",
     }
@@ -91,6 +99,16 @@ def test_nobody_else_writes_where_job_files_lie(tmp_path, monkeypatch):
         _private_folder(folder)
 
 
+def test_processes_of_one_number_on_two_nodes_write_different_files(monkeypatch):
+    """A task that a lost node still runs, and the one that SLURM started instead."""
+    marks = []
+    for node in ("a", "b"):
+        monkeypatch.setattr("os.uname", lambda node=node: SimpleNamespace(nodename=node))
+        marks.append(process_mark())
+    assert marks[0] != marks[1]
+    assert [len(mark) for mark in marks] == [8, 8]
+
+
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_slurm_through_a_fake_sbatch(tasks, config, tmp_path, fake_slurm):
     preprocess(config, tmp_path / "local")
@@ -104,6 +122,59 @@ def test_errors_of_slurm_tasks_come_back(config, tmp_path, fake_slurm, write_jso
     config = dataclasses.replace(config, inputs=[file], mixture=few)
     with pytest.raises(DataError, match=r"a\.jsonl:6 has no source"):
         run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+
+
+def test_tasks_of_a_start_that_was_killed_are_ended_first(config, tmp_path, fake_slurm):
+    """They would write parts of another plan among those of this one."""
+    queue, asked = tmp_path / "queue", tmp_path / "asked"
+    scripts = {"squeue": f"cat {queue}", "scancel": f'echo "$@" >> {asked}; : > {queue}'}
+    for name, text in scripts.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+    work, sbatch = tmp_path / "out.work", tmp_path / "bin" / "sbatch"
+    whole = sbatch.read_text()
+    sbatch.write_text(
+        f"#!/bin/sh\necho 1 x preprocess > {queue}; exit 1\n"
+    )  # and here it is killed
+    with pytest.raises(ConfigError, match="sbatch failed"):
+        run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+    assert not asked.exists()
+    sbatch.write_text(whole)
+    run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+    assert asked.read_text() == f"--user={os.getuid()} --name={_job_name(work)}\n"
+    assert _job_name(work) != _job_name(tmp_path / "other.work")
+
+
+def test_tasks_are_not_told_of_the_job_that_started_them(config, tmp_path, fake_slurm, monkeypatch):
+    seen = tmp_path / "seen"
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\nenv > {seen}\nexit 1\n")
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "500")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")  # by which datatrove takes itself for a task
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    with pytest.raises(ConfigError, match="sbatch failed"):
+        run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+    names = [line.split("=")[0] for line in seen.read_text().splitlines()]
+    assert [name for name in names if name.startswith("SLURM_")] == ["SLURM_CONF"]
+    assert os.environ["SLURM_ARRAY_TASK_ID"] == "7"
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, fake_slurm):
+    """That of the waiting run may start again; a resumed one cannot know whether tasks run."""
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    assert _is_queued(tmp_path) is None
+    (tmp_path / "logs" / "1").mkdir(parents=True)
+    (tmp_path / "logs" / "1" / "executor.pik").touch()
+    with pytest.raises(ConfigError, match=r"squeue does not answer.*scancel --name=.*then remove"):
+        end_earlier_tasks(tmp_path)
+
+
+def test_tasks_end_with_the_run(config, tmp_path, fake_slurm, monkeypatch):
+    asked = tmp_path / "asked"
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 1\n")
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/sh\nkill -INT {os.getpid()}; echo 1\n")
+    (tmp_path / "bin" / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    with pytest.raises(KeyboardInterrupt):
+        run_on(config, tmp_path / "out", executor="slurm", slurm_partition="x")
+    assert _job_name(tmp_path / "out.work") in asked.read_text()
 
 
 def test_an_sbatch_that_fails(config, tmp_path, fake_slurm):
@@ -174,8 +245,8 @@ def test_options_check_themselves(options, message):
 
 
 def test_a_missing_package_is_named(config, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datatrove", None)
-    with pytest.raises(ConfigError, match="--executor ray needs `pip install datatrove` ray"):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match="--executor ray needs `pip install ray`"):
         run_on(config, tmp_path / "out", executor="ray")
     preprocess(config, tmp_path / "local", lambda progress: None)
 

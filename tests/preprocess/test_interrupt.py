@@ -18,12 +18,12 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
 @contextlib.contextmanager
-def started(words):
+def started(words, environment=ENVIRONMENT):
     """A process in a session of its own, which leaves nothing behind."""
     command = [sys.executable, *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     run = subprocess.Popen(
-        command, cwd=REPOSITORY, env=ENVIRONMENT, start_new_session=True, **pipes
+        command, cwd=REPOSITORY, env=environment, start_new_session=True, **pipes
     )
     try:
         yield run

@@ -98,7 +98,7 @@ def test_a_link_stays_and_leads_to_the_dataset(has_dataset, config, tmp_path):
     output.symlink_to(tmp_path / "scratch")
     if has_dataset:
         (output / "old").touch()
-    manifest = preprocess(config, output)
+    manifest = preprocess(dataclasses.replace(config, force=has_dataset), output)
     assert output.is_symlink()
     assert read_manifest(Path(os.path.realpath(output))) == manifest
     assert not (output / "old").exists()

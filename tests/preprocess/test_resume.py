@@ -221,6 +221,24 @@ def test_a_corpus_that_changes_while_it_is_read(config, parts, tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_goes_while_the_run_works_is_named(workers, config, parts, tmp_path):
+    """And put back, the run resumes."""
+    gone = parts / f"{NUM_FILES - 1:02d}.jsonl.zst"
+    content, time_ns = gone.read_bytes(), gone.stat().st_mtime_ns
+
+    def remove(progress):
+        if progress.stage == "prepare":
+            gone.unlink(missing_ok=True)
+
+    config = dataclasses.replace(config, workers=workers)
+    with pytest.raises(DataError, match=rf"{gone} cannot be opened \(No such file"):
+        preprocess(config, tmp_path / "out", remove)
+    gone.write_bytes(content)
+    os.utime(gone, ns=(time_ns, time_ns))
+    preprocess(config, tmp_path / "out")
+
+
 def test_two_runs_at_once_are_refused(config, tmp_path):
     with (
         only_run(tmp_path / "out.work"),

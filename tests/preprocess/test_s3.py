@@ -121,6 +121,22 @@ def test_a_store_that_fails_while_reading_is_not_a_damaged_file(
     assert uploaded(store, tmp_path) == local
 
 
+def test_a_store_that_fails_while_reading_a_table(store, config, records):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table.from_pylist(records)
+    with store.files().open("bucket/tables/a.parquet", "wb") as file:
+        parquet.write_table(table, file)
+    config = dataclasses.replace(config, inputs=["s3://bucket/tables"], on_bad_document="skip")
+    gets = itertools.count(1)
+
+    def fault(method, path):
+        return "503" if method == "GET" and "a.parquet" in path and next(gets) > 1 else None
+
+    store.fail(fault)
+    with pytest.raises(ConfigError, match=r"a\.parquet: the store fails .* resumes where it was"):
+        preprocess(config, OUT)
+
+
 @pytest.mark.parametrize("kind", ["503", "cut", "unanswered"])
 @pytest.mark.parametrize("at", [1, 5, "manifest.json"])
 def test_an_upload_that_fails_resumes_with_what_is_missing(
@@ -221,6 +237,7 @@ def test_what_is_wrong_is_said_before_the_work_starts(flag, store, config, tmp_p
         assert not (tmp_path / "work").exists()
 
     refused(f"{flag} s3://none/x does not exist", "s3://none/x")
+    assert not store.files().exists("none")  # s3fs creates buckets with folders
     refused("s4://bucket/x: Protocol not known: s4; give", "s4://bucket/x")
     if flag == "--output":
         refused("names no folder in the bucket; give s3://bucket/NAME", "s3://bucket/")

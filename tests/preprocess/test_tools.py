@@ -77,7 +77,9 @@ def test_a_dry_run_of_all_tells_what_the_run_tells(words, tmp_path, records):
     *warnings, bad = notes
     assert warnings == manifest_of(words)["warnings"]
     assert any("out of reach" in warning for warning in warnings)
-    assert bad.startswith("2 bad documents are left out (first: a.jsonl:201 has no text string")
+    assert bad.startswith(
+        "bad documents that are left out: 2 (first: a.jsonl:201 has no text string"
+    )
     assert manifest_of(words)["documents_bad"] == 2
 
 
@@ -100,6 +102,8 @@ def test_dry_run_prints_the_table_and_writes_nothing(words, tmp_path):
         ({"--source-shares": "/nowhere.yaml"}, "--source-shares /nowhere.yaml does not exist"),
         ({"--source-key": "meta.none"}, "a.jsonl:1 has no source"),
         ({"--strategy": "best"}, "--strategy best: choose one of per-source"),
+        ({"--input": ""}, "--input '' is empty"),
+        ({"--output": "xyz://a/b", "--work-dir": "/nowhere/work"}, "xyz://a/b: Protocol not known"),
         ({"--source-key": ""}, "--source-key '' has an empty part"),
         ({"--text-key": "a..b"}, "--text-key 'a..b' has an empty part"),
         ({"--cut-length": "4K"}, "--cut-length 4096 has no effect with --strategy per-source"),

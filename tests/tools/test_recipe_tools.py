@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_long.flags.backend import GPU
+from megatron_long.flags.published import PUBLISHED
+from megatron_long.flags.published_script import as_script
 from megatron_long.flags.recipe import LLAMA3_8B, RECIPES, build_recipe
 from megatron_long.model.rope import Llama3Rope
 
@@ -31,7 +33,18 @@ def test_flags_that_stock_megatron_has_not_are_named(run_job, tmp_path, original
 
 def test_names_are_listed(run_job):
     listed = run_job(1, ["tools/show_recipe.py"]).stdout
-    assert all(name in listed for name in RECIPES)
+    assert all(name in listed for name in (*RECIPES, *PUBLISHED))
+
+
+def test_a_published_recipe_is_a_script(run_job):
+    shown = run_job(1, ["tools/show_recipe.py", "prolong", "--train-tokens", "1B"]).stdout
+    assert shown.rstrip("\n") == as_script(PUBLISHED["prolong"]().with_tokens(10**9))
+    for flags in (["prolong", "--hf-config", "model"], ["tiny_debug", "--train-tokens", "1B"]):
+        refused = run_job(1, ["tools/show_recipe.py", *flags], check=False)
+        assert refused.returncode == 2
+        assert f"{flags[1]} has no effect on the recipe {flags[0]}" in " ".join(
+            refused.stderr.split()
+        )
 
 
 @pytest.mark.parametrize(("world_size", "status"), [(4, 0), (3, 2)])

@@ -25,12 +25,11 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def rest(tiny_dataset, tmp_path_factory) -> Path:
-    """What the first stage leaves of its dataset, as a dataset of its own."""
-    folder = shutil.copytree(tiny_dataset, tmp_path_factory.mktemp("rest") / "data")
+def write_rest(dataset: Path, folder: Path, tokens_read: int) -> Path:
+    """Write what a run of so many tokens leaves of a dataset, as a dataset of its own."""
+    shutil.copytree(dataset, folder)
     manifest = read_manifest(folder)
-    tokens = np.fromfile(folder / "train.bin", "<u2")[STEPS * 4 * 128 :]
+    tokens = np.fromfile(folder / "train.bin", "<u2")[tokens_read:]
     with IndexedDatasetWriter(folder / "train", "<u2") as writer:
         writer.add_document(tokens)
         writer.finalize()
@@ -38,6 +37,12 @@ def rest(tiny_dataset, tmp_path_factory) -> Path:
     train = replace(manifest.train, num_tokens=len(tokens), files=files)
     write_manifest(folder, replace(manifest, train=train))
     return folder
+
+
+@pytest.fixture(scope="module")
+def rest(tiny_dataset, tmp_path_factory) -> Path:
+    """What the first stage leaves of its dataset."""
+    return write_rest(tiny_dataset, tmp_path_factory.mktemp("rest") / "data", STEPS * 4 * 128)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +84,25 @@ def test_a_stage_on_the_rest_of_the_data_is_the_run_that_never_stopped(
     jump = max(a - b for a, b in zip(seen["--pretrained-checkpoint"], whole, strict=True))
     print(f"weights alone: {jump:.3f} nats above")
     assert jump > 0.1
+
+
+@pytest.mark.slow
+def test_longer_windows_begin_without_the_jump_of_weights_alone(
+    jobs, rest, first, read_log, tmp_path
+):
+    """As in docs/long_context_recipe.md: 256 tokens after 128, four times the RoPE base, other data."""
+    words = ("--seq-length", 256, "--max-position-embeddings", 256, "--rotary-base", 400_000)
+    words += ("--global-batch-size", 2, "--train-iters", 4, "--use-distributed-optimizer")
+    seen = {}
+    for flag in ("--next-stage-of", "--pretrained-checkpoint"):
+        log = tmp_path / f"{flag}.jsonl"
+        jobs.run(1, *words, "--dataset", rest, flag, first, "--loss-log", log)
+        seen[flag] = losses(read_log, log)
+    kept, alone = seen.values()
+    print(kept, alone)
+    assert kept[0] == alone[0]
+    assert kept == sorted(kept, reverse=True)
+    assert alone[1] > alone[0] + 0.1
 
 
 STAGE = (

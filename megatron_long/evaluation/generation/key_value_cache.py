@@ -29,8 +29,7 @@ class CacheState:
         self.group = group
         self.is_prefill = self.is_decode = False
         self.attended = torch.empty(0, 0, dtype=torch.bool)
-        """Which cached positions of this rank each row attends to [b, n], or [b, n + m] where new ones "
-        "are kept."""
+        """Which cached positions each row attends to [b, n], or [b, n + m] where new ones are kept."""
         self.num_prompt = 0
         self.num_known = 0
         """Positions that are filled, n at first."""
@@ -94,21 +93,21 @@ class CachedAttention(torch.nn.Module):
         return kept
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The first of the s tokens attends; sequence parallelism repeats it, to have a share for each "
-        "rank."""
+        """The first token attends; sequence parallelism repeats it, so that each rank has a share."""
         state, known = self.state, self.state.num_known
         if state.keeps_new:
             self.keys[:, :, known - 1], self.values[:, :, known - 1] = key[0], value[0]
         tokens, rows, heads, size = query.shape
-        grouped = query[0].view(rows, key.size(2), -1, size)
-        scores = (grouped @ self.keys[:, :, :known].transpose(-1, -2)).float() * size**-0.5
+        # Products in float32: rounded to 16 bits, scores would be off by some hundredths.
+        grouped = query[0].view(rows, key.size(2), -1, size).float()
+        scores = grouped @ self.keys[:, :, :known].float().transpose(-1, -2) * size**-0.5
         hidden = ~state.attended[:, None, None, :known]
         scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)  # finite: a rank may have none
         top = scores.amax(-1, keepdim=True)
         if state.group.size() > 1:
             torch.distributed.all_reduce(top, ReduceOp.MAX, group=state.group)
         weights = torch.exp(scores - top)
-        sums = (weights.to(query.dtype) @ self.values[:, :, :known]).float()
+        sums = weights @ self.values[:, :, :known].float()
         parts = torch.cat([sums, weights.sum(-1, keepdim=True)], dim=-1)
         if state.group.size() > 1:
             torch.distributed.all_reduce(parts, group=state.group)

@@ -1,7 +1,12 @@
 """One row a sample, of any task that is answered by generation, and what rows add up to.
 
 Rows are kept as they are (`samples.jsonl`), so that each figure can be traced to prompts and answers. Errors
-are 95% intervals by bootstrap over samples: of each task its samples are drawn again, with replacement.
+are 95% intervals by bootstrap over samples, each task's for itself. Samples get random weights, as in Rubin's
+Bayesian bootstrap, with half a sample of 0 and of 100 added: for scores of 0 or 100 that is Jeffreys'
+interval, so that 100 right answers of 100 do not count as certainty.
+
+Source: Rubin 1981, "The Bayesian bootstrap"; Brown, Cai and DasGupta 2001, "Interval estimation for a
+binomial proportion", on Jeffreys' interval.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NUM_RESAMPLES = 2000
+NUM_RESAMPLES = 4000
 INTERVAL_PERCENT = (2.5, 97.5)
 
 
@@ -68,8 +73,8 @@ def estimate_task(results: Sequence[SampleResult]) -> Estimate:
     ends the text for it), so there is no mean.
 
     >>> row = SampleResult("vt", 4096, 0, "", 9, ["A"], "A", 100.0)
-    >>> print(estimate_task([row]), estimate_task([]))
-    100.0 (100.0-100.0) -
+    >>> print(estimate_task([row] * 100), estimate_task([]))
+    100.0 (97.6-100.0) -
     """
     scores = np.array([item.score for item in results if item.score is not None])
     num_empty = sum(not item.prediction for item in results if item.score is not None)
@@ -80,8 +85,8 @@ def estimate_task(results: Sequence[SampleResult]) -> Estimate:
     }
     if num_empty == len(scores):
         return Estimate(None, **counts)
-    low, high = np.percentile(_resampled_means(scores), INTERVAL_PERCENT)
-    return Estimate(float(scores.mean()), float(low), float(high), **counts)
+    drawn = _resampled_means(scores, np.random.default_rng(0))
+    return Estimate(float(scores.mean()), *_interval(drawn, scores.mean()), **counts)
 
 
 def estimate_average(tasks: Sequence[Sequence[SampleResult]]) -> Estimate:
@@ -95,15 +100,23 @@ def estimate_average(tasks: Sequence[Sequence[SampleResult]]) -> Estimate:
     means = [part.mean for part in parts if part.mean is not None]
     if not parts or len(means) < len(parts):
         return Estimate(None, **counts)
+    generator = np.random.default_rng(0)  # one for all: tasks are drawn independently
     drawn = [
-        _resampled_means(np.array([item.score for item in results if item.score is not None]))
-        for results in tasks
+        _resampled_means(np.array([r.score for r in rows if r.score is not None]), generator)
+        for rows in tasks
     ]
-    low, high = np.percentile(np.mean(drawn, axis=0), INTERVAL_PERCENT)
-    return Estimate(float(np.mean(means)), float(low), float(high), **counts)
+    mean = float(np.mean(means))
+    return Estimate(mean, *_interval(np.mean(drawn, axis=0), mean), **counts)
 
 
-def _resampled_means(scores: np.ndarray) -> np.ndarray:
-    generator = np.random.default_rng(len(scores))
-    drawn = generator.integers(0, len(scores), (NUM_RESAMPLES, len(scores)))
-    return scores[drawn].mean(axis=1)
+def _resampled_means(scores: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Means of `scores` with random weights, half a sample at each end of the scale added."""
+    values = np.append(scores, [0.0, 100.0])
+    shapes = np.append(np.ones(len(scores)), [0.5, 0.5])
+    weights = generator.standard_gamma(shapes, (NUM_RESAMPLES, len(values)))
+    return weights @ values / weights.sum(axis=1)
+
+
+def _interval(drawn: np.ndarray, mean: float) -> tuple[float, float]:
+    low, high = np.percentile(drawn, INTERVAL_PERCENT)
+    return float(min(low, mean)), float(max(high, mean))

@@ -138,8 +138,7 @@ class ShardGenerator(Scorer):
         labels: Tensor,
         **_: Any,
     ) -> Tensor:
-        """Take the place of output layer and loss: [2, b, s/cp], the likeliest token where one is asked "
-        "for."""
+        """Take the place of output layer and loss: [2, b, s/cp], the likeliest token where asked."""
         from megatron.core import parallel_state
 
         hidden, weight, shard = self._output_parts(hidden_states, output_layer, output_weight)
@@ -152,8 +151,7 @@ class ShardGenerator(Scorer):
 
 
 def top_tokens(hidden: Tensor, weight: Tensor, shard: VocabularyShard, group: Any = None) -> Tensor:
-    """Give the likeliest token of each position [n], as float32 (exact up to 2^24); of equal ones, the "
-    "first."""
+    """Give the likeliest token of each position [n], float32 (exact up to 2^24); of equal ones the first."""
     logits = multiply(hidden, weight[: shard.num_real_rows(weight.size(0))].t())
     best = torch.full((2, len(hidden)), -torch.inf, device=hidden.device)
     if logits.size(1):

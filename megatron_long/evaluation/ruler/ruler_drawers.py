@@ -196,6 +196,11 @@ class CommonWords(Drawer):
 
     def _draw_list(self, size: int, often: int, seldom: int) -> tuple[str, list[str]]:
         words = self.words if size <= len(self.words) else self.inputs.more_words
+        if size > len(words):
+            raise ConfigError(
+                f"--english-words {self.inputs.english_words} holds {len(words)} words, and a list of this "
+                f"length takes {size}; give RULER's english_words.json"
+            )
         drawn, number = self.random.sample(words, size), self.options["num_common"]
         listed = self.shuffled(drawn[:number] * often + drawn[number:] * seldom)
         return _numbered(listed), drawn[:number]

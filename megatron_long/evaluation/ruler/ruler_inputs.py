@@ -246,6 +246,12 @@ def read_questions(path: Path, name: str) -> QuestionSet:
     found: QuestionSet = _read_json(path, f"--{name}", _squad if name == "squad" else _hotpotqa)
     if not found.questions:
         raise DataError(f"--{name} {path} holds no question; download it again")
+    for question in found.questions:
+        known = [isinstance(text, str) and text.strip() for text in question.answers]
+        if not known or not all(known):
+            raise DataError(
+                f"--{name} {path}: the question {question.query!r} has no answer; download it again"
+            )
     return found
 
 

@@ -90,6 +90,8 @@ def prepare_ruler(
     """
     is_ours = args.force or (args.output_dir / SAMPLES).exists()
     check_output(args.output_dir / REPORT, force=is_ours, flag="--output-dir")
+    if not 0 <= args.seed < 2**32:
+        raise ConfigError(f"--seed {args.seed} is not from 0 to {2**32 - 1}, as RULER's must be")
     lengths, tasks = sorted(set(args.context_lengths)), list(dict.fromkeys(args.tasks))
     check_context_length(lengths[-1], megatron_argv)
     choice = choose_model(args, megatron_argv)
@@ -219,8 +221,7 @@ def _answer(
     deadline: Deadline,
     keep: Callable[[list[SampleResult]], None],
 ) -> bool:
-    """Answer the samples of one task and length, a batch a replica at a time; gives whether there was "
-    "time."""
+    """Answer samples of one task and length, a batch a replica at a time; gives whether there was time."""
     rows = [(sample, with_bos(sample.tokens, tokenizer)) for sample in samples]
     problems = [
         too_long(sample, request.task, tokenizer, request.tokens_to_generate) for sample in samples

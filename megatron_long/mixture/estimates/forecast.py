@@ -44,7 +44,8 @@ def forecast(estimate: CorpusEstimate, mixture: Mixture) -> dict[str, SourceFore
     made = {}
     for name, found in corpus.items():
         asked = exact(shares[name] * mixture.train_tokens)
-        if mixture.is_natural and found.share.value and name not in mixture.upsampled_shares:
+        is_estimated = mixture.is_natural and 0 < found.share.value < 1  # one source alone has all
+        if is_estimated and name not in mixture.upsampled_shares:
             factor = shares[name] / found.share.value * mixture.train_tokens
             asked = _wider(found.share, NATURAL_ERROR * found.share.value).scaled(factor)
         made[name] = _one(stats[name], found, asked, mixture)
@@ -104,7 +105,8 @@ def _one(
         spread = Z * math.sqrt(_chosen_variance(stats, 1.0, long_share.value, tokens.value, plain))
         parts = _wider(long_share, spread, 1.0).scaled(mixture.short_share)
         long_after = parts.plus(long_after.scaled(1 - mixture.short_share))
-    return SourceForecast(found, asked, supply.plus(exact(plain)), long_after)
+    first = (min(plain, t - _held_out(t, mixture)) for t in (tokens.value, tokens.low, tokens.high))
+    return SourceForecast(found, asked, supply.plus(Interval(*first)), long_after)
 
 
 def _pooled(

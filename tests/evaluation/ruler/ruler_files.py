@@ -56,7 +56,7 @@ def _question(drawn: random.Random, text, number: int) -> dict:
     return {"question": f"Who is {number}?", "answer": f"Title {number}", "context": context}
 
 
-def save_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+def save_tokenizer(folder: Path, *markers: str) -> tokenizers.Tokenizer:
     """A tokenizer of bytes and a few merges that adds BOS, as a folder that transformers opens."""
     folder.mkdir(exist_ok=True)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -70,6 +70,7 @@ def save_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     )
     templates = [kind.template + kind.answer_prefix for kind in KINDS.values()]
     tokenizer.train_from_iterator([NOISE, NEEDLE, " ".join(WORDS), *templates] * 9, trainer)
+    tokenizer.add_special_tokens(list(markers))
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "add_bos_token": True, "eos_token": "</s>"}
     names |= {"tokenizer_class": "PreTrainedTokenizerFast"}
