@@ -36,9 +36,10 @@ def text_of(page: Path) -> str:
 
 
 def test_every_page_is_in_the_navigation(site):
-    for page in PAGES.glob("*.md"):
-        assert (site / page.stem / "index.html").is_file()
-        assert f"{page.stem}/" in (site / "index.html").read_text(), page.name
+    for page in PAGES.rglob("*.md"):
+        path = page.relative_to(PAGES).with_suffix("")
+        assert (site / path / "index.html").is_file()
+        assert f'"{path}/"' in (site / "index.html").read_text(), page.name
 
 
 def test_the_reference_has_every_flag(site):

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_long.dataset.manifest import read_manifest, verify_files
 from megatron_long.errors import ConfigError, DataError
-from megatron_long.files import remove_folder
+from megatron_long.files import process_mark, remove_folder
 from megatron_long.mixture.mixture import Mixture
 from megatron_long.preprocess import preprocess as preprocess_module
 from megatron_long.preprocess import workdir
@@ -264,15 +264,16 @@ def test_a_lock_that_was_removed_locks_nobody_out(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_another_run_made_meanwhile_is_kept(config, tmp_path):
+def test_an_output_that_another_run_made_meanwhile_is_kept(config, tmp_path, monkeypatch):
     output = tmp_path / "out"
 
-    def make(progress):
-        if progress.stage == "finish" and not output.exists():
-            (output / "results").mkdir(parents=True)
+    def make(*_args):
+        (output / "results").mkdir(parents=True)
 
-    with pytest.raises(ConfigError, match="exists already"):
-        preprocess(config, output, make)
+    with monkeypatch.context() as patch:  # one of the last things before the dataset is moved
+        patch.setattr(preprocess_module, "check_unchanged", make)
+        with pytest.raises(ConfigError, match="exists already"):
+            preprocess(config, output)
     assert [path.name for path in output.iterdir()] == ["results"]
     assert (tmp_path / "out.work").exists()
     preprocess(dataclasses.replace(config, force=True), output)
@@ -315,10 +316,10 @@ def test_a_kill_while_work_is_removed_leaves_nothing_half(tmp_path, monkeypatch)
             "shutil.rmtree", lambda path: None
         )  # as if killed before anything was deleted
         remove_folder(work)
-    assert [path.name for path in tmp_path.iterdir()] == [f".out.work.{os.getpid()}.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == [f".out.work.{process_mark()}.tmp"]
     with only_run(work):
         sweep(work)  # another run is there
-    assert [path.name for path in tmp_path.iterdir()] == [f".out.work.{os.getpid()}.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == [f".out.work.{process_mark()}.tmp"]
     open_work(work, {"seed": 1}, [], force=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
     work.rename(tmp_path / ".out.work.5.tmp")
