@@ -97,6 +97,7 @@ def test_loss(run, opened, checkpoint, tiny_dataset, tmp_path, capsys):
             "check_hashes": True,
             "iteration": "10",
             "weights": "auto",
+            "kind": scoring.Scorer,
         }
     ]
     report = read_loss_report(output)

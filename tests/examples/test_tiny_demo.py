@@ -286,7 +286,7 @@ def test_tool_commands_parse(steps: Sequence[Step], monkeypatch) -> None:
         "tools/convert_checkpoint.py": megatron_long.commands.convert_checkpoint.build_parser,
         "tools/evaluate_loss.py": megatron_long.commands.evaluate_loss.build_parser,
         "tools/evaluate_needle.py": megatron_long.commands.evaluate_needle.build_parser,
-        "tools/preprocess_mix.py": megatron_long.commands.preprocess_mix._parser,
+        "tools/preprocess_mix.py": megatron_long.commands.preprocess_mix.build_parser,
     }
     seen = set()
     for step in steps:
