@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch.distributed
 
 from megatron_long.job import rendezvous, watchdog
+from tests.ports import free_ports
 
+PR_SET_PDEATHSIG = 1
 TIMEOUT_S = 1.0
 watchdog.GRACE_S, watchdog.ANSWER_S, watchdog.LAST_S = 6.0, 6.0, 6.0
 LONG_S = 120.0
@@ -77,16 +79,29 @@ def run_rank(rank: int, part: str, others: list[int], folder: Path) -> None:
         dog.stop()
 
 
+def start_store() -> int:
+    """Start the launcher's store and give its port.
+
+    In a process of its own: a fork of one with the store's threads may wait for ever for a lock of theirs.
+    """
+    read, write = os.pipe()
+    if not os.fork():
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        store = torch.distributed.TCPStore("localhost", 0, None, True, wait_for_workers=False)
+        os.write(write, str(store.port).encode())
+        signal.pause()
+    os.close(write)
+    return int(os.read(read, 16))
+
+
 def main() -> None:
     """Run the job, and tell how each process ended; those that stand still are killed last."""
     folder, parts = Path(sys.argv[1]), sys.argv[2:]
-    store = torch.distributed.TCPStore("localhost", 0, None, True, wait_for_workers=False)
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
-    os.environ |= {"WORLD_SIZE": str(len(parts)), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    if parts[0].startswith("host:"):
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-        parts[0] = parts[0].removeprefix("host:")
-        del store
+    is_host = parts[0].startswith("host:")
+    parts[0] = parts[0].removeprefix("host:")
+    port = free_ports(1)[0] if is_host else start_store()
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": str(len(parts)), "TORCHELASTIC_USE_AGENT_STORE": str(not is_host)}
     pipes = [os.pipe() for _ in parts]  # each process holds the end of its own open
     children = []
     for rank, part in enumerate(parts):
