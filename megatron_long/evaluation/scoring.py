@@ -123,7 +123,7 @@ class Scorer:
         if self.on_batch is not None:
             self.on_batch()
         with torch.no_grad():
-            local = self._forward(tokens, labels, self._output_processor)
+            local = self._forward(tokens, labels)
             whole = self._collect(local, tokens.shape)
         return TokenScores(whole[0].cpu(), whole[1].cpu() > 0.5)
 
@@ -173,23 +173,20 @@ class Scorer:
         rank = parallel_state.get_context_parallel_rank()
         return zigzag_shard(whole, rank, parallel_state.get_context_parallel_world_size(), dim=1)
 
-    def _forward(
-        self, tokens: Tensor, labels: Tensor, processor: Callable[..., Tensor]
-    ) -> Tensor | None:
-        """What a processor makes of this rank's shard [2, b, s/cp]; None before the last stage."""
+    def _forward(self, tokens: Tensor, labels: Tensor) -> Tensor | None:
+        """What `_measure` gives of this rank's shard [2, b, s/cp]; None before the last stage."""
         positions = torch.arange(tokens.size(1)).expand_as(tokens)
         device = torch.cuda.current_device()
         own = [self.own_shard(whole.to(device)) for whole in (tokens, labels, positions)]
-        return self._run(own[0], own[1], own[2], processor)
+        return self._run(own[0], own[1], own[2])
 
-    def _run(
-        self, tokens: Tensor, labels: Tensor, positions: Tensor, processor: Callable[..., Tensor]
-    ) -> Tensor | None:
+    def _run(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor | None:
         """Run the stages on this rank's tokens, labels and positions [b, s/cp]."""
         from megatron.core import parallel_state
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         def forward_step(_iterator: None, model: torch.nn.Module) -> tuple:
+            processor = self._output_processor
             output = model(tokens, positions, None, labels=labels, output_processor=processor)
             return output, lambda output, **_: output
 
@@ -214,19 +211,25 @@ class Scorer:
         labels: Tensor,
         **_: Any,
     ) -> Tensor:
-        """Take the place of output layer and loss: hidden [s/cp(/tp), b, h] -> [2, b, s/cp]."""
-        from megatron.core import parallel_state
-
+        """Replace output layer and loss: hidden [s/cp(/tp), b, h] -> [2, b, s/cp]."""
         hidden, weight, shard = self._output_parts(hidden_states, output_layer, output_weight)
         flat_labels = labels.transpose(0, 1).reshape(-1)  # hidden states run sequence first
         asked = torch.nonzero(flat_labels != UNSCORED)[:, 0]
-        local = shard_statistics(hidden[asked], weight, flat_labels[asked], shard)
-        group = parallel_state.get_tensor_model_parallel_group()
-        scores = combine_statistics(gather_statistics(local, group), flat_labels[asked])
         both = torch.zeros(2, flat_labels.numel(), device=flat_labels.device)
         both[1] = 1.0
-        both[:, asked] = torch.stack([scores.losses, scores.is_greedy.float()])
+        both[:, asked] = self._measure(hidden[asked], weight, flat_labels[asked], shard)
         return both.view(2, labels.size(1), labels.size(0)).transpose(1, 2).contiguous()
+
+    def _measure(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard
+    ) -> Tensor:
+        """Loss of each label [n], and whether it is the likeliest token: [2, n]."""
+        from megatron.core import parallel_state
+
+        local = shard_statistics(hidden, weight, labels, shard)
+        group = parallel_state.get_tensor_model_parallel_group()
+        scores = combine_statistics(gather_statistics(local, group), labels)
+        return torch.stack([scores.losses, scores.is_greedy.float()])
 
     def _output_parts(
         self, hidden_states: Tensor, output_layer: Any, output_weight: Any

@@ -96,3 +96,17 @@ def test_training_is_the_same_but_for_the_order_of_sums(jobs, make_dataset, tmp_
         assert ("windows are dealt to 2 replicas" in job.text) is (name == "dealt")
     assert logs["dealt"] != logs["file"]
     np.testing.assert_allclose(logs["dealt"], logs["file"], rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_resumes_with_the_same_windows(jobs, make_dataset, tmp_path, read_log):
+    dataset = make_dataset(
+        [int(n) for n in np.random.default_rng(6).permutation([110] * 20 + [9] * 200)]
+    )
+    words = ("--dataset", dataset, "--document-masking", "--allow-repeat")
+    whole, parts, folder = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl", tmp_path / "out"
+    jobs.run(2, *words, "--train-iters", 6, "--loss-log", whole)
+    same = (*words, "--train-iters", 6, "--loss-log", parts, "--save", folder)
+    jobs.run(2, *same, "--exit-interval", 3)
+    jobs.run(2, *same, "--load", folder)
+    assert read_log(parts) == read_log(whole)

@@ -39,6 +39,11 @@ class CacheState:
         """Whether this rank keeps what is generated."""
         return self.group.rank() == 0
 
+    @property
+    def is_active(self) -> bool:
+        """Whether a generation is running."""
+        return self.is_prefill or self.is_decode
+
     def begin(self, lengths: Tensor, positions: Tensor, most_new: int) -> None:
         """Expect prompts.
 

@@ -82,7 +82,7 @@ class ShardGenerator(Scorer):
         labels[torch.arange(len(tokens)), lengths - 1] = 0  # marks what is asked for
         self._check(tokens, labels)
         try:
-            found = self._collect(self._forward(tokens, labels, self._pick), tokens.shape)
+            found = self._collect(self._forward(tokens, labels), tokens.shape)
             new = [found[0].cpu()[torch.arange(len(tokens)), lengths - 1].long()]
             ended = torch.isin(new[0], stops)
             with self._positions_given() as give:
@@ -104,7 +104,7 @@ class ShardGenerator(Scorer):
         labels = torch.full_like(repeated, UNSCORED)
         labels[:, 0] = 0
         # Positions come by `_positions_given`; every context-parallel rank computes the same token.
-        local = self._run(repeated, labels, torch.zeros_like(repeated), self._pick)
+        local = self._run(repeated, labels, torch.zeros_like(repeated))
         return self._share(local, repeated.shape)[0, :, 0].cpu().long()
 
     @contextmanager
@@ -129,25 +129,16 @@ class ShardGenerator(Scorer):
                 config.apply_rope_fusion = is_fused
             self.rope.__dict__.pop("forward", None)
 
-    def _pick(
-        self,
-        *,
-        hidden_states: Tensor,
-        output_layer: Any,
-        output_weight: Any,
-        labels: Tensor,
-        **_: Any,
+    def _measure(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard
     ) -> Tensor:
-        """Take the place of output layer and loss: [2, b, s/cp], the likeliest token where asked."""
+        """In a pass of a generation, the likeliest token of each position [n] twice: [2, n]."""
+        if not self.cache.is_active:
+            return super()._measure(hidden, weight, labels, shard)
         from megatron.core import parallel_state
 
-        hidden, weight, shard = self._output_parts(hidden_states, output_layer, output_weight)
         group = parallel_state.get_tensor_model_parallel_group()
-        flat_labels = labels.transpose(0, 1).reshape(-1)
-        asked = torch.nonzero(flat_labels != UNSCORED)[:, 0]
-        picked = torch.zeros(2, flat_labels.numel(), device=flat_labels.device)
-        picked[0, asked] = top_tokens(hidden[asked], weight, shard, group)
-        return picked.view(2, labels.size(1), labels.size(0)).transpose(1, 2).contiguous()
+        return top_tokens(hidden, weight, shard, group).expand(2, -1)
 
 
 def top_tokens(hidden: Tensor, weight: Tensor, shard: VocabularyShard, group: Any = None) -> Tensor:

@@ -8,6 +8,7 @@ Legend: a size is a number of words, sentences, lines or documents, as the task 
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class Request:
     seed: int = DEFAULT_SEED
 
 
-class Drawer:
+class Drawer(ABC):
     """A generator with its random numbers, and the search for the size that fits."""
 
     step = 10
@@ -88,5 +89,6 @@ class Drawer:
         """Draw while the size is searched for."""
         return self.draw(0, size)
 
+    @abstractmethod
     def draw(self, index: int, size: int) -> tuple[str, Sequence[str]]:
-        raise NotImplementedError
+        """Draw a prompt of a size, and give its answers."""
